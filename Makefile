@@ -1,0 +1,64 @@
+# Each target sets up what it needs in .venv and is quick the second time. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH := 2.13.0
+WORKERS ?= 2
+BENCH ?= train_step
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# What an install is made of: when one of these changes, the next target installs anew.
+HASH := $(shell cat pyproject.toml setup.py csrc/* | cksum | cut -d' ' -f1)
+RUNTIME := .venv/.runtime-$(HASH)
+DEV := .venv/.dev-$(HASH)
+
+# One thread for each test process, so that the processes do not fight for the cores. No test reaches for a network.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: help demo test check bench browser-test clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
+
+demo: $(RUNTIME) ## train the three teams on the default text, then show the table and runs/demo/report.html
+	$(BIN)/handful compare --out runs/demo
+
+test: $(DEV) ## run the tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/browser
+
+check: $(DEV) ## lint, check the format, the types and the import tiers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(DEV) ## measure speed beside peers; BENCH="name ..." names files of bench/
+	@set -e; for name in $(BENCH); do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py; done
+
+browser-test: $(DEV) ## run the tests that drive a headless Chromium, which must be installed
+	$(TEST_ENV) $(BIN)/python -m pytest tests/browser
+
+clean: ## remove what was built and cached; .venv and runs stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f handful/_native*.so .venv/.runtime-* .venv/.dev-*
+	find handful tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.torch-$(TORCH):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Handful needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install torch==$(TORCH)
+	$(PIP) install 'setuptools>=77' wheel
+	touch $@
+
+# torch is there already, so that the extension is built against it and not against a second copy.
+$(RUNTIME): .venv/.torch-$(TORCH)
+	$(PIP) install --no-build-isolation -e .
+	rm -f .venv/.runtime-*
+	touch $@
+
+$(DEV): .venv/.torch-$(TORCH)
+	$(PIP) install --no-build-isolation -e '.[dev]'
+	rm -f .venv/.runtime-* .venv/.dev-*
+	touch $(RUNTIME) $@

@@ -1,0 +1,28 @@
+// What this CPU can compute with, as far as the operating system grants it and HANDFUL_ISA allows it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace handful {
+
+// Kernels ask for these one by one. A level (avx2, avx512, amx) is a run of them that HANDFUL_ISA can cut off.
+enum Feature : uint32_t {
+  kAvx2 = 1u << 0,  // with FMA and F16C
+  kAvxVnni = 1u << 1,
+  kAvx512 = 1u << 2,  // F, BW, DQ and VL
+  kAvx512Vnni = 1u << 3,
+  kAvx512Bf16 = 1u << 4,
+  kAmxBf16 = 1u << 5,
+  kAmxInt8 = 1u << 6,
+};
+
+// The features of this process, found at the first call. Throws std::runtime_error for a wrong HANDFUL_ISA.
+uint32_t features();
+
+inline bool has(Feature feature) { return (features() & feature) != 0; }
+
+// Their names, separated by spaces: "avx2 avx512 avx512_vnni".
+std::string feature_names();
+
+}  // namespace handful

@@ -1,0 +1,5 @@
+"""`python -m handful` is `handful`."""
+
+from handful.cli import main
+
+main()

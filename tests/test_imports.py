@@ -1,0 +1,146 @@
+"""Imports go down the list of tiers only, `import handful` is light, and every public name is where it says."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import handful
+
+PACKAGE = Path(handful.__file__).parent
+
+# A module imports from lower tiers and, within its own, from those that stand before it.
+TIERS = [
+    ["errors", "config", "presets", "machine"],
+    ["routing", "loss", "cost", "checkpoint", "text", "data", "quantize"],
+    ["experts", "balance", "observe", "placement"],
+    ["moe", "model"],
+    ["families", "upcycle", "transformers"],
+    ["settings", "runs", "train", "engine", "report"],
+    ["compare", "server"],
+    ["console", "cli"],
+    ["__main__"],
+]
+ORDER = [module for tier in TIERS for module in tier]
+
+HEAVY = ["datasets", "fastapi", "matplotlib", "numpy", "rich", "starlette", "torch", "transformers", "typer", "uvicorn"]
+
+
+def module_of(path: Path) -> str:
+    """The entry of TIERS that a file belongs to; a folder is one entry. The package's own __init__ is `handful`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "handful" if parts == ("__init__",) else parts[0]
+
+
+def imported(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, int]]:
+    """The dotted names that `tree` imports, and their lines. Imports for type checkers alone are left out.
+
+    `package` is the package that holds the file, against which relative imports are resolved.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                yield from imported(ast.Module([other], []), package)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{source}.{alias.name}", node.lineno) for alias in node.names)
+        else:
+            yield from imported(node, package)
+
+
+def target(dotted: str) -> str | None:
+    """The entry of TIERS that a dotted import reaches; None if it is not ours or no module."""
+    parts = dotted.split(".")
+    if parts[0] != "handful" or len(parts) == 1 or parts[1].startswith("__version"):
+        return None
+    # `from handful import Name` reaches the module that Name lives in.
+    return handful._HOMES.get(parts[1], parts[1]) if parts[1] not in ORDER else parts[1]
+
+
+def violations(source: str, path: Path) -> list[str]:
+    """What a file at `path` with this text imports against the tiers."""
+    module = module_of(path)
+    package = ["handful", *path.relative_to(PACKAGE).parent.parts]
+    found = []
+    for dotted, line in imported(ast.parse(source), package):
+        other = target(dotted)
+        if other is None or other == module:
+            continue
+        if other not in ORDER:
+            found.append(f"{path.name}:{line}: {dotted} stands in no tier")
+        elif module == "handful" or ORDER.index(other) > ORDER.index(module):
+            found.append(f"{path.name}:{line}: {module} imports {other}, which stands above it")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "count"),
+    [
+        ("moe.py", "from handful.routing import Routing", 0),
+        ("routing.py", "from handful.moe import MoE", 1),
+        ("routing.py", "from handful import MoE", 1),
+        ("routing.py", "import handful.moe", 1),
+        ("routing.py", "def f():\n    from handful.moe import MoE", 1),
+        ("routing.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from handful.moe import MoE", 0),
+        ("routing.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from handful.moe import MoE", 1),
+        ("routing.py", "from .moe import MoE", 1),
+        ("experts/grouped.py", "from .reference import Reference", 0),
+        ("experts/grouped.py", "from ..moe import MoE", 1),
+        ("experts/grouped.py", "from handful.experts.reference import Reference", 0),
+        ("config.py", "from handful.errors import ConfigError", 0),
+        ("errors.py", "from handful.config import ModelConfig", 1),
+        ("__init__.py", "from handful.errors import ConfigError", 1),
+        ("moe.py", "from handful.nowhere import x", 1),
+        ("moe.py", "from handful import __version__\nimport torch", 0),
+    ],
+)
+def test_the_rule_itself(path: str, source: str, count: int) -> None:
+    assert len(violations(source, PACKAGE / path)) == count
+
+
+def test_every_file_keeps_to_the_tiers() -> None:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    assert [error for path in paths for error in violations(path.read_text(), path)] == []
+
+
+def test_every_module_stands_in_a_tier() -> None:
+    assert {module_of(path) for path in PACKAGE.rglob("*.py")} - {"handful"} <= set(ORDER)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, json, handful; handful.ConfigError; handful.PRESETS; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(HEAVY).isdisjoint(json.loads(run.stdout))
+
+
+def test_public_names_are_sorted_and_listed_once() -> None:
+    assert sorted(handful.__all__) == sorted([*handful._HOMES, "__version__"])
+    assert list(handful._HOMES) == sorted(handful._HOMES)
+
+
+@pytest.mark.parametrize("name", sorted(handful._HOMES))
+def test_public_name_resolves_to_its_own_object(name: str) -> None:
+    module = importlib.import_module(f"handful.{handful._HOMES[name]}")
+    assert getattr(handful, name) is getattr(module, name)
+    assert name in dir(handful)
+
+
+def test_a_function_is_not_hidden_by_the_module_of_its_name() -> None:
+    # In a fresh process, so that no earlier import decides the outcome.
+    code = "import handful.cost, handful; from handful import cost; assert callable(cost) and cost is handful.cost"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = handful.nothing
