@@ -1,0 +1,381 @@
+"""Every setting, as frozen values: RouterConfig, ModelConfig, BalanceConfig, TrainConfig.
+
+A config is checked when it is made: a wrong value is a ConfigError that names the field, the value and what would be
+right. An unknown key is an error too. Nothing here imports torch, so that a config can be priced (`cost.py`) at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from handful.errors import ConfigError
+
+__all__ = [
+    "Activation",
+    "BalanceConfig",
+    "MLAConfig",
+    "ModelConfig",
+    "RouterConfig",
+    "TrainConfig",
+    "from_dict",
+    "read_toml",
+    "to_dict",
+]
+
+Activation = Literal["swiglu", "geglu", "relu", "gelu", "swiglu_clamped"]
+GATED: frozenset[str] = frozenset({"swiglu", "geglu", "swiglu_clamped"})
+
+
+def _need(ok: bool, owner: str, name: str, value: object, right: str) -> None:
+    if not ok:
+        raise ConfigError(f"{owner}.{name} = {value!r}: {right}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How a token's experts are chosen and weighted. A published router is a row of these values.
+
+    experts            E, the experts of a layer.
+    top_k              K, the experts of a token (with `choice="expert"`: of a token on average).
+    choice             who chooses: each token its top K experts, or each expert its top tokens. Expert choice
+                       (Zhou et al. 2022, arXiv:2202.09368) sees later tokens: it is for training studies, not causal.
+    score              softmax over all experts, or an independent sigmoid per expert.
+    normalize          divide the chosen weights by their sum.
+    scale              multiply the weights by this, last.
+    balance_bias       select by score + bias, weight by score alone. The bias gets no gradient; `balance.py` moves it.
+    groups, top_groups experts stand in `groups` equal groups and a token may use only its best `top_groups`.
+    group_score        a group's score: its best expert's ("max") or the sum of its two best ("top2").
+    logits_bias        the router's linear map has a bias.
+    jitter             training: multiply the router's input by uniform noise in 1 ± jitter (Switch).
+    noisy_top_k        training: add normal noise, its size learned per expert, to the logits (Shazeer et al. 2017).
+    random_second      training: keep a token's second expert with probability min(1, 2 x its weight) (GShard).
+    capacity_factor    an expert takes at most ceil(factor · T · K / E) assignments in training and the rest are
+                       dropped; None: dropless.
+    eval_capacity_factor  the same outside training.
+    drop_order         who is served first when an expert is full: earlier tokens ("token": causal), or all first
+                       choices before any second choice ("choice", GShard's: a later token can push an earlier one out).
+    """
+
+    experts: int
+    top_k: int
+    choice: Literal["token", "expert"] = "token"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    balance_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    logits_bias: bool = False
+    jitter: float = 0.0
+    noisy_top_k: bool = False
+    random_second: bool = False
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    drop_order: Literal["token", "choice"] = "token"
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, right: str) -> None:
+            _need(ok, "router", name, getattr(self, name), right)
+
+        need(self.experts >= 1, "experts", "at least 1")
+        need(1 <= self.top_k <= self.experts, "top_k", f"from 1 to experts = {self.experts}")
+        need(self.choice in ("token", "expert"), "choice", "'token' or 'expert'")
+        need(self.score in ("softmax", "sigmoid"), "score", "'softmax' or 'sigmoid'")
+        need(0 < self.scale < math.inf, "scale", "above 0")
+        need(self.groups >= 1 and self.experts % self.groups == 0, "groups", f"a divisor of experts = {self.experts}")
+        need(1 <= self.top_groups <= self.groups, "top_groups", f"from 1 to groups = {self.groups}")
+        need(self.group_score in ("max", "top2"), "group_score", "'max' or 'top2'")
+        group = self.experts // self.groups
+        need(self.group_score == "max" or group >= 2, "group_score", f"'max', for groups of {group} expert")
+        reach = group * self.top_groups
+        need(self.top_k <= reach, "top_k", f"at most {reach}: {self.top_groups} groups of {group} experts")
+        need(0 <= self.jitter < 1, "jitter", "from 0 to below 1")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            need(value is None or 0 < value < math.inf, name, "above 0, or none for dropless")
+        need(self.drop_order in ("token", "choice"), "drop_order", "'token' or 'choice'")
+        need(not self.random_second or self.top_k == 2, "random_second", "false unless top_k = 2")
+        if self.choice == "expert":
+            for name, off in (("balance_bias", False), ("groups", 1), ("noisy_top_k", False), ("random_second", False)):
+                need(getattr(self, name) == off, name, f"{off!r} with choice = 'expert'")
+            for name in ("capacity_factor", "eval_capacity_factor"):
+                need(getattr(self, name) is None, name, "none with choice = 'expert', whose load is even by design")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention's sizes (DeepSeek-V2, arXiv:2405.04434). Counted by `cost.py`.
+
+    q_rank     rank of the query compression; None: queries are not compressed.
+    kv_rank    rank of the key-value compression, which is what the cache holds.
+    nope_dim   per-head width of queries and keys without position, rope_dim with it; v_dim of values.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder. `router=None` is a dense model.
+
+    vocab, width, layers     V, D and the number of blocks.
+    heads, kv_heads, head_dim  attention; kv_heads < heads is grouped-query attention. None: heads, and width / heads.
+    ffn                      hidden width of dense feed-forward layers (0 where there are none).
+    expert_width             F, hidden width of one routed expert.
+    shared_width             hidden width of the shared experts together (they are one wider expert); 0: none.
+    shared_gate              the shared experts' output is multiplied by a learned sigmoid gate (Qwen2-MoE).
+    dense_first, moe_every   layer i is an MoE when i >= dense_first and (i + 1) % moe_every == 0.
+    activation               of all feed-forward parts; expert_bias: routed experts have biases (gpt-oss).
+    qk_norm                  RMSNorm on queries and keys: per head, or over the full projected width.
+    qkv_bias, o_bias, sinks  attention's biases, and a learned sink per head.
+    rotary_fraction          the leading share of head_dim that RoPE turns.
+    context                  the longest sequence the model is meant for.
+    tied                     output embedding = input embedding.
+    mla                      multi-head latent attention in place of grouped-query attention.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn: int = 0
+    router: RouterConfig | None = None
+    expert_width: int = 0
+    shared_width: int = 0
+    shared_gate: bool = False
+    dense_first: int = 0
+    moe_every: int = 1
+    activation: Activation = "swiglu"
+    expert_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    sinks: bool = False
+    mla: MLAConfig | None = None
+    rope_theta: float = 10000.0
+    rotary_fraction: float = 1.0
+    norm_eps: float = 1e-6
+    context: int = 2048
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, right: str) -> None:
+            _need(ok, "model", name, getattr(self, name), right)
+
+        for name in ("vocab", "width", "layers", "heads", "moe_every", "context"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("ffn", "expert_width", "shared_width", "dense_first"):
+            need(getattr(self, name) >= 0, name, "at least 0")
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        need(self.n_kv_heads >= 1 and self.heads % self.n_kv_heads == 0, "kv_heads", f"a divisor of {self.heads} heads")
+        if self.head_dim is None:
+            need(self.width % self.heads == 0, "heads", f"a divisor of width = {self.width}, or give head_dim")
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        need(self.d_head >= 1, "head_dim", "at least 1")
+        need(0 < self.rotary_fraction <= 1, "rotary_fraction", "above 0, at most 1")
+        need(self.rotary_dim % 2 == 0 and self.rotary_dim >= 2, "head_dim", "even within the part that RoPE turns")
+        need(self.activation in get_args(Activation), "activation", f"one of {', '.join(get_args(Activation))}")
+        need(self.qk_norm in ("none", "head", "full"), "qk_norm", "'none', 'head' or 'full'")
+        need(self.norm_eps > 0, "norm_eps", "above 0")
+        need(self.rope_theta > 0, "rope_theta", "above 0")
+        need(not self.shared_gate or self.shared_width > 0, "shared_gate", "false without shared_width")
+        if self.router is None:
+            need(self.ffn >= 1, "ffn", "at least 1 in a dense model")
+            for name in ("expert_width", "shared_width"):
+                need(getattr(self, name) == 0, name, "0 without a router")
+        else:
+            need(self.expert_width >= 1, "expert_width", "at least 1 with a router")
+            need(any(self.is_moe(i) for i in range(self.layers)), "dense_first", "few enough to leave an MoE layer")
+            has_dense = not all(self.is_moe(i) for i in range(self.layers))
+            need(not has_dense or self.ffn >= 1, "ffn", "at least 1 when some layers are dense")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.kv_heads if self.kv_heads is not None else self.heads
+
+    @property
+    def d_head(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """The leading dimensions of a head that RoPE turns."""
+        return int(self.d_head * self.rotary_fraction)
+
+    @property
+    def gated(self) -> bool:
+        """The activation multiplies a gate with an up projection (three matrices), or not (two)."""
+        return self.activation in GATED
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer`, counted from 0, routes to experts."""
+        return self.router is not None and layer >= self.dense_first and (layer + 1) % self.moe_every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the experts busy; the losses are in `balance.py`.
+
+    loss         "none", "switch" (per micro-batch), "global" (the same over the whole batch), "sequence" or "gshard".
+    weight       of that loss in the training loss, per MoE layer (the mean over layers is what is added).
+    bias_rate    u of the loss-free update b += u · sign(mean load - load); 0: none. Needs router.balance_bias.
+    z_weight     of the router z-loss.
+    """
+
+    loss: Literal["none", "switch", "global", "sequence", "gshard"] = "none"
+    weight: float = 0.0
+    bias_rate: float = 0.0
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "bias_rate", "z_weight"):
+            _need(getattr(self, name) >= 0, "balance", name, getattr(self, name), "at least 0")
+        kinds = ("none", "switch", "global", "sequence", "gshard")
+        _need(self.loss in kinds, "balance", "loss", self.loss, f"one of {', '.join(kinds)}")
+        _need(self.loss == "none" or self.weight > 0, "balance", "weight", self.weight, f"above 0 for {self.loss!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    steps, batch, context   optimizer steps, sequences in one, tokens in a sequence.
+    accumulate              micro-batches that one step's sequences are cut into.
+    lr, min_lr_ratio        peak learning rate, and the share of it that is left at the end.
+    schedule                "cosine", or "wsd": warm up, stay, decay over the last `decay` share of the steps.
+    warmup                  share of the steps over which the learning rate rises.
+    dtype                   "auto" times both on this machine and says which it took; bfloat16 means autocast.
+    eval_every              steps between held-out evaluations of at most `eval_tokens` tokens; 0: only at the end.
+    checkpoint_every        steps between checkpoints; 0: only at the end.
+    activation_checkpoint   keep only block inputs for the backward pass and compute the rest again.
+    compile                 run the model through torch.compile.
+    """
+
+    steps: int = 500
+    batch: int = 64
+    context: int = 128
+    accumulate: int = 1
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    eval_every: int = 50
+    eval_tokens: int = 131072
+    checkpoint_every: int = 100
+    activation_checkpoint: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, right: str) -> None:
+            _need(ok, "train", name, getattr(self, name), right)
+
+        for name in ("steps", "batch", "accumulate"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        need(self.context >= 2, "context", "at least 2")
+        need(self.batch % self.accumulate == 0, "accumulate", f"a divisor of batch = {self.batch}")
+        need(self.lr > 0, "lr", "above 0")
+        need(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "from 0 to 1")
+        need(self.schedule in ("cosine", "wsd"), "schedule", "'cosine' or 'wsd'")
+        need(0 <= self.warmup < 1, "warmup", "from 0 to below 1")
+        need(0 <= self.decay <= 1, "decay", "from 0 to 1")
+        need(self.weight_decay >= 0, "weight_decay", "at least 0")
+        need(0 <= self.beta1 < 1, "beta1", "from 0 to below 1")
+        need(0 <= self.beta2 < 1, "beta2", "from 0 to below 1")
+        need(self.clip > 0, "clip", "above 0")
+        need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "'auto', 'float32' or 'bfloat16'")
+        need(self.seed >= 0, "seed", "at least 0")
+        for name in ("eval_every", "checkpoint_every"):
+            need(getattr(self, name) >= 0, name, "at least 0")
+        need(self.eval_tokens >= 1, "eval_tokens", "at least 1")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.context
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To and from plain values.
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain values, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Make a config from nested plain values. ConfigError for an unknown key or a value of the wrong type."""
+    hints = get_type_hints(cls)
+    where = where or cls.__name__.removesuffix("Config").lower()
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"{where}.{key}: no such setting; there are {', '.join(sorted(hints))}")
+        out[key] = _convert(hints[key], value, f"{where}.{key}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.name not in out and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}.{missing[0]}: needed and not given")
+    return cls(**out)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (a for a in get_args(hint) if a is not type(None))
+        return _convert(inner, value, where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{where} = {value!r}: one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} = {value!r}: a table of settings")
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    # bool is an int to Python, not to a reader of config files.
+    right = isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    if not right or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where} = {value!r}: of type {hint.__name__}")
+    return float(value) if hint is float else value
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file into plain values. ConfigError for a missing or malformed one."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"config {str(path)!r}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r}: not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r}: {error.strerror}") from None

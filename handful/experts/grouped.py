@@ -1,0 +1,237 @@
+"""Experts as a few large matrix products, in torch alone: on CPU a padded batch plus a loop for what overflows it, on
+CUDA `torch.nn.functional.grouped_mm`.
+
+On a CPU neither plain way is good: one product per expert is slow for small experts (in bfloat16, 64 experts of width
+128 take 4-5 times a dense product of the same work), and one batch padded to the busiest expert wastes work when the
+load is uneven. So rows are laid out as a batch in which every expert has `depth` places, and what does not fit follows,
+expert by expert, for a loop of ordinary products:
+
+    expert 0: ■ ■ ■ □      depth = 4, □ a row of zeros
+    expert 1: ■ ■ ■ ■  ─►  tail: ■ ■
+    expert 2: ■ □ □ □
+
+`depth` is chosen to make the whole cheapest: 0 is the plain loop (decoding), the largest count the plain batch.
+
+Legend: T tokens · D model width · E experts · K experts per token · N assignments · F an expert's hidden width ·
+G = 2·F (F without a gate) · R rows of the layout, the last one always zero
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from handful.experts.reference import activate
+from handful.routing import Routing
+
+if TYPE_CHECKING:
+    from handful.experts.layer import Experts
+
+__all__ = ["grouped"]
+
+# What the tail costs, measured in rows of the batch (`bench/grouped.py`): a start for each expert in it, and a factor
+# on each row, larger in bfloat16, where small products run at a fraction of the batch's rate.
+TAIL_START = 16
+TAIL_ROW = {torch.bfloat16: 3.0, torch.float16: 3.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each assignment stands among the R rows.
+
+    token_R    the token whose vector fills a row; T for a row of zeros.
+    slot_R     the assignment (position in the flattened T·K) of a row; T·K for none.
+    expert_R   the expert of a row.
+    row_TK     the row of an assignment; R - 1 (the zero row) if it was dropped.
+    depth      places per expert in the batch; the batch is rows 0 to E·depth.
+    tail       (expert, first row, end row) of what follows the batch.
+    offsets_E  where each expert's rows end, as int32, when all rows are sorted in the tail: CUDA's form.
+    """
+
+    token_R: Tensor
+    slot_R: Tensor
+    expert_R: Tensor
+    row_TK: Tensor
+    depth: int
+    tail: tuple[tuple[int, int, int], ...]
+    offsets_E: Tensor | None = None
+
+
+def row_grid(counts_E: Tensor, dtype: torch.dtype) -> int:
+    """What row counts are rounded up to on a CPU: an eighth of an expert's mean load in low precision, otherwise 1.
+
+    The library compiles a low-precision product for each new shape, which takes far longer than running it; loads
+    differ in every step, so unrounded they would hardly ever meet a product that is compiled already.
+    """
+    if dtype not in TAIL_ROW:
+        return 1
+    eighth = int(counts_E.sum()) // (8 * len(counts_E))
+    return 1 << max(0, eighth.bit_length() - 1)
+
+
+def choose_depth(counts_E: Tensor, dtype: torch.dtype, grid: int) -> int:
+    """Places per expert in the batch that make the whole cheapest, by a count of rows."""
+    depth_c = torch.cat([counts_E.new_zeros(1), _round_up(counts_E, grid).unique()])
+    above_cE = _round_up((counts_E - depth_c.unsqueeze(1)).clamp_min(0), grid)
+    tail_c = (TAIL_START * (above_cE > 0) + TAIL_ROW.get(dtype, 1.0) * above_cE).sum(1)
+    return int(depth_c[(depth_c * len(counts_E) + tail_c).argmin()])
+
+
+def _round_up(counts: Tensor, grid: int) -> Tensor:
+    return (counts + grid - 1) // grid * grid
+
+
+def lay_out(routing: Routing, dtype: torch.dtype, depth: int | None = None) -> Layout:
+    """Give every computed assignment its row on a CPU; `depth` None: the cheapest."""
+    plan = routing.plan()
+    grid = row_grid(plan.counts_E, dtype)
+    if depth is None:
+        depth = choose_depth(plan.counts_E, dtype, grid)
+    experts = routing.experts
+    above_E = _round_up((plan.counts_E - depth).clamp_min(0), grid)
+    end_E = experts * depth + above_E.cumsum(0)
+    start_E = end_E - above_E
+    tail = [(e, start, end) for e, (start, end) in enumerate(zip(start_E.tolist(), end_E.tolist(), strict=True))]
+    experts_N = routing.experts_TK.flatten()[plan.order_N]
+    rank_N = torch.arange(len(experts_N)) - (plan.offsets_E - plan.counts_E)[experts_N]
+    row_N = torch.where(rank_N < depth, experts_N * depth + rank_N, start_E[experts_N] + rank_N - depth)
+    return _fill(routing, row_N, experts_N, tail[-1][2] + 1, depth, tuple(run for run in tail if run[1] < run[2]))
+
+
+def lay_out_sorted(routing: Routing) -> Layout:
+    """Give every computed assignment its row for `grouped_mm`: sorted by expert, nothing read back from the device."""
+    plan = routing.plan()
+    experts_N = routing.experts_TK.flatten()[plan.order_N]
+    row_N = torch.arange(len(experts_N), device=experts_N.device)
+    return _fill(routing, row_N, experts_N, len(experts_N) + 1, 0, (), plan.offsets_E.to(torch.int32))
+
+
+def _fill(
+    routing: Routing,
+    row_N: Tensor,
+    experts_N: Tensor,
+    rows: int,
+    depth: int,
+    tail: tuple[tuple[int, int, int], ...],
+    offsets_E: Tensor | None = None,
+) -> Layout:
+    plan = routing.plan()
+    T, K = routing.experts_TK.shape
+
+    def spread(fill: int, size: int, index_N: Tensor, values_N: Tensor) -> Tensor:
+        return torch.full((size,), fill, device=row_N.device).index_copy_(0, index_N, values_N)
+
+    return Layout(
+        token_R=spread(T, rows, row_N, plan.token_N),
+        slot_R=spread(T * K, rows, row_N, plan.order_N),
+        expert_R=spread(0, rows, row_N, experts_N),
+        row_TK=spread(rows - 1, T * K, plan.order_N, row_N).view(T, K),
+        depth=depth,
+        tail=tail,
+        offsets_E=offsets_E,
+    )
+
+
+def _with_zero_row(x_TD: Tensor) -> Tensor:
+    return F.pad(x_TD, (0, 0, 0, 1))
+
+
+class _Dispatch(Function):
+    """Copy tokens to their rows; backward sums a token's rows, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return _with_zero_row(x_TD).index_select(0, layout.token_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return F.embedding_bag(ctx.layout.row_TK, grad_RD.contiguous(), mode="sum"), None
+
+
+class _Combine(Function):
+    """Sum a token's rows, in float32; backward copies the token's gradient to its rows. Dispatch, turned round."""
+
+    @staticmethod
+    def forward(ctx: Any, out_RD: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return F.embedding_bag(layout.row_TK, out_RD, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return _with_zero_row(grad_TD).index_select(0, ctx.layout.token_R), None
+
+
+class _Product(Function):
+    """Multiply every row by its own expert's matrix: out[r] = a[r] @ w[expert of r]ᵀ. The last row stays zero."""
+
+    @staticmethod
+    def forward(ctx: Any, a_Ri: Tensor, w_Eoi: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(a_Ri, w_Eoi)
+        ctx.layout = layout
+        return _rows_times(a_Ri, w_Eoi.mT, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a_Ri, w_Eoi = ctx.saved_tensors
+        grad_a = _rows_times(grad_Ro, w_Eoi, ctx.layout) if ctx.needs_input_grad[0] else None
+        grad_w = _outer(grad_Ro, a_Ri, w_Eoi, ctx.layout) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_w, None
+
+
+def _rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
+    E, i, o = w_Eio.shape
+    if layout.offsets_E is not None:
+        return _with_zero_row(F.grouped_mm(a_Ri[:-1].contiguous(), w_Eio, offs=layout.offsets_E))
+    out_Ro = a_Ri.new_empty(len(a_Ri), o)
+    batch = E * layout.depth
+    if batch:
+        torch.bmm(a_Ri[:batch].view(E, -1, i), w_Eio, out=out_Ro[:batch].view(E, -1, o))
+    for e, first, end in layout.tail:
+        torch.mm(a_Ri[first:end], w_Eio[e], out=out_Ro[first:end])
+    out_Ro[-1] = 0
+    return out_Ro
+
+
+def _outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> Tensor:
+    """Each expert's weight gradient: the sum over its rows of grad ⊗ a."""
+    E, o, i = like_Eoi.shape
+    if layout.offsets_E is not None:
+        return F.grouped_mm(grad_Ro[:-1].contiguous().mT, a_Ri[:-1].contiguous(), offs=layout.offsets_E)
+    batch = E * layout.depth
+    if batch:
+        out_Eoi = torch.bmm(grad_Ro[:batch].view(E, -1, o).mT, a_Ri[:batch].view(E, -1, i))
+    else:
+        out_Eoi = torch.zeros_like(like_Eoi)
+    for e, first, end in layout.tail:
+        out_Eoi[e].addmm_(grad_Ro[first:end].mT, a_Ri[first:end])
+    return out_Eoi
+
+
+@torch.compiler.disable  # the layout depends on the load, which a traced graph cannot know
+def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Apply the experts: all rows of all experts in two products each way."""
+    dtype = x_TD.dtype
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    layout = lay_out_sorted(routing) if device == "cuda" else lay_out(routing, dtype)
+    weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
+    with torch.autocast(device, enabled=False):
+        x_RD = _Dispatch.apply(x_TD.to(dtype), layout)
+        h_RG = _Product.apply(x_RD, experts.gate_up.to(dtype), layout)
+        if experts.gate_up_bias is not None:
+            h_RG = h_RG + experts.gate_up_bias.to(dtype).index_select(0, layout.expert_R)
+        # The weight goes on the F hidden values and not on the D outputs: in fine-grained experts F is the smaller.
+        # It is zero for rows that stand for nothing.
+        a_RF = activate(h_RG, experts.activation) * weight_R
+        out_RD = _Product.apply(a_RF, experts.down.to(dtype), layout)
+        if experts.down_bias is not None:
+            out_RD = out_RD + experts.down_bias.to(dtype).index_select(0, layout.expert_R) * weight_R
+        y_TD: Tensor = _Combine.apply(out_RD, layout)
+    return y_TD

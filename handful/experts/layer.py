@@ -1,0 +1,101 @@
+"""The weights of E experts, and the choice of who multiplies them.
+
+Legend: T tokens · D model width · E experts · F an expert's hidden width · G = 2·F gate and up rows (F without a gate)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from handful.config import GATED, Activation
+from handful.errors import ConfigError, RoutingError
+from handful.experts.grouped import grouped
+from handful.experts.reference import activate, reference
+from handful.routing import Routing
+
+__all__ = ["BACKENDS", "Experts", "FeedForward"]
+
+BACKENDS: dict[str, Callable[[Tensor, Routing, Experts], Tensor]] = {
+    "auto": grouped,
+    "grouped": grouped,
+    "reference": reference,
+}
+
+
+def _first_rows(hidden: int, activation: str) -> int:
+    """Rows of a network's first matrix: gate and up, or up alone. ConfigError if there is no such network."""
+    if hidden < 1:
+        raise ConfigError(f"hidden = {hidden}: at least 1")
+    if activation not in get_args(Activation):
+        raise ConfigError(f"activation = {activation!r}: one of {', '.join(get_args(Activation))}")
+    return hidden * (2 if activation in GATED else 1)
+
+
+class Experts(nn.Module):
+    """E feed-forward networks, held together: (x_TD, routing) -> y_TD.
+
+    gate_up   (E, G, D): gate rows first, then up rows; without a gate, up rows alone.
+    down      (E, D, F).
+    gate_up_bias (E, G) and down_bias (E, D), with `bias=True`.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        hidden: int,
+        *,
+        activation: Activation = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ConfigError(f"experts backend {backend!r}: one of {', '.join(BACKENDS)}")
+        self.count = count
+        self.activation = activation
+        self.backend = backend
+        rows = _first_rows(hidden, activation)
+        self.gate_up = nn.Parameter(torch.randn(count, rows, width) * width**-0.5)
+        self.down = nn.Parameter(torch.randn(count, width, hidden) * hidden**-0.5)
+        self.gate_up_bias = nn.Parameter(torch.zeros(count, rows)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(count, width)) if bias else None
+
+    def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """One expert's biases, or None for each where there are none."""
+        if self.gate_up_bias is None or self.down_bias is None:
+            return None, None
+        return self.gate_up_bias[expert], self.down_bias[expert]
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        width = self.gate_up.shape[2]
+        if x_TD.dim() != 2 or x_TD.shape[1] != width:
+            raise RoutingError(f"experts were given x of shape {tuple(x_TD.shape)}: it must be (tokens, {width})")
+        if routing.experts != self.count or routing.tokens != len(x_TD):
+            raise RoutingError(
+                f"routing is for {routing.tokens} tokens and {routing.experts} experts: "
+                f"there are {len(x_TD)} and {self.count}"
+            )
+        return BACKENDS[self.backend](x_TD, routing, self)
+
+    def extra_repr(self) -> str:
+        experts, rows, width = self.gate_up.shape
+        return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
+
+
+class FeedForward(nn.Module):
+    """One dense feed-forward network: (..., D) -> (..., D). Also what shared experts are."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation = "swiglu") -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_up = nn.Linear(width, _first_rows(hidden, activation), bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(activate(self.gate_up(x), self.activation))
+        return out

@@ -1,0 +1,107 @@
+"""What a router decided for a batch of tokens: one immutable value that experts obey and everything else reads.
+
+Legend: T tokens · E experts · K experts per token · N = T·K assignments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from handful.errors import RoutingError
+
+__all__ = ["Plan", "Routing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A routing's computed assignments, sorted by expert: sort once, use in every matrix product.
+
+    order_N     positions in the flattened (T, K) assignments, grouped by expert, earlier tokens first; dropped
+                assignments are left out, so N can be below T·K.
+    token_N     the token of each.
+    counts_E    assignments per expert; offsets_E is their running sum: expert e owns rows offsets[e] - counts[e] up
+                to offsets[e].
+    """
+
+    order_N: Tensor
+    token_N: Tensor
+    counts_E: Tensor
+    offsets_E: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The chosen experts and their weights, for each of T tokens.
+
+    logits_TE    what the router's linear map gave (with any training noise), float32.
+    scores_TE    softmax or sigmoid of the logits: what the weights are made from.
+    experts_TK   the chosen experts, best first.
+    weights_TK   what their outputs are multiplied by.
+    dropped_TK   True where an assignment is not computed (the expert was full); None: all are. A router with
+                 `choice="expert"` lists every expert for every token and drops those that did not choose the token.
+
+    RoutingError if their shapes do not fit together.
+    """
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+    experts_TK: Tensor
+    weights_TK: Tensor
+    dropped_TK: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.experts_TK.dim() != 2 or self.scores_TE.dim() != 2 or len(self.scores_TE) != len(self.experts_TK):
+            raise RoutingError(
+                f"routing.experts_TK has shape {tuple(self.experts_TK.shape)} and scores_TE "
+                f"{tuple(self.scores_TE.shape)}: they must be (tokens, top_k) and (tokens, experts)"
+            )
+        for name, like in (("logits_TE", "scores_TE"), ("weights_TK", "experts_TK"), ("dropped_TK", "experts_TK")):
+            value, right = getattr(self, name), tuple(getattr(self, like).shape)
+            if value is not None and value.shape != right:
+                raise RoutingError(f"routing.{name} has shape {tuple(value.shape)}: it must be {right} like {like}")
+
+    @property
+    def tokens(self) -> int:
+        return self.experts_TK.shape[0]
+
+    @property
+    def experts(self) -> int:
+        return self.scores_TE.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.experts_TK.shape[1]
+
+    def plan(self) -> Plan:
+        """Sort the assignments by expert; computed once. RoutingError for an expert that does not exist."""
+        return self._plan
+
+    @cached_property
+    def _plan(self) -> Plan:
+        experts_N = self.experts_TK.flatten()
+        if self.dropped_TK is not None:
+            kept_N = (~self.dropped_TK.flatten()).nonzero().squeeze(1)
+            sorted_N, by_expert_N = experts_N[kept_N].sort(stable=True)
+            order_N = kept_N[by_expert_N]
+        else:
+            sorted_N, order_N = experts_N.sort(stable=True)
+        # On a GPU these two reads would stall the queue; there the kernel's own bounds checks stand in.
+        if sorted_N.numel() and sorted_N.device.type == "cpu":
+            low, high = int(sorted_N[0]), int(sorted_N[-1])
+            if low < 0 or high >= self.experts:
+                wrong = low if low < 0 else high
+                raise RoutingError(f"routing names expert {wrong}: there are {self.experts}, counted from 0")
+        offsets_E = torch.searchsorted(sorted_N, torch.arange(self.experts, device=sorted_N.device), right=True)
+        counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+        return Plan(order_N, order_N // self.top_k, counts_E, offsets_E)
+
+    @cached_property
+    def chosen_E(self) -> Tensor:
+        """Assignments that each expert was chosen for, before any were dropped, as float32. What balance looks at."""
+        experts_N = self.experts_TK.flatten()
+        ones_N = torch.ones(experts_N.shape, dtype=torch.float32, device=experts_N.device)
+        return ones_N.new_zeros(self.experts).index_add_(0, experts_N, ones_N)
