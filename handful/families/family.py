@@ -1,0 +1,109 @@
+"""A public family: its rows read and write its config.json, its names its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from handful.config import ModelConfig, from_dict
+from handful.errors import CheckpointError, ConfigError
+from handful.families.rows import Row, Values, refusal
+
+__all__ = ["Family", "has_dense"]
+
+# Fields that change no logits: names, token ids, how weights began, what training and generation do.
+NO_MATHS = frozenset(
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "aux_loss_alpha",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "handful",
+        "initializer_range",
+        "is_llama_config",
+        "model_type",
+        "num_nextn_predict_layers",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "seq_aux",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A public family.
+
+    model_type, architecture   what its config.json calls it, and the class that transformers loads it into.
+    rows                       its config.
+    names                      its tensors (`weights.py`). The first table is written; the others are read too.
+    dense                      it has no router.
+    later_tokens               a layer past the last, which predicts a later token, may stand in it and is not read.
+    counted_only               why our decoder cannot run it; "" if it can.
+    """
+
+    model_type: str
+    architecture: str
+    rows: tuple[Row, ...]
+    names: tuple[dict[str, tuple[str, ...]], ...] = ()
+    dense: bool = False
+    later_tokens: bool = False
+    counted_only: str = ""
+
+    def read(self, values: Values, *, count_only: bool = False) -> ModelConfig:
+        """A config.json's values as our config. CheckpointError names a field that is missing, malformed or, unless
+        only counting, one whose maths our decoder does not have."""
+        if self.counted_only and not count_only:
+            raise refusal("model_type", self.model_type, f"can be counted but not run: it has {self.counted_only}")
+        nested: dict[str, Any] = {}
+        for row in self.rows:
+            try:
+                if not count_only:
+                    row.check(values)
+                settings = row.read(values)
+            except (ArithmeticError, AttributeError, TypeError, ValueError):
+                given = ", ".join(f"{key} = {values[key]!r}" for key in row.keys if key in values)
+                raise CheckpointError(f"config.json: {given}: malformed") from None
+            for path, value in settings.items():
+                *outer, name = path.split(".")
+                (nested.setdefault(outer[0], {}) if outer else nested)[name] = value
+        if not count_only:
+            self._check_unknown(values)
+        try:
+            config = from_dict(ModelConfig, nested)
+        except ConfigError as error:
+            raise CheckpointError(f"config.json of {self.model_type}: {error}") from None
+        # Some give dense layers a width where there are none.
+        return config if has_dense(config) else dataclasses.replace(config, ffn=0)
+
+    def _check_unknown(self, values: Values) -> None:
+        known = NO_MATHS.union(*(row.keys for row in self.rows))
+        for key, value in values.items():
+            if value and key not in known:
+                raise refusal(key, value, f"not known for {self.model_type}; remove it if it changes no logits")
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Our config as a config.json's values, as far as they can say it."""
+        out: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for row in self.rows:
+            out |= row.write(config)
+        return out
+
+
+def has_dense(config: ModelConfig) -> bool:
+    """Some layer has a dense feed-forward network."""
+    return not all(config.is_moe(layer) for layer in range(config.layers))

@@ -1,0 +1,24 @@
+"""Llama (arXiv:2302.13971, arXiv:2307.09288), dense. Llama 3.1 and later scale RoPE, which is refused."""
+
+from __future__ import annotations
+
+from handful.families.family import Family
+from handful.families.rows import DECODER, Activation, AttentionBias, Field, FullAttention, Only, Rope
+from handful.families.weights import DECODER_NAMES, DENSE_NAMES
+
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    rows=(
+        *DECODER,
+        Rope(),
+        Activation(),
+        AttentionBias(),
+        FullAttention(),
+        Field("head_dim", "head_dim", default=None),
+        Field("intermediate_size", "ffn"),
+        Only("mlp_bias", False, counts=True),
+    ),
+    names=(DECODER_NAMES | DENSE_NAMES,),
+    dense=True,
+)

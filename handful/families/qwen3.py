@@ -1,0 +1,24 @@
+"""Qwen3 (arXiv:2505.09388), dense: grouped-query attention with QK-norm per head. Qwen3-MoE's dense twin."""
+
+from __future__ import annotations
+
+from handful.families.family import Family
+from handful.families.rows import DECODER, Activation, AttentionBias, Field, FullAttention, Implied, Rope
+from handful.families.weights import DECODER_NAMES, DENSE_NAMES
+
+FAMILY = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    rows=(
+        *DECODER,
+        Rope(),
+        Activation(),
+        AttentionBias(),
+        FullAttention(switch=True),
+        Field("head_dim", "head_dim", default=128),
+        Field("intermediate_size", "ffn"),
+        Implied("qk_norm", "head"),
+    ),
+    names=(DECODER_NAMES | DENSE_NAMES,),
+    dense=True,
+)

@@ -1,0 +1,335 @@
+"""Costs equal published counts to the digit, hand-worked cases, what torch counts, and brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from handful.config import MLAConfig, ModelConfig, RouterConfig
+from handful.cost import Cost, cost, ranks_per_token
+from handful.errors import ConfigError
+from handful.families import config_from_hf
+from handful.model import Decoder
+from handful.presets import PRESETS
+
+MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+CONFIGS = {entry["name"]: config_from_hf(entry["config"], count_only=True) for entry in MODELS}
+
+# Every part is there, and no two of its sizes are equal.
+SMALL = ModelConfig(
+    vocab=11,
+    width=8,
+    layers=3,
+    heads=6,
+    kv_heads=2,
+    head_dim=4,
+    ffn=13,
+    router=RouterConfig(experts=5, top_k=2, balance_bias=True, logits_bias=True),
+    expert_width=3,
+    shared_width=7,
+    shared_gate=True,
+    dense_first=1,
+    expert_bias=True,
+    qk_norm="head",
+    qkv_bias=True,
+    o_bias=True,
+    sinks=True,
+    tied=False,
+    context=9,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters.
+
+
+@pytest.mark.parametrize("entry", MODELS, ids=[entry["name"] for entry in MODELS])
+def test_published_counts_to_the_digit(entry: dict[str, Any]) -> None:
+    price = cost(CONFIGS[entry["name"]])
+    assert {
+        "total": price.total,
+        "active_incl_all_embeddings": price.active,
+        "active_excl_input_embedding": price.active_parameters.excl_input_embedding,
+        "total_excl_embeddings": price.total_parameters.excl_embeddings,
+        "active_excl_embeddings": price.active_parameters.excl_embeddings,
+    } == entry["exact"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("mixtral", "mistralai/Mixtral-8x7B-v0.1"),
+        ("olmoe", "allenai/OLMoE-1B-7B-0924"),
+        ("qwen3", "Qwen/Qwen3-30B-A3B"),
+        ("deepseek-moe", "deepseek-ai/deepseek-moe-16b-base"),
+        ("deepseek-v3", "deepseek-ai/DeepSeek-V3"),
+        ("gpt-oss", "openai/gpt-oss-20b"),
+    ],
+)
+def test_presets_are_the_published_models(preset: str, name: str) -> None:
+    assert PRESETS[preset].model == CONFIGS[name]
+
+
+def test_parts_by_hand() -> None:
+    parts = cost(SMALL).total_parameters.parts
+    attention = 8 * 24 + 2 * (8 * 8) + 24 * 8 + (24 + 8 + 8) + 8 + 6  # q, k and v, o, their biases, o's bias, sinks
+    expert = 3 * 8 * 3 + (2 * 3 + 8)  # gate, up, down, and their biases
+    assert dataclasses.asdict(parts) == {
+        "embeddings": 11 * 8,
+        "attention": 3 * attention,
+        "routers": 2 * (5 * 8 + 5 + 5),  # map, its bias, the balance bias
+        "routed_experts": 2 * 5 * expert,
+        "shared_experts": 2 * (3 * 8 * 7 + 8),  # with its gate
+        "dense_ffn": 3 * 8 * 13,
+        "norms": 3 * (2 * 8 + 2 * 4) + 8,
+        "head": 11 * 8,
+    }
+    active = cost(SMALL).active_parameters.parts
+    assert active == dataclasses.replace(parts, routed_experts=2 * 2 * expert)
+
+
+def test_a_tied_table_is_input_and_output() -> None:
+    untied, tied = cost(SMALL), cost(dataclasses.replace(SMALL, tied=True))
+    table = 11 * 8
+    assert tied.total == untied.total - table
+    assert tied.total_parameters.excl_input_embedding == tied.total == untied.total_parameters.excl_input_embedding
+    assert tied.total_parameters.excl_embeddings == untied.total_parameters.excl_embeddings == untied.total - 2 * table
+
+
+def test_noise_of_noisy_top_k_is_a_second_matrix_for_training_alone() -> None:
+    assert SMALL.router is not None
+    noisy = dataclasses.replace(SMALL, router=dataclasses.replace(SMALL.router, noisy_top_k=True))
+    assert cost(noisy).total - cost(SMALL).total == 2 * 5 * 8
+    assert cost(noisy).flops.training - cost(SMALL).flops.training == 3 * 2 * (2 * 5 * 8)
+    assert cost(noisy).flops.prefill == cost(SMALL).flops.prefill
+    assert cost(noisy).flops.decode == cost(SMALL).flops.decode
+
+
+@st.composite
+def runnable_configs(draw: st.DrawFn) -> ModelConfig:
+    """Small configs that the decoder runs."""
+    routed = draw(st.booleans())
+    experts = draw(st.integers(1, 5))
+    layers = draw(st.integers(1, 3))
+    flag = st.booleans()
+    return ModelConfig(
+        vocab=draw(st.integers(1, 9)),
+        width=draw(st.integers(1, 7)),
+        layers=layers,
+        heads=draw(st.sampled_from([2, 4])),
+        kv_heads=draw(st.sampled_from([1, 2])),
+        head_dim=draw(st.sampled_from([2, 6])),
+        ffn=draw(st.integers(1, 9)),
+        router=RouterConfig(
+            experts=experts,
+            top_k=draw(st.integers(1, experts)),
+            balance_bias=draw(flag),
+            logits_bias=draw(flag),
+            noisy_top_k=draw(flag),
+        )
+        if routed
+        else None,
+        expert_width=draw(st.integers(1, 5)) if routed else 0,
+        shared_width=(shared := draw(st.integers(0, 5)) if routed else 0),
+        shared_gate=shared > 0 and draw(flag),
+        dense_first=draw(st.integers(0, layers - 1)),
+        activation=draw(st.sampled_from(["swiglu", "geglu", "relu", "gelu", "swiglu_clamped"])),
+        expert_bias=draw(flag),
+        qk_norm=draw(st.sampled_from(["none", "head", "full"])),
+        qkv_bias=draw(flag),
+        o_bias=draw(flag),
+        tied=draw(flag),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(runnable_configs())
+def test_total_is_what_the_decoder_holds(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        state = Decoder(config).state_dict()
+    assert cost(config).total == sum(tensor.numel() for tensor in state.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs.
+
+
+@settings(max_examples=25, deadline=None)
+@given(runnable_configs(), st.integers(1, 6))
+def test_prefill_is_what_torch_counts(config: ModelConfig, tokens: int) -> None:
+    model = Decoder(config, backend="reference").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.long))
+    matrices = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    # The first token attends to itself, the second to two, ...: a score and a weighted value, 2 FLOPs for each number.
+    attended = config.layers * config.heads * config.d_head * 4 * sum(range(1, tokens + 1))
+    assert cost(config, context=tokens).flops.prefill * tokens == matrices + attended
+
+
+def test_attention_by_hand() -> None:
+    # A head of width 4 attends to n tokens: n scores and n weighted values, 4 multiply-adds each.
+    bare = cost(SMALL, context=1).flops
+    one_more_token = 2 * 2 * 4 * 6 * 3  # FLOPs x (score, value) x head width x heads x layers
+    at_nine = cost(SMALL, context=9).flops
+    assert at_nine.decode - bare.decode == 8 * one_more_token
+    assert at_nine.prefill - bare.prefill == 4 * one_more_token  # the mean position of nine is the fifth
+    assert at_nine.training == 3 * at_nine.prefill
+
+
+@pytest.mark.parametrize(("name", "billions"), [("v3", 250), ("v2", 155)])
+def test_training_flops_are_those_that_deepseek_published(name: str, billions: int) -> None:
+    """arXiv:2505.09343, table 2: FLOPs per token at 4096 tokens, in billions."""
+    v3 = PRESETS["deepseek-v3"].model
+    assert v3 is not None
+    v2 = dataclasses.replace(
+        v3,
+        vocab=102400,
+        width=5120,
+        layers=60,
+        ffn=12288,
+        expert_width=1536,
+        shared_width=3072,
+        dense_first=1,
+        router=RouterConfig(experts=160, top_k=6, normalize=False, scale=16.0, groups=8, top_groups=3),
+    )
+    assert round(cost({"v3": v3, "v2": v2}[name], context=4096).train_flops / 1e9) == billions
+
+
+def test_mla_by_hand() -> None:
+    mla = MLAConfig(q_rank=3, kv_rank=5, nope_dim=4, rope_dim=2, v_dim=7)
+    config = ModelConfig(vocab=11, width=8, layers=2, heads=6, head_dim=4, ffn=13, mla=mla)
+    query, expand, out = 8 * 3 + 3 * 6 * (4 + 2), 5 * 6 * (4 + 7), 6 * 7 * 8
+    price = cost(config, context=9)
+    assert price.total_parameters.parts.attention == 2 * (query + 8 * (5 + 2) + expand + out)
+    assert price.total_parameters.parts.norms == 2 * (2 * 8 + 3 + 5) + 8
+    assert price.bytes.cache_per_token == 2 * 2 * (5 + 2)
+    matrices = 2 * (2 * (query + 8 * 7 + expand + out) + 2 * 3 * 8 * 13 + 11 * 8)
+    assert price.flops.prefill == matrices + 2 * 6 * 2 * (4 + 2 + 7) * 5
+    assert price.flops.decode == matrices + 2 * 6 * 2 * (5 + 2 + 5) * 9  # scores and values in the latent space
+    plain_query = cost(dataclasses.replace(config, mla=dataclasses.replace(mla, q_rank=None)))
+    assert plain_query.total_parameters.parts.attention - price.total_parameters.parts.attention == 2 * (
+        8 * 6 * 6 - query
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes.
+
+
+@pytest.mark.parametrize(
+    ("config", "cached"),
+    [
+        (PRESETS["deepseek-v3"].model, 70272),
+        (ModelConfig(vocab=152064, width=8192, layers=80, heads=64, kv_heads=8, ffn=29568), 327680),  # Qwen2.5-72B
+        (ModelConfig(vocab=128256, width=16384, layers=126, heads=128, kv_heads=8, ffn=53248), 516096),  # Llama-3.1
+    ],
+)
+def test_cache_is_the_published_one(config: ModelConfig, cached: int) -> None:
+    """arXiv:2505.09343, table 1: bytes per token in bfloat16."""
+    held = cost(config, context=1000).bytes
+    assert (held.cache_per_token, held.cache) == (cached, 1000 * cached)
+
+
+def test_weights_and_training_by_hand() -> None:
+    total, balance_bias = cost(SMALL).total, 2 * 5
+    for dtype, size in {"float32": 4, "bfloat16": 2, "float16": 2}.items():
+        assert cost(SMALL, dtype=dtype).bytes.weights == size * total
+    held = cost(SMALL).bytes
+    assert held.training_weights == 4 * total
+    assert held.training_gradients == 4 * (total - balance_bias)
+    assert held.training_moments == 8 * (total - balance_bias)
+    assert held.training == 16 * total - 12 * balance_bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Traffic.
+
+
+def test_traffic_by_hand() -> None:
+    # Five experts on two ranks: three and two. Both of a token's two experts miss the first with C(2, 2) of the
+    # C(5, 2) = 10 pairs, the second with C(3, 2).
+    reached = (1 - 1 / 10) + (1 - 3 / 10)
+    traffic = cost(SMALL, ranks=2).communication
+    assert traffic.moe_layers == 2
+    assert traffic.remote_share == 0.5
+    assert traffic.ranks_per_token == pytest.approx(reached)
+    # There and back, two assignments, half of them remote, eight numbers of two bytes.
+    assert dataclasses.astuple(traffic.per_assignment) == pytest.approx((2 * 2 * 0.5 * 8 * 2, 64, 128))
+    assert dataclasses.astuple(traffic.per_rank) == pytest.approx(tuple(n * reached / 2 for n in (32, 64, 128)))
+
+
+def test_one_rank_and_a_dense_model_send_nothing() -> None:
+    dense = ModelConfig(vocab=11, width=8, layers=2, heads=2, ffn=13)
+    for price in (cost(SMALL, ranks=1), cost(dense, ranks=4)):
+        assert price.communication.per_assignment.training == price.communication.per_rank.training == 0
+
+
+def test_deepseek_v3_reaches_at_most_the_four_nodes_it_allows() -> None:
+    model = PRESETS["deepseek-v3"].model
+    assert model is not None
+    assert model.router is not None
+    free = dataclasses.replace(model.router, groups=1, top_groups=1, group_score="max")
+    assert ranks_per_token(model.router, 8) < 4 < ranks_per_token(free, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.data())
+def test_ranks_per_token_by_brute_force(groups: int, size: int, ranks: int, data: st.DataObject) -> None:
+    top_groups = data.draw(st.integers(1, groups))
+    top_k = data.draw(st.integers(1, top_groups * size))
+    experts = groups * size
+    router = RouterConfig(experts=experts, top_k=top_k, groups=groups, top_groups=top_groups)
+    reached = [
+        len({expert * ranks // experts for expert in chosen})
+        for among in itertools.combinations(range(groups), top_groups)
+        for chosen in itertools.combinations([g * size + i for g in among for i in range(size)], top_k)
+    ]
+    assert ranks_per_token(router, ranks) == pytest.approx(sum(reached) / len(reached))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_plain_values() -> None:
+    price = cost(SMALL)
+    assert (price.context, price.ranks, price.dtype) == (9, 1, "bfloat16")
+    assert (price.train_flops, price.weight_bytes) == (price.flops.training, price.bytes.weights)
+    plain = json.loads(json.dumps(price.to_dict()))
+    assert plain["total_parameters"]["incl_all_embeddings"] == price.total
+    assert plain["communication"]["per_rank"]["forward"] == 0
+    assert set(plain) == {field.name for field in dataclasses.fields(Cost)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"context": 0}, "context = 0: at least 1"),
+        ({"ranks": 0}, "ranks = 0: at least 1"),
+        ({"dtype": "int3"}, "dtype = 'int3': one of float32, bfloat16, float16"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cost(SMALL, **wrong)
+
+
+def test_a_trillion_parameters_are_priced_without_torch() -> None:
+    code = (
+        "import sys; from handful.config import ModelConfig, RouterConfig; from handful.cost import cost;"
+        "print(cost(ModelConfig(vocab=163840, width=7168, layers=61, heads=64, expert_width=2048,"
+        " router=RouterConfig(experts=384, top_k=8))).total); assert 'torch' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert math.log10(int(out)) > 12
