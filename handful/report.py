@@ -1,0 +1,398 @@
+"""A comparison, or one training run, as one self-contained HTML file.
+
+Python renders what must be there without JavaScript: the finding, the warnings, the table, the settings. The script
+`web/report.js` draws curves, load and the text sample from a JSON block in the page. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handful import __version__
+from handful.checkpoint import write_file
+from handful.config import ModelConfig, from_dict
+from handful.errors import DataError
+from handful.observe import collapsed
+
+__all__ = ["collapse", "finding", "from_events", "routing_history", "write"]
+
+Doc = Mapping[str, Any]
+
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
+_ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
+_COLORS = {"dense-active": "var(--dense-active)", "moe": "var(--moe)", "dense-total": "var(--dense-total)"}
+MAX_SNAPSHOTS = 200  # of the load, kept in a page: more are finer than a slider's pixels and only make the file large
+
+
+def from_events(
+    events: Iterable[Doc], *, title: str = "Training run", command: str = "", machine: Doc | None = None
+) -> dict[str, Any]:
+    """The comparison document of one run, from its events (the lines of `RUN/events.jsonl`, parsed).
+
+    A resumed run repeats the steps after its last checkpoint: what was recorded later counts. A run that was cut short
+    gives what it has; without any evaluation its held-out loss is None. DataError if there is no "start" event.
+    """
+    events = _kept(events)
+    start = next((event for event in events if event["event"] == "start"), None)
+    if start is None:
+        raise DataError("events: no 'start' event; a run's events begin with one")
+
+    def one_seed(value: float | None) -> Doc:
+        return {"mean": value, "spread": 0.0, "values": [] if value is None else [value]}
+
+    router = from_dict(ModelConfig, start["model"]).router
+    evals, ends = _of_kind("eval", events), _of_kind("end", events)
+    final: Doc = (ends or evals or [{}])[-1]
+    speed: Doc = (ends or _of_kind("step", events) or [{}])[-1]
+    flops = start["train_flops_per_token"]
+    team = {
+        "name": "moe" if router else "dense-active",
+        "label": f"mixture of {router.experts} experts, {router.top_k} per token" if router else "dense model",
+        "model": start["model"],
+        "parameters": start["parameters"],
+        "train_flops_per_token": flops,
+        "weight_bytes": 4 * start["parameters"]["total"],  # trained weights are float32, under bfloat16 autocast too
+        "lr": start["train"]["lr"],
+        "heldout_loss": one_seed(final.get("loss")),
+        "bits_per_byte": one_seed(final.get("bits_per_byte")),
+        "train_tokens_per_second": speed.get("tokens_per_second"),
+        "decode_tokens_per_second": None,
+        "train_seconds": speed.get("seconds"),
+        "reached": None,
+        "curve": [
+            {key: e[key] for key in ("tokens", "seconds", "loss")}
+            | {"flops": e["tokens"] * flops, "low": e["loss"], "high": e["loss"]}
+            for e in evals
+        ],
+        "routing": routing_history(events),
+        "warnings": [event["message"] for event in _of_kind("warning", events)],
+    }
+    return {
+        "title": title,
+        "handful": __version__,
+        "machine": dict(machine or {}) | {key: start[key] for key in ("device", "threads", "dtype")},
+        "data": start["data"],
+        "seeds": [start["train"]["seed"]],
+        "train": start["train"],
+        "command": command,
+        "teams": [team],
+        "sample": None,
+    }
+
+
+def routing_history(events: Iterable[Doc]) -> dict[str, Any] | None:
+    """A run's routing events as a comparison's `routing`: a list per statistic, an item per event. None: no events."""
+    found = _of_kind("routing", _kept(events))
+    steps = {"steps": [event["step"] for event in found]}
+    return steps | {name: [event[name] for event in found] for name in _ROUTING} if found else None
+
+
+def collapse(routing: Doc, top_k: int) -> dict[int, str]:
+    """Why routing collapsed, by the place of the layer among the MoE layers; a layer where it did not is left out.
+
+    Judged by `observe.collapsed` on the load over the last fifth of the record, so that an early stumble is forgiven.
+    """
+    late = max(1, round(len(routing["load"]) / 5))
+    load_LE = torch.tensor(routing["load"][-late:]).mean(0)
+    return {layer: why for layer, load_E in enumerate(load_LE) if (why := collapsed(load_E, top_k))}
+
+
+def _kept(events: Iterable[Doc]) -> list[Doc]:
+    """The events without those that a resumed run did again."""
+    kept: list[Doc] = []
+    for event in events:
+        # A "step" opens its step, so that what stands there already is from before the run was cut short.
+        first = event.get("step", math.inf) + (event["event"] != "step")
+        while kept and kept[-1].get("step", 0) >= first:
+            kept.pop()
+        if event["event"] != "start" or not kept:
+            kept.append(event)
+    return kept
+
+
+def _of_kind(kind: str, events: Iterable[Doc]) -> list[Doc]:
+    return [event for event in events if event["event"] == kind]
+
+
+def finding(comparison: Doc) -> list[str]:
+    """What the numbers say, in sentences, with chance and price: nothing that the document does not hold."""
+    teams = {team["name"]: team for team in comparison["teams"]}
+    if "dense-active" in teams and "moe" in teams:
+        return _verdict(teams["dense-active"], teams["moe"], teams.get("dense-total"), len(comparison["seeds"]))
+    return [sentence for team in comparison["teams"] for sentence in _alone(team)]
+
+
+def _verdict(small: Doc, moe: Doc, big: Doc | None, seeds: int) -> list[str]:
+    ours, theirs = _loss(moe), _loss(small)
+    if ours is None or theirs is None:
+        who = "mixture of experts" if ours is None else "small dense model"
+        return [f"The {who} has no finite held-out loss: its training diverged or was cut short."]
+    gap, noise = theirs - ours, max(_spread(small), _spread(moe))
+    if seeds == 1:
+        chance = "this is one seed, so the spread over seeds is not known"
+    elif abs(gap) > noise:
+        chance = f"the spread over {seeds} seeds is {noise:.3f}"
+    else:
+        chance = f"that is within the spread over {seeds} seeds ({noise:.3f}), so these runs show no difference"
+    out = [
+        f"With {_as_many('active', moe, small)} parameters of the small dense model, the mixture of experts ends at a "
+        f"held-out loss of {ours:.3f} nats per token, {_versus(gap)} the small dense model’s {theirs:.3f}; {chance}."
+    ]
+    if moe["reached"] and small["curve"]:
+        end = small["curve"][-1]
+        tokens, flops, seconds = (_times(moe["reached"][k], end[k], ".0%") for k in ("tokens", "flops", "seconds"))
+        share = f"{tokens} of its tokens, {flops} of its FLOPs and {seconds} of its time"
+        out.append(f"It reached the small dense model’s final loss with {share}.")
+    else:
+        out.append("It did not reach the small dense model’s final loss.")
+    if big is not None and (most := _loss(big)) is not None:
+        doubt = ", within the spread" if seeds > 1 and abs(ours - most) <= max(_spread(big), _spread(moe)) else ""
+        out.append(
+            f"The dense model with {_as_many('total', big, moe)} parameters ends at {most:.3f}, {_versus(ours - most)} "
+            f"the mixture of experts{doubt}, at {_times(big['train_flops_per_token'], moe['train_flops_per_token'])} "
+            "its FLOPs per token."
+        )
+    price = [f"{_times(moe['weight_bytes'], small['weight_bytes'])} the weight memory"]
+    for key, what in (("train_tokens_per_second", "training"), ("decode_tokens_per_second", "decoding")):
+        if _finite(moe[key]) and _finite(small[key]):
+            price.append(f"{_times(moe[key], small[key], '.2f')} the {what} speed")
+    return [*out, f"Its price, next to the small dense model: {', '.join(price)}."]
+
+
+def _alone(team: Doc) -> list[str]:
+    loss, bits = _loss(team), _finite(team["bits_per_byte"]["mean"])
+    total, active = team["parameters"]["total"], team["parameters"]["active"]
+    label = team["label"][:1].upper() + team["label"][1:]
+    uses = f"{_si(active)} of its {_si(total)} parameters" if active < total else f"all of its {_si(total)} parameters"
+    out = [f"{label}: every token uses {uses}."]
+    if loss is None:
+        return [*out, "There is no finite held-out loss: the training diverged or was cut short."]
+    after = f"After {_si(team['curve'][-1]['tokens'])} tokens the" if team["curve"] else "The"
+    return [
+        *out,
+        f"{after} held-out loss is {loss:.3f} nats per token" + (f", {bits:.3f} bits per byte." if bits else "."),
+    ]
+
+
+def _as_many(which: str, a: Doc, b: Doc) -> str:
+    times = a["parameters"][which] / b["parameters"][which]
+    same = {"active": "the active", "total": "as many total"}[which]
+    return same if 0.95 <= times <= 1.05 else f"{times:.2f}× the {which}"
+
+
+def _versus(gap: float) -> str:
+    return "the same as" if abs(gap) < 0.0005 else f"{abs(gap):.3f} {'lower' if gap > 0 else 'higher'} than"
+
+
+def _times(a: Any, b: Any, form: str = ".1f") -> str:
+    top, bottom = _finite(a), _finite(b)
+    if top is None or not bottom:
+        return "an unknown share"
+    return format(top / bottom, form) + ("" if form.endswith("%") else "×")
+
+
+def _loss(team: Doc) -> float | None:
+    return _finite(team["heldout_loss"]["mean"])
+
+
+def _spread(team: Doc) -> float:
+    return _finite(team["heldout_loss"]["spread"]) or 0.0
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def write(comparison: Doc, path: str | Path) -> Path:
+    """Write the page of a comparison document, whole or not at all, and return its path."""
+    write_file(path, _page(comparison).encode("utf-8", "replace"))  # half a surrogate pair becomes "?"
+    return Path(path)
+
+
+def _page(doc: Doc) -> str:
+    web = resources.files("handful") / "web"
+    seeds = len(doc["seeds"])
+    how = "Read across: each row is one measure" + (", with its ratio to the small dense model." if _base(doc) else ".")
+    if seeds > 1:
+        how += f" Losses are means over {seeds} seeds; their spread is highest minus lowest."
+    parts = {
+        "title": escape(doc["title"]),
+        "byline": escape(f"Handful {doc['handful']} · {doc['data']['name']} · {seeds} seed{'s' * (seeds > 1)}"),
+        "finding": escape(" ".join(finding(doc))),
+        "banners": "".join(map(_banners, doc["teams"])),
+        "table_title": "Side by side" if len(doc["teams"]) > 1 else "In numbers",
+        "table_how": how,
+        "table": _table(doc),
+        "made": _made(doc),
+        "data": _json(_view(doc)),
+        "css": (web / "report.css").read_text("utf-8"),
+        "js": (web / "report.js").read_text("utf-8"),
+    }
+    # One pass: braces in what is filled in stay what they are.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], (web / "report.html").read_text("utf-8"))
+
+
+def _view(doc: Doc) -> Doc:
+    """What the page's script draws."""
+    teams = []
+    for team in doc["teams"]:
+        routing = team["routing"]
+        if routing:
+            last = len(routing["steps"]) - 1
+            count = min(last + 1, MAX_SNAPSHOTS)
+            steps = [round(i * last / max(1, count - 1)) for i in range(count)]
+            routing = {key: [values[i] for i in steps] for key, values in routing.items()} | {"layers": _layers(team)}
+        shown = {key: team[key] for key in ("name", "label", "curve", "reached")}
+        teams.append(shown | {"color": _COLORS[team["name"]], "routing": routing})
+    return {"teams": teams, "goal": _loss(base) if (base := _base(doc)) else None, "sample": doc["sample"]}
+
+
+def _layers(team: Doc) -> list[int]:
+    """The indices of a team's MoE layers."""
+    model = from_dict(ModelConfig, team["model"])
+    return [layer for layer in range(model.layers) if model.is_moe(layer)]
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in a script element: ASCII, no "<", six digits, null for what is not finite."""
+
+    def clean(x: Any) -> Any:
+        if isinstance(x, float):
+            return float(f"{x:.6g}") if math.isfinite(x) else None
+        if isinstance(x, Mapping):
+            return {key: clean(inner) for key, inner in x.items()}
+        return [clean(inner) for inner in x] if isinstance(x, list | tuple) else x
+
+    text = json.dumps(clean(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _banners(team: Doc) -> str:
+    label, layers, out = escape(team["label"]), _layers(team), ""
+    if team["routing"] and (bad := collapse(team["routing"], team["model"]["router"]["top_k"])):
+        items = _list(f"Layer {layers[place]}: {why}." for place, why in bad.items())
+        out = (
+            '<div class="banner alarm" role="alert"><p><strong>Routing collapsed</strong> in '
+            f"{len(bad)} of {len(layers)} MoE layers of {label}: the router keeps choosing the same few experts. "
+            f"Over the last fifth of the run:</p>{items}</div>"
+        )
+    if team["warnings"]:
+        out += (
+            f'<div class="banner"><p>Warnings while training {label}:</p>{_list(dict.fromkeys(team["warnings"]))}</div>'
+        )
+    return out
+
+
+_REACHED = "Reached the small dense model’s final loss after"
+# Group, measure, unit, and how to read the value from a team. {"mean", "spread"} values are losses.
+_MEASURES: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
+    ("Size and cost", "Total parameters", "", lambda t: t["parameters"]["total"]),
+    ("Size and cost", "Active parameters per token", "", lambda t: t["parameters"]["active"]),
+    ("Size and cost", "Training FLOPs per token", "FLOP", lambda t: t["train_flops_per_token"]),
+    ("Size and cost", "Weight memory", "B", lambda t: t["weight_bytes"]),
+    ("Quality on held-out text", "Loss", "nats/token", lambda t: t["heldout_loss"]),
+    ("Quality on held-out text", "Compression", "bits/byte", lambda t: t["bits_per_byte"]),
+    ("Speed on this machine", "Training", "tokens/s", lambda t: t["train_tokens_per_second"]),
+    ("Speed on this machine", "Decoding", "tokens/s", lambda t: t["decode_tokens_per_second"]),
+    ("Speed on this machine", "Time in training", "s", lambda t: t["train_seconds"]),
+    (_REACHED, "Tokens", "", lambda t: (t["reached"] or {}).get("tokens")),
+    (_REACHED, "FLOPs", "FLOP", lambda t: (t["reached"] or {}).get("flops")),
+    (_REACHED, "Time", "s", lambda t: (t["reached"] or {}).get("seconds")),
+)
+
+
+def _table(doc: Doc) -> str:
+    teams, base, group = doc["teams"], _base(doc), ""
+    head = "".join(
+        f'<th scope="col"><i class="swatch" style="--c:{_COLORS[t["name"]]}"></i>{escape(t["label"])}</th>'
+        for t in teams
+    )
+    body = ""
+    for title, measure, unit, read in _MEASURES:
+        cells = [read(team) for team in teams]
+        loss = isinstance(cells[0], Mapping)
+        numbers = [_finite(cell["mean"] if loss else cell) for cell in cells]
+        if all(number is None for number in numbers) or (title == _REACHED and not base):
+            continue
+        first = _finite(read(base)) if base else None
+        if loss:
+            texts = ["—" if number is None else f"{number:.3f}" for number in numbers]
+            spreads = [_finite(cell["spread"]) if len(doc["seeds"]) > 1 else None for cell in cells]
+            notes = ["" if spread is None else f"spread {spread:.3f}" for spread in spreads]
+        else:
+            unit, texts = _row(numbers, unit)
+            notes = [f"{n / first:.2f}×" if first and n is not None and n != first else "" for n in numbers]
+        if title != group:
+            group = title
+            body += f'<tr class="group"><th scope="rowgroup" colspan="{len(teams) + 1}">{title}</th></tr>'
+        both = zip(texts, notes, strict=True)
+        values = "".join(f"<td>{text}{f'<small>{note}</small>' if base else ''}</td>" for text, note in both)
+        body += f'<tr><th scope="row">{measure} <span class="unit">{unit}</span></th>{values}</tr>'
+    style = "measures" if len(teams) > 1 else "measures one"
+    return f'<table class="{style}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _base(doc: Doc) -> Doc | None:
+    """The team that the others are measured against; None for a single run."""
+    return next((t for t in doc["teams"] if t["name"] == "dense-active"), None) if len(doc["teams"]) > 1 else None
+
+
+def _made(doc: Doc) -> str:
+    def listed(values: Doc) -> str:
+        names = {key: key.removesuffix("_bytes").replace("_", " ") for key in values}
+        return escape("; ".join(f"{names[key]} {_plain(key, value)}" for key, value in values.items() if value))
+
+    rows = {
+        "Command": doc["command"] and f"<code>{escape(doc['command'])}</code>",
+        "Text": listed(doc["data"]),
+        "Machine": listed(doc["machine"]),
+        "Seeds": ", ".join(map(str, doc["seeds"])),
+    }
+    facts = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows.items() if value)
+    settings = {"Training settings": doc["train"]}
+    settings |= {f"Model: {t['label']}, learning rate {t['lr']:.3g}": t["model"] for t in doc["teams"]}
+    return f'<dl class="facts">{facts}</dl>' + "".join(
+        f"<details><summary>{escape(title)}</summary><pre>{escape(json.dumps(values, indent=2))}</pre></details>"
+        for title, values in settings.items()
+    )
+
+
+def _plain(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{count:,} {what}" for what, count in value.items()]
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if key.endswith("_bytes"):
+        return _si(value) + "B"
+    return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _list(items: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+
+
+def _si(value: float) -> str:
+    scale, prefix = next((s or 1.0, p) for s, p in _PREFIXES if value >= s)
+    return f"{value / scale:.3g} {prefix}".strip()
+
+
+def _row(numbers: Sequence[float | None], unit: str) -> tuple[str, list[str]]:
+    """One unit for a whole row, so that its digits line up: (the unit with its prefix, the numbers in it)."""
+    known = [abs(number) for number in numbers if number]
+    largest, least = max(known, default=1.0), min(known, default=1.0)
+    if unit == "s":
+        scale, unit = (3600.0, "h") if largest >= 7200 else (60.0, "min") if largest >= 120 else (1.0, "s")
+    else:
+        scale, prefix = next((s or 1.0, p) for s, p in _PREFIXES if largest >= s)
+        unit = f"{prefix} {unit}" if prefix and unit == "tokens/s" else prefix + unit
+    decimals = min(3, max(0, 2 - math.floor(math.log10(least / scale))))  # three digits of the smallest
+    return unit, ["—" if number is None else f"{number / scale:,.{decimals}f}" for number in numbers]
