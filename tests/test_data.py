@@ -1,0 +1,599 @@
+"""Documents, the split, the cache of tokens, bits per byte, and the order of batches.
+
+Legend: B sequences · S tokens in one · V vocabulary
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from handful import data as module
+from handful.data import (
+    Batches,
+    Data,
+    bits_per_byte,
+    heldout_batches,
+    load_data,
+    read_documents,
+    split_documents,
+)
+from handful.errors import ConfigError, DataError, MissingExtraError
+from handful.text import END_OF_TEXT, train_tokenizer
+
+WORDS = ["import", "return", "lambda", "yield", "self.assertEqual", "naïve", "☃", "x", "=", "1", "range(10):\n"]
+
+
+def document(number: int, words: int = 60) -> str:
+    rng = np.random.default_rng(number)
+    return " ".join(rng.choice(WORDS, words)) + f" # {number}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eighty documents that differ."""
+    path = tmp_path / "text"
+    path.mkdir()
+    for number in range(80):
+        (path / f"{number:03}.txt").write_text(document(number), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def texts_of(data: Data, tokens: np.ndarray[Any, Any]) -> list[str]:
+    """The documents that a row of tokens spells: eos, document, eos, document, …, eos."""
+    ends = np.flatnonzero(np.asarray(tokens) == data.tokenizer.eos_id)
+    assert ends[0] == 0
+    assert ends[-1] == len(tokens) - 1
+    return [data.tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(ends)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources and documents.
+
+
+def test_folder_skips_with_a_count_by_reason(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.txt").write_text("second")
+    (tmp_path / "a.py").write_bytes(
+        b"first\r\n\xef\xbb\xbf"
+    )  # read to the byte: neither ends of lines nor marks change
+    (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*- é".encode("latin-1"))
+    (tmp_path / "empty").touch()
+    (tmp_path / "blank").write_text(" \n\t\n")
+    (tmp_path / "image").write_bytes(b"GIF\0\xff")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("hidden")
+    (tmp_path / ".hidden").write_text("hidden")
+    name, documents, skipped = read_documents(str(tmp_path))
+    assert name == str(tmp_path)
+    assert documents == [b"first\r\n\xef\xbb\xbf", b"second"]
+    assert skipped == {"not UTF-8": 1, "empty": 2, "binary": 1, "unreadable": 2}
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("closed", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read_documents(str(tmp_path))[1:] == ([b"open"], {"unreadable": 1})
+
+
+def test_jsonl_holds_a_document_a_line(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "one\\nline \\u2603"}',
+        b"",
+        b'{"text": ""}',
+        b'{"title": "no text"}',
+        b'{"text": 5}',
+        b"[1]",
+        b"not json",
+        b"[" * 100_000,
+        b'{"text": "half a pair \\ud83d"}',
+        b'{"text": "\xff"}',
+        b'{"text": "nul \\u0000"}',
+        b'{"text": "two", "id": 2}',
+    ]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    _, documents, skipped = read_documents(str(tmp_path / "rows.jsonl"))
+    assert documents == ["one\nline ☃".encode(), b"two"]
+    assert skipped == {"empty": 1, 'without "text"': 5, "not UTF-8": 2, "binary": 1}
+
+
+def test_glob_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.md", "a.md", "c.txt", "sub/d.md", "[x].md"):
+        (tmp_path / name).write_text(name)
+    assert read_documents(str(tmp_path / "?.md"))[1] == [b"a.md", b"b.md"]
+    assert read_documents(str(tmp_path / "**" / "*.md"))[1] == [b"[x].md", b"a.md", b"b.md", b"sub/d.md"]
+    assert read_documents(str(tmp_path / "[x].md"))[1] == [b"[x].md"]  # a file of that name comes before a pattern
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_documents("~/c.txt")[1] == [b"c.txt"]
+
+
+def test_default_text_is_pythons_own_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, documents, _ = read_documents(None)
+    assert name == f"Python {sys.version.split()[0]} standard library"
+    assert Path(json.__file__).read_bytes() in documents
+    assert sum(map(len, documents)) > 5e6
+
+    for file in ("ok.py", "test/ok2.py", "site-packages/no.py", "__pycache__/no.py", "no.so", "dist-packages/no.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(file)
+    monkeypatch.setattr(sysconfig, "get_path", lambda key: str(tmp_path))
+    assert read_documents(None)[1] == [b"ok.py", b"test/ok2.py"]
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[Any]]) -> list[tuple[str, str]]:
+    asked: list[tuple[str, str]] = []
+
+    class Rows(dict[str, list[Any]]):
+        @property
+        def column_names(self) -> list[str]:
+            return list(self)
+
+    def load_dataset(name: str, split: str) -> Rows:
+        asked.append((name, split))
+        if split == "nope":
+            raise ValueError("Unknown split 'nope'.\nMore lines.")
+        return Rows(columns)
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return asked
+
+
+def test_rows_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_datasets(monkeypatch, {"id": [1, 2, 3], "text": ["one", None, "two"]})
+    name, documents, skipped = read_documents("hf:org/name")
+    assert (name, documents, skipped) == ("hf:org/name", [b"one", b"two"], {"empty": 1})
+    read_documents("hf:org/name:validation")
+    assert asked == [("org/name", "train"), ("org/name", "validation")]
+    with pytest.raises(DataError, match=r"^data 'hf:org/name:nope': Unknown split 'nope'\.$"):
+        read_documents("hf:org/name:nope")
+    fake_datasets(monkeypatch, {"content": ["one"]})
+    with pytest.raises(DataError, match=r"no column 'text' among \['content'\]"):
+        read_documents("hf:org/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"data 'hf:org/name' needs the package 'datasets': pip install"):
+        read_documents("hf:org/name")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split.
+
+
+@settings(deadline=None)
+@given(numbers=st.lists(st.integers(0, 150), min_size=2, max_size=200), data=st.data())
+def test_copies_are_never_on_both_sides(numbers: list[int], data: st.DataObject) -> None:
+    documents = [document(number, words=10 + number % 7).encode() for number in numbers]
+    train, heldout = split_documents(documents)
+    assert not set(train) & set(heldout)
+    assert Counter(train + heldout) == Counter(documents)  # too short to be cut: nothing lost, nothing added
+    assert bool(heldout) == (len(set(documents)) > 1)
+    # The side depends on the content alone: neither on the order nor on where a copy stands.
+    shuffled = data.draw(st.permutations(documents))
+    assert set(split_documents(shuffled)[1]) == set(heldout)
+
+
+def test_share_of_many_documents() -> None:
+    documents = [document(number).encode() for number in range(1000)]
+    train, heldout = split_documents(documents)
+    share = sum(map(len, heldout)) / sum(map(len, documents))
+    assert 0.04 <= share <= 0.05
+    assert [d for d in documents if d in set(heldout)] == heldout  # in the order given
+    assert [d for d in documents if d in set(train)] == train
+    # Most stay on their side when the text grows, for the hash of each orders them.
+    more = split_documents([*documents, *(document(number).encode() for number in range(1000, 1100))])[1]
+    assert len(set(heldout) & set(more)) >= 0.9 * len(heldout)
+
+
+@given(lengths=st.lists(st.integers(0, 80), min_size=5, max_size=50))
+def test_a_long_document_is_cut_at_line_ends(lengths: list[int]) -> None:
+    lines = [f"{number} " + "☃" * length for number, length in enumerate(lengths * 40)]
+    text = "\n".join(lines).encode()
+    longest = 1000
+    sections = list(module._sections(text, longest))
+    assert b"".join(sections) == text
+    assert all(0 < len(section) <= 1.5 * longest for section in sections)
+    assert all(section.endswith(b"\n") for section in sections[:-1])
+    train, heldout = split_documents([text])
+    assert not set(train) & set(heldout)
+    assert sum(map(len, train + heldout)) == len(text)
+    assert b"".join(train + heldout).count(b"\n") == len(lines) - 1
+    if len(text) > 10_000:  # in a shorter one a section of 256 bytes and more may be over the limit
+        assert 0.03 * len(text) < sum(map(len, heldout)) <= 0.05 * len(text)
+
+
+def test_a_document_of_one_line_is_cut_between_characters() -> None:
+    text = ("☃" * 3000).encode()
+    sections = list(module._sections(text, 1000))
+    assert b"".join(sections) == text
+    assert len(sections) == 9
+    assert {len(section.decode()) for section in sections} <= {332, 333, 334}
+
+
+def test_few_documents() -> None:
+    small, large = b"a" * 100, b"b" * 200
+    assert split_documents([large, small, large, small]) == ([large, large], [small, small])
+    assert split_documents([small, small]) == ([small, small], [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load_data and its cache.
+
+
+def test_tokens_spell_the_documents(folder: Path, cache: Path) -> None:
+    lines: list[str] = []
+    (folder / "bad").write_bytes(b"\xff")
+    data = load_data(str(folder), vocab=400, cache=cache, progress=lines.append)
+    train, heldout = split_documents(read_documents(str(folder))[1])
+    assert texts_of(data, data.train) == [text.decode() for text in train]
+    assert texts_of(data, data.heldout) == [text.decode() for text in heldout]
+    assert (data.documents, data.skipped) == (80, {"not UTF-8": 1})
+    assert lines[0].endswith("80 documents, 0.0 MB; skipped 1 (1 not UTF-8)")
+    assert data.heldout_bytes == sum(map(len, heldout))
+    assert isinstance(data.train, np.memmap)
+    assert data.train.dtype == np.uint16
+    assert data.tokenizer.vocab_size <= 400
+    assert data.summary() == {
+        "name": str(folder),
+        "documents": 80,
+        "skipped": {"not UTF-8": 1},
+        "train_tokens": len(data.train),
+        "heldout_tokens": len(data.heldout),
+        "bytes_per_token": data.heldout_bytes / (len(data.heldout) - 1),
+    }
+    json.dumps(data.summary())
+
+
+def test_groups_of_documents_are_tokenised_in_order(
+    folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = load_data(str(folder), vocab=300, cache=cache)
+    monkeypatch.setattr(module, "_GROUP", 1500)
+    lines: list[str] = []
+    grouped = load_data(str(folder), vocab=300, cache=tmp_path / "other", progress=lines.append)
+    np.testing.assert_array_equal(grouped.train, at_once.train)
+    np.testing.assert_array_equal(grouped.heldout, at_once.heldout)
+    # A line for the text, one for the tokenizer, ten at most for each part, the last of them at its end.
+    assert len(lines) == 2 + 10 + 1
+    assert lines[1] == "training a tokenizer of 300 tokens on 0.0 MB"
+    assert lines[-1] == "tokenised 0.0 of 0.0 MB"
+
+
+def test_held_out_text_trains_no_tokenizer(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def train(texts: Any, vocab: int) -> Any:
+        seen.extend(texts)
+        return train_tokenizer(seen, vocab)
+
+    monkeypatch.setattr(module, "train_tokenizer", train)
+    data = load_data(str(folder), vocab=300, cache=cache)
+    assert seen == texts_of(data, data.train)
+    assert not set(seen) & set(texts_of(data, data.heldout))
+
+    # Of a text above the limit: every third document, where a third of it is within.
+    before, seen = seen, []
+    monkeypatch.setattr(module, "_SAMPLE", sum(len(text.encode()) for text in before) // 3 + 1)
+    load_data(str(folder), vocab=300, cache=cache / "other")
+    assert seen == before[::3]
+
+
+def test_the_second_time_it_is_read(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_data(str(folder), vocab=300, cache=cache)
+    tokenizer = folder.parent / "tokenizer.json"
+    first.tokenizer.save(tokenizer)
+    given = load_data(str(folder), tokenizer=str(tokenizer), cache=cache)
+    assert given.tokenizer.fingerprint == first.tokenizer.fingerprint
+    np.testing.assert_array_equal(given.train, first.train)
+    assert len(list(cache.rglob("*"))) == 3  # the folder, and a file for each
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(module, "_tokenize", fail)
+    monkeypatch.setattr(module, "train_tokenizer", fail)
+    # By content: another name, the same text.
+    moved = folder.rename(folder.parent / "moved")
+    for again, before in [
+        (load_data(str(moved), vocab=300, cache=cache), first),
+        (load_data(str(moved), tokenizer=str(tokenizer), cache=cache), given),
+    ]:
+        assert again.fingerprint == before.fingerprint
+        assert again.tokenizer.fingerprint == before.tokenizer.fingerprint
+        assert (again.heldout_bytes, again.documents) == (before.heldout_bytes, before.documents)
+        np.testing.assert_array_equal(again.train, before.train)
+        np.testing.assert_array_equal(again.heldout, before.heldout)
+    with pytest.raises(AssertionError, match="made again"):
+        load_data(str(moved), vocab=301, cache=cache)
+    (moved / "000.txt").write_text("changed")
+    with pytest.raises(AssertionError, match="made again"):
+        load_data(str(moved), vocab=300, cache=cache)
+
+
+def test_where_the_cache_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HANDFUL_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    load_data(str(folder), vocab=300)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load_data(str(folder), vocab=300)
+    monkeypatch.setenv("HANDFUL_CACHE", str(tmp_path / "own"))
+    load_data(str(folder), vocab=300)
+    for place in ("home/.cache/handful", "xdg/handful", "own"):
+        assert len(list((tmp_path / place).glob("tokens/*.tokens"))) == 1
+
+
+def test_large_vocabularies_take_four_bytes(folder: Path, cache: Path) -> None:
+    vocab = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 70_000)}
+    inner = tokenizers.Tokenizer(models.BPE({f"{n:05}": n for n in range(70_000)} | vocab, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END_OF_TEXT])
+    inner.save(str(folder.parent / "tokenizer.json"))
+    data = load_data(str(folder), tokenizer=str(folder.parent / "tokenizer.json"), cache=cache)
+    assert data.train.dtype == np.uint32
+    assert data.tokenizer.eos_id == 70_256
+    assert data.train.max() == 70_256
+    assert texts_of(data, data.heldout) == [
+        text.decode() for text in split_documents(read_documents(str(folder))[1])[1]
+    ]
+    inputs_BS, _ = Batches(data.train, batch=2, context=8, seed=0).at(0)
+    assert inputs_BS.dtype == torch.int64
+
+
+def test_a_damaged_cache_is_made_again(folder: Path, cache: Path) -> None:
+    data = load_data(str(folder), vocab=300, cache=cache)
+    train = np.array(data.train)
+    (file,) = cache.glob("tokens/*.tokens")
+    whole = file.read_bytes()
+
+    def flipped(at: int) -> bytes:
+        return whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+
+    header = whole.index(b"{")
+    damages = [whole[:length] for length in (0, 1, 16, 31, 40, header + 9, len(whole) // 2, len(whole) - 1)]
+    damages += [flipped(at) for at in (3, 17, header + 30, len(whole) // 2, len(whole) - 40, len(whole) - 1)]
+    damages += [whole + b"\0", os.urandom(2000), b"\0" * 2000]
+    for damage in damages:
+        file.unlink()
+        file.write_bytes(damage)
+        lines: list[str] = []
+        again = load_data(str(folder), vocab=300, cache=cache, progress=lines.append)
+        assert any("is damaged" in line for line in lines)
+        np.testing.assert_array_equal(again.train, train)
+        assert file.read_bytes() == whole
+
+
+LOAD = """
+import os, signal, sys
+from pathlib import Path
+from handful.data import load_data
+if sys.argv[3] == "die":
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+print(load_data(sys.argv[1], vocab=300, cache=Path(sys.argv[2])).fingerprint)
+"""
+
+
+def start(folder: Path, cache: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD, str(folder), str(cache), how], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_killed_writers_and_writers_at_once(folder: Path, cache: Path) -> None:
+    dying = start(folder, cache, "die")
+    dying.communicate()
+    assert dying.returncode == -signal.SIGKILL
+    (left,) = (cache / "tokens").iterdir()  # what it wrote, under a name that nobody reads
+    assert left.suffix == ".tmp"
+
+    writers = [start(folder, cache, "live") for _ in range(2)]
+    fingerprints = {writer.communicate()[0].strip() for writer in writers}
+    assert [writer.returncode for writer in writers] == [0, 0]
+    lines: list[str] = []
+    data = load_data(str(folder), vocab=300, cache=cache, progress=lines.append)
+    assert fingerprints == {data.fingerprint}
+    assert len(lines) == 1  # read, not made
+    assert sorted(file.suffix for file in (cache / "tokens").iterdir()) == [".tmp", ".tokens"]
+
+    # What was left more than a day ago, nobody is writing any more.
+    os.utime(left, (time.time() - 90_000,) * 2)
+    load_data(str(folder), vocab=301, cache=cache)
+    assert {file.suffix for file in (cache / "tokens").iterdir()} == {".tokens"}
+
+
+def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"^cache '.*': cannot be written: Not a directory: set HANDFUL_CACHE"):
+        load_data(str(folder), vocab=300, cache=tmp_path / "file")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        load_data(str(folder), vocab=300, cache=tmp_path / "full")
+    assert list((tmp_path / "full" / "tokens").iterdir()) == []
+
+
+def test_errors_are_one_line(folder: Path, tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.vocab = 200: at least 257$"):
+        load_data(str(folder), vocab=200, cache=cache)
+    for source in (str(tmp_path / "nowhere"), str(tmp_path / "*.nothing")):
+        with pytest.raises(DataError, match=r"no such file or folder, and nothing that matches it as a pattern$"):
+            load_data(source, cache=cache)
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(DataError, match=r"bad': no text: skipped none$"):
+        load_data(str(tmp_path / "bad"), cache=cache)
+    (tmp_path / "bad" / "1").touch()
+    (tmp_path / "bad" / "2").write_bytes(b"\0")
+    (tmp_path / "bad" / "3").touch()
+    with pytest.raises(DataError, match=r"bad': no text: skipped 3 \(2 empty, 1 binary\)$"):
+        load_data(str(tmp_path / "bad"), cache=cache)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone': no text: skipped 1 \(1 unreadable\)$"):
+        load_data(str(tmp_path / "gone"), cache=cache)
+    (tmp_path / "tiny").write_text("hello")
+    with pytest.raises(DataError, match=r"tiny': all of its 5 bytes \(at most as many tokens\) are one document"):
+        load_data(str(tmp_path / "tiny"), cache=cache)
+    tokens = np.zeros(128, np.uint16)
+    with pytest.raises(DataError, match=r"^the training part has 128 tokens: one sequence of context 128 needs 129$"):
+        Batches(tokens, batch=2, context=128, seed=0)
+    with pytest.raises(DataError, match=r"^the held-out part has 128 tokens: one sequence of context 128 needs 129$"):
+        heldout_batches(tokens, 2, 128, 1000)
+
+
+def test_one_file_is_enough(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(document(number) for number in range(40)), encoding="utf-8")
+    data = load_data(str(tmp_path / "book.txt"), vocab=300, cache=cache)
+    assert data.documents == 1
+    assert 0.02 < data.heldout_tokens / (data.train_tokens + data.heldout_tokens) < 0.08
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bits per byte.
+
+
+def test_bits_per_byte_by_hand() -> None:
+    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8)  # every byte equally likely, a token each
+    assert bits_per_byte(math.log(4), 4.0) == pytest.approx(0.5)  # 2 bits for 4 bytes
+
+
+@pytest.mark.parametrize("vocab", [257, 300, 400])
+def test_bits_per_byte_is_exact_and_the_same_for_any_tokenizer(folder: Path, cache: Path, vocab: int) -> None:
+    data = load_data(str(folder), vocab=vocab, cache=cache)
+    # A model that spends 8 bits on every byte and 3 on every end of a document, whatever the tokens.
+    spent_V = [8.0 * len(data.tokenizer.token_bytes(token)) for token in range(data.tokenizer.vocab_size)]
+    spent_V[data.tokenizer.eos_id] = 3.0
+    bits_V = torch.tensor(spent_V, dtype=torch.float64)
+    targets = torch.cat([targets_BS.flatten() for _, targets_BS in heldout_batches(data.heldout, 7, 1, 10**9)])
+    assert len(targets) == data.heldout_tokens - 1  # all but the eos that comes first
+    loss = float(bits_V[targets].mean()) * math.log(2)
+    held = split_documents(read_documents(str(folder))[1])[1]
+    expected = 8 + 3 * len(held) / sum(map(len, held))
+    assert bits_per_byte(loss, data.bytes_per_token) == pytest.approx(expected, rel=1e-12)
+    assert data.evaluated_bytes_per_token(1, 10**9) == pytest.approx(data.bytes_per_token, rel=1e-12)
+
+    # An evaluation of a part: exact for what it covers.
+    parts = torch.cat([targets_BS.flatten() for _, targets_BS in heldout_batches(data.heldout, 2, 16, 64)])
+    texts = [data.tokenizer.token_bytes(token, special=False) for token in parts.tolist()]
+    assert data.evaluated_bytes_per_token(16, 64) == pytest.approx(sum(map(len, texts)) / 64, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches.
+
+SHAPES = {"batch": st.integers(1, 9), "context": st.integers(1, 12), "seed": st.integers(0, 2**40)}
+
+
+@given(extra=st.integers(0, 90), **SHAPES)
+def test_each_epoch_visits_each_window_once(extra: int, batch: int, context: int, seed: int) -> None:
+    tokens = np.arange(context + 1 + extra, dtype=np.uint16)
+    batches = Batches(tokens, batch=batch, context=context, seed=seed)
+    assert (len(tokens) - 1) // context - 1 <= batches.windows <= (len(tokens) - 1) // context
+    assert batches.windows >= 1
+    epochs = 3
+    rows = []
+    for step in range(-(-epochs * batches.windows // batch)):
+        inputs_BS, targets_BS = batches.at(step)
+        assert inputs_BS.shape == targets_BS.shape == (batch, context)
+        assert inputs_BS.dtype == targets_BS.dtype == torch.int64
+        assert torch.equal(targets_BS, inputs_BS + 1)  # the next token of the text
+        assert torch.equal(inputs_BS, inputs_BS[:, :1] + torch.arange(context))
+        rows += inputs_BS[:, 0].tolist()
+    for epoch in range(epochs):
+        starts = sorted(rows[epoch * batches.windows : (epoch + 1) * batches.windows])
+        assert starts == list(range(starts[0], len(tokens) - context, context))[: batches.windows]
+        assert len(starts) == batches.windows
+        assert 0 <= starts[0] < context
+
+
+@given(steps=st.lists(st.integers(0, 10_000), min_size=1, max_size=8), extra=st.integers(0, 200), **SHAPES)
+def test_a_batch_depends_on_seed_and_step_alone(
+    steps: list[int], extra: int, batch: int, context: int, seed: int
+) -> None:
+    tokens = np.arange(context + 1 + extra, dtype=np.uint32)
+    used = Batches(tokens, batch=batch, context=context, seed=seed)
+    for step in steps:
+        fresh = Batches(tokens, batch=batch, context=context, seed=seed).at(step)
+        assert all(torch.equal(a, b) for a, b in zip(used.at(step), fresh, strict=True))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    tokens = np.arange(64 * 16, dtype=np.uint16)
+    orders = []
+    for seed in (0, 1):
+        batches = Batches(tokens, batch=1, context=16, seed=seed)
+        assert batches.windows == 63
+        for epoch in (0, 1):
+            orders.append([int(batches.at(epoch * 63 + step)[0][0, 0]) for step in range(63)])
+    assert len({tuple(order) for order in orders}) == 4
+    assert len({order[0] % 16 for order in orders}) > 1  # the offset is the epoch's own
+
+
+def test_a_batch_across_epochs() -> None:
+    tokens = np.arange(3 * 4 + 1, dtype=np.uint16)
+    one, eight = (Batches(tokens, batch=batch, context=4, seed=3) for batch in (1, 8))
+    assert one.windows == 2
+    assert torch.equal(eight.at(1)[0], torch.cat([one.at(step)[0] for step in range(8, 16)]))
+
+
+@given(
+    extra=st.integers(0, 300),
+    batch=st.integers(1, 9),
+    context=st.integers(1, 12),
+    max_tokens=st.integers(1, 200),
+)
+def test_heldout_batches(extra: int, batch: int, context: int, max_tokens: int) -> None:
+    tokens = np.arange(context + 1 + extra, dtype=np.uint16)
+    batches = list(heldout_batches(tokens, batch, context, max_tokens))
+    inputs_NS, targets_NS = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert all(len(inputs_BS) == batch for inputs_BS, _ in batches[:-1])
+    assert inputs_NS.dtype == targets_NS.dtype == torch.int64
+    assert torch.equal(targets_NS, inputs_NS + 1)
+    windows = (len(tokens) - 1) // context
+    starts = inputs_NS[:, 0].numpy()
+    assert len(starts) == min(windows, max(1, max_tokens // context))
+    # Of the same grid, apart from each other, and evenly: neither gap nor end is a window longer than another.
+    assert not (starts % context).any()
+    gaps = np.diff([*(starts // context), windows])
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
+    assert torch.equal(inputs_NS, torch.cat([i for i, _ in heldout_batches(tokens, batch + 1, context, max_tokens)]))
