@@ -67,5 +67,5 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tenso
         dtype = torch.get_autocast_dtype(device)
         x_TD, w_VD = x_TD.to(dtype), w_VD.to(dtype)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(x_TD, w_VD, targets_T)
+        loss: Tensor = _LinearCrossEntropy.apply(x_TD, w_VD, targets_T)  # type: ignore[no-untyped-call]
     return loss

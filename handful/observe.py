@@ -23,7 +23,7 @@ def load(routing: Routing) -> Tensor:
 
 def max_vio(load_E: Tensor) -> float:
     """(max load - mean load) / mean load: 0 is perfectly even, E/K - 1 the worst that top-K routing can do."""
-    return float(load_E.max() / load_E.mean() - 1)
+    return float(load_E.max() * len(load_E) / load_E.sum() - 1)
 
 
 def entropy(load_E: Tensor) -> float:
@@ -37,7 +37,7 @@ def entropy(load_E: Tensor) -> float:
 
 def dead(load_E: Tensor, floor: float = 0.01) -> int:
     """How many experts get less than `floor` of an even share."""
-    return int((load_E < floor * load_E.mean()).sum())
+    return int((load_E * len(load_E) < floor * load_E.sum()).sum())
 
 
 def collapsed(load_E: Tensor, top_k: int) -> str | None:

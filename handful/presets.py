@@ -190,7 +190,7 @@ PRESETS: dict[str, Preset] = {
     "64x2": Preset(
         source="the textbook shape: 64 experts of which 2 are chosen",
         router=RouterConfig(experts=64, top_k=2),
-        balance=BalanceConfig(loss="switch", weight=0.01),
+        balance=BalanceConfig(loss="switch", weight=0.03),
     ),
 }
 
@@ -205,7 +205,7 @@ def preset(name: str) -> Preset:
 # ---------------------------------------------------------------------------------------------------------------------
 # The small model: what `handful compare` and `handful train` use where nothing else is said.
 
-ACTIVE_WIDTH = 192  # hidden width that a token uses in every layer, whatever the router
+ACTIVE_WIDTH = 96  # hidden width that a token uses in every layer, whatever the router
 
 
 def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> ModelConfig:
@@ -240,5 +240,5 @@ def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> Model
 
 def small_training(like: Preset | None = None, **changes: Any) -> TrainConfig:
     """How the small model is trained, with a preset's balance (None: `64x2`'s)."""
-    values: dict[str, Any] = {"steps": 400, "batch": 32, "context": 128, "eval_every": 25, "dtype": "float32"}
+    values: dict[str, Any] = {"steps": 500, "batch": 32, "context": 128, "eval_every": 50, "dtype": "float32"}
     return TrainConfig(**(values | {"balance": (like or PRESETS["64x2"]).balance} | changes))

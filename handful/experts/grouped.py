@@ -213,7 +213,8 @@ def _outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> T
     return out_Eoi
 
 
-@torch.compiler.disable  # the layout depends on the load, which a traced graph cannot know
+# A traced graph cannot know the layout, which depends on the load.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply the experts: all rows of all experts in two products each way."""
     dtype = x_TD.dtype
@@ -223,15 +224,15 @@ def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     layout = lay_out_sorted(routing) if device == "cuda" else lay_out(routing, dtype)
     weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
     with torch.autocast(device, enabled=False):
-        x_RD = _Dispatch.apply(x_TD.to(dtype), layout)
-        h_RG = _Product.apply(x_RD, experts.gate_up.to(dtype), layout)
+        x_RD = _Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
+        h_RG = _Product.apply(x_RD, experts.gate_up.to(dtype), layout)  # type: ignore[no-untyped-call]
         if experts.gate_up_bias is not None:
             h_RG = h_RG + experts.gate_up_bias.to(dtype).index_select(0, layout.expert_R)
         # The weight goes on the F hidden values and not on the D outputs: in fine-grained experts F is the smaller.
         # It is zero for rows that stand for nothing.
         a_RF = activate(h_RG, experts.activation) * weight_R
-        out_RD = _Product.apply(a_RF, experts.down.to(dtype), layout)
+        out_RD = _Product.apply(a_RF, experts.down.to(dtype), layout)  # type: ignore[no-untyped-call]
         if experts.down_bias is not None:
             out_RD = out_RD + experts.down_bias.to(dtype).index_select(0, layout.expert_R) * weight_R
-        y_TD: Tensor = _Combine.apply(out_RD, layout)
+        y_TD: Tensor = _Combine.apply(out_RD, layout)  # type: ignore[no-untyped-call]
     return y_TD

@@ -1,0 +1,320 @@
+"""The command line: one verb, one public call. `--json` prints one document on stdout and everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from handful import __version__
+from handful.errors import ConfigError, HandfulError
+
+if TYPE_CHECKING:
+    from handful.config import ModelConfig
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="handful",
+    help="Mixture-of-experts language models: build, train, compare, price and run them. Start with: handful compare",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="A file, a folder, a glob or hf:org/name. Default: the Python standard library."),
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="A tokenizer.json or its folder. Default: trained on the data.")
+]
+RouterOption = Annotated[str | None, typer.Option("--router", help="A published router, such as mixtral or olmoe.")]
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line and exit status 1 (2 for wrong usage); Ctrl-C is 130."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except HandfulError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[red]error[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", "\\[")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every verb."""
+
+
+@app.command(epilog="Example: handful compare --minutes 5 --seeds 3 --out runs/three-teams")
+def compare(
+    data: DataOption = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens for every team.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time of all runs together.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each team is trained.")] = 1,
+    router: RouterOption = None,
+    out: Annotated[Path, typer.Option(help="The folder for runs, table and report.")] = Path("runs/compare"),
+    as_json: Json = False,
+) -> None:
+    """Train an MoE beside its dense twins: a small one of its active size, a big one of its total size."""
+    from handful.compare import compare as run_compare
+    from handful.compare import steps_within, teams
+    from handful.console import RunProgress, comparison_table
+    from handful.data import load_data
+    from handful.presets import preset, small_model, small_training
+
+    if tokens is not None and minutes is not None:
+        raise ConfigError("tokens, minutes: give one of them")
+    screen = Console(stderr=True)
+    like = preset(router) if router else None
+    text = load_data(data, progress=screen.print)
+    settings = small_training(like)
+    if tokens is not None:
+        settings = small_training(like, steps=max(1, tokens // settings.tokens_per_step))
+    entrants = teams(small_model(text.tokenizer.vocab_size, like), settings)
+    if minutes is not None:
+        settings = small_training(like, steps=steps_within(entrants, text, minutes, seeds))
+        entrants = teams(small_model(text.tokenizer.vocab_size, like), settings)
+    with RunProgress(screen) as progress:
+
+        def named(team: str, seed: int) -> str:
+            return team if seeds == 1 else f"{team}, seed {seed}"
+
+        for seed in range(seeds):
+            for team in entrants:
+                progress.expect(named(team.label, seed))
+        document = run_compare(
+            text,
+            entrants,
+            out,
+            seeds=seeds,
+            command=shlex.join(["handful", *sys.argv[1:]]),
+            on_event=lambda team, seed, event: progress(named(team.label, seed), event),
+        )
+    if as_json:
+        _print_json(document)
+    else:
+        Console().print(comparison_table(document))
+    screen.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+@app.command(epilog="Example: handful train --router olmoe --experts 32 --top-k 4 --steps 300 --out runs/olmoe-like")
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file: [model], [train], [data].")] = None,
+    data: DataOption = None,
+    tokenizer: TokenizerOption = None,
+    router: RouterOption = None,
+    experts: Annotated[int | None, typer.Option(help="Experts in a layer.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    width: Annotated[int | None, typer.Option(help="Model width.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    expert_width: Annotated[int | None, typer.Option(help="Hidden width of an expert.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in an optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens, instead of steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    balance: Annotated[str | None, typer.Option(help="none, switch, global, sequence, gshard or loss-free.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto (the quicker here).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights, the order of the data and the noise.")] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model; the run folder holds its events, checkpoints and report."""
+    from handful import report, runs
+    from handful.console import RunProgress, duration, facts
+    from handful.settings import resumed_settings, training_settings
+    from handful.train import tensorboard
+    from handful.train import train as run_train
+
+    screen = Console(stderr=True)
+    given: dict[str, dict[str, Any]] = {
+        "data": {"source": data, "tokenizer": tokenizer},
+        "model": {
+            "experts": experts, "top_k": top_k, "width": width, "layers": layers, "heads": heads,
+            "expert_width": expert_width,
+        },
+        "train": {
+            "context": context, "batch": batch, "steps": steps, "tokens": tokens, "lr": lr, "dtype": dtype,
+            "seed": seed,
+        },
+    }  # fmt: skip
+    if resume:
+        extra = [name for group in given.values() for name, value in group.items() if value is not None]
+        if extra or config or router or balance:
+            raise ConfigError("resume: the run goes on with its own settings; give --out and --resume alone")
+        asked = resumed_settings(out)
+    else:
+        asked = training_settings(config, router, balance, given)
+    text = asked.load_data(screen.print)
+    model, settings = asked.model(text.tokenizer.vocab_size), asked.train
+    last: dict[str, Any] = {}
+    with RunProgress(screen) as progress, tensorboard(out) as sink:
+        for event in run_train(model, settings, text, out, resume=resume):
+            progress(out.name, event)
+            sink(event)
+            last = event
+    page = report.write(
+        report.from_events(runs.read_events(out), title=str(out), command=shlex.join(["handful", *sys.argv[1:]])),
+        out / "report.html",
+    )
+    interrupted = last["event"] == "interrupted"
+    document = {**last, "event": last["event"], "out": str(out), "model": str(out / "model"), "report": str(page)}
+    if as_json:
+        _print_json(document)
+    elif not interrupted:
+        Console().print(
+            facts(
+                str(out),
+                [
+                    ("held-out loss", f"{last['loss']:.4f} nats a token"),
+                    ("", f"{last['bits_per_byte']:.4f} bits a byte"),
+                    ("time", f"{duration(last['seconds'])}, {last['tokens_per_second']:,.0f} tokens/s"),
+                    ("model", str(out / "model")),
+                    ("report", str(page)),
+                ],
+            )
+        )
+    if interrupted:
+        screen.print(f"interrupted at step {last['step']}; go on with --resume --out {shlex.quote(str(out))}")
+        raise typer.Exit(130)
+
+
+@app.command(epilog="Example: handful generate runs/demo/moe/seed-0 'def main(' --max-tokens 100 --seed 1")
+def generate(
+    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint folder or org/name.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Of the draws. Default: a new one each time.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on from a prompt, word by word."""
+    import time
+
+    from handful.engine import Sampling
+    from handful.engine import generate as run_generate
+    from handful.families.io import load
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    decoder = load(model)
+    began = time.perf_counter()
+    pieces = []
+    shown = sys.stderr if as_json else sys.stdout
+    print(prompt, end="", file=shown, flush=True)
+    for piece in run_generate(decoder, prompt, max_tokens=max_tokens, sampling=sampling):
+        pieces.append(piece)
+        print(piece, end="", file=shown, flush=True)
+    print(file=shown)
+    seconds = time.perf_counter() - began
+    # One piece per token, and what the decoder still held back at the end.
+    made = max(0, len(pieces) - 1)
+    if as_json:
+        _print_json(
+            {"model": model, "prompt": prompt, "text": "".join(pieces), "tokens": made, "seconds": seconds,
+             "tokens_per_second": made / seconds}
+        )  # fmt: skip
+    else:
+        Console(stderr=True).print(f"[dim]{made} tokens, {made / seconds:,.0f} tokens/s", highlight=False)
+
+
+@app.command(epilog="Example: handful cost mixtral --context 8192 --ranks 8")
+def cost(
+    model: Annotated[str, typer.Argument(help="A preset, a config.json, a run or checkpoint folder, or org/name.")],
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence. Default: the model's own.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Devices that the experts are spread over.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of weights, cache and what is sent.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, bytes and traffic of a model, from its config alone."""
+    from handful.console import cost_tables
+    from handful.cost import cost as price
+
+    screen = Console(stderr=True)
+    config, note = _config_of(model)
+    result = price(config, context=context, ranks=ranks, dtype=dtype)
+    if note:
+        screen.print(f"[dim]{note}", highlight=False)
+    if as_json:
+        _print_json({"model": model, "note": note, **result.to_dict()})
+        return
+    for table in cost_tables(model, result):
+        Console().print(table)
+
+
+def _config_of(model: str) -> tuple[ModelConfig, str | None]:
+    """The config that a name stands for, and what to say about it."""
+    from handful.families.io import find_config
+    from handful.presets import PRESETS, small_model
+
+    if model not in PRESETS:
+        return find_config(model), None
+    found = PRESETS[model]
+    if found.model is not None:
+        return found.model, found.source
+    return small_model(2048, found), f"{found.source}: no published decoder; this is the small model with its router"
+
+
+@app.command(epilog="Example: handful doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """What this computer can do, and which expert backend it gets."""
+    from handful.console import facts, si, size
+    from handful.machine import machine, measure
+
+    found, rates = machine(), measure()
+    backend = "grouped: grouped_mm on CUDA, padded batches on CPU"
+    if as_json:
+        _print_json({"handful": __version__, "machine": vars(found), "measured": vars(rates), "backend": backend})
+        return
+    rows = [
+        ("handful", __version__),
+        ("torch", found.torch),
+        ("processor", f"{found.cpu}, {found.cores} cores, {found.threads} threads"),
+        ("vector instructions", " ".join(found.isa) or "none known"),
+        ("memory", f"{size(found.memory_bytes)}, {size(found.memory_available_bytes)} available"),
+        ("GPU", ", ".join(found.gpus) or "none"),
+        ("native extension", found.native_error or "loaded"),
+        ("memory read", f"{size(rates.read_bytes_per_second)}/s"),
+        ("products, float32", f"{si(rates.float32_flops)}FLOP/s"),
+        ("products, bfloat16", f"{si(rates.bfloat16_flops)}FLOP/s"),
+        ("experts", backend),
+    ]
+    Console().print(facts("This machine", rows))
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2))

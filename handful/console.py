@@ -1,0 +1,222 @@
+"""What people see in the terminal: live progress per run, and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from handful.cost import Cost
+
+__all__ = ["RunProgress", "comparison_table", "cost_tables", "duration", "facts", "si", "size"]
+
+
+def si(value: float, digits: int = 3) -> str:
+    """A number with an SI prefix: 46.7 G, 1.97 M, 305 k."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor * (1 - 0.5 * 10**-digits):
+            return f"{_digits(value / factor, digits)} {prefix}"
+    return _digits(value, digits)
+
+
+def size(count: float) -> str:
+    """Bytes: 93.4 GB."""
+    text = si(count)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def _digits(value: float, digits: int) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 7 s, 3:05 or 2:10:00."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class _State(ProgressColumn):
+    """Loss, tokens per second and time left, once there are any."""
+
+    def render(self, task: Task) -> Text:
+        fields = task.fields
+        if fields.get("note"):
+            return Text(fields["note"], style="dim")
+        if "loss" not in fields:
+            return Text("")
+        left = f"  {duration(fields['left'])} left" if fields.get("left") else ""
+        return Text(f"loss {fields['loss']:.3f}  {fields['rate']:>7,.0f} tokens/s{left}")
+
+
+class RunProgress:
+    """A progress bar per training run, fed with its events. Warnings are printed above the bars.
+
+    Where the console is no terminal (a log file, a pipe) it prints a line at each evaluation instead.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), _State(), console=console
+        )
+        self._tasks: dict[str, Any] = {}
+        self._total: dict[str, int] = {}
+
+    def __enter__(self) -> RunProgress:
+        if self.live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live:
+            self._progress.stop()
+
+    def expect(self, run: str) -> None:
+        """Show a run that has not begun."""
+        if self.live:
+            self._tasks[run] = self._progress.add_task(run, total=None, start=False, note="waiting")
+
+    def __call__(self, run: str, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "start":
+            self._total[run] = event["train"]["steps"]
+            if self.live:
+                if run not in self._tasks:
+                    self.expect(run)
+                self._progress.update(self._tasks[run], total=self._total[run], note="")
+            elif event["dtype_reason"] != "as asked":
+                self.console.print(f"{run}: {event['dtype']} ({event['dtype_reason']})")
+            if self.live and event["dtype_reason"] != "as asked":
+                self._progress.console.print(f"[dim]{run}: {event['dtype']} ({event['dtype_reason']})")
+        elif kind == "step" and self.live:
+            done, total = event["step"], self._total[run]
+            self._progress.update(
+                self._tasks[run],
+                completed=done,
+                loss=event["loss"],
+                rate=event["tokens_per_second"],
+                left=event["seconds"] / done * (total - done),
+            )
+        elif kind == "eval" and not self.live:
+            self.console.print(
+                f"{run}: step {event['step']} of {self._total[run]}, {duration(event['seconds'])}, "
+                f"held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
+            )
+        elif kind == "warning":
+            (self._progress.console if self.live else self.console).print(
+                f"[yellow]warning[/] {run}, step {event['step']}: {event['message']}"
+            )
+        elif kind == "end" and self.live:
+            note = f"loss {event['loss']:.4f} held out  {event['tokens_per_second']:,.0f} tokens/s"
+            self._progress.update(
+                self._tasks[run], completed=self._total[run], note=f"{note}  {duration(event['seconds'])}"
+            )
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """A two-column table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(f"[dim]{name}", value)
+    return table
+
+
+def comparison_table(document: Mapping[str, Any]) -> Table:
+    """The comparison's table: a column per team."""
+    teams = document["teams"]
+    table = Table(title=document["title"], title_justify="left")
+    table.add_column("")
+    for team in teams:
+        table.add_column(team["label"], justify="right")
+
+    def spread(value: Mapping[str, Any], digits: int) -> str:
+        if len(value["values"]) < 2:
+            return f"{value['mean']:.{digits}f}"
+        return f"{value['mean']:.{digits}f} (spread {value['spread']:.{digits}f})"
+
+    def reached(team: Mapping[str, Any], axis: str, show: Any) -> str:
+        return show(team["reached"][axis]) if team["reached"] else "not reached"
+
+    rows: list[tuple[str, Any]] = [
+        ("total parameters", lambda t: si(t["parameters"]["total"])),
+        ("active parameters", lambda t: si(t["parameters"]["active"])),
+        ("training FLOPs a token", lambda t: si(t["train_flops_per_token"])),
+        ("weight memory", lambda t: size(t["weight_bytes"])),
+        ("held-out loss, nats a token", lambda t: spread(t["heldout_loss"], 4)),
+        ("held-out bits a byte", lambda t: spread(t["bits_per_byte"], 4)),
+        ("training tokens/s", lambda t: f"{t['train_tokens_per_second']:,.0f}"),
+        ("decode tokens/s", lambda t: f"{t['decode_tokens_per_second']:,.0f}"),
+        ("training time", lambda t: duration(t["train_seconds"])),
+    ]
+    if any(team["name"] == "dense-active" for team in teams):
+        rows += [
+            ("the small dense loss after: tokens", lambda t: reached(t, "tokens", si)),
+            ("FLOPs", lambda t: reached(t, "flops", si)),
+            ("training time", lambda t: reached(t, "seconds", duration)),
+        ]
+    for i, (name, show) in enumerate(rows):
+        table.add_row(name, *(show(team) for team in teams), end_section=i in (3, 5, 8))
+    return table
+
+
+def cost_tables(name: str, price: Cost) -> list[Table]:
+    """What a model costs, as tables."""
+    total, active = price.total_parameters, price.active_parameters
+    counts = Table(title=f"{name}: parameters", title_justify="left")
+    counts.add_column("")
+    counts.add_column("total", justify="right")
+    counts.add_column("active", justify="right")
+    for field, words in (
+        ("incl_all_embeddings", "with all embeddings"),
+        ("excl_input_embedding", "without the input embedding"),
+        ("excl_embeddings", "without any embeddings"),
+    ):
+        counts.add_row(words, f"{getattr(total, field):,}", f"{getattr(active, field):,}")
+    counts.add_section()
+    for part, held in vars(total.parts).items():
+        if held:
+            counts.add_row(part.replace("_", " "), f"{held:,}", f"{getattr(active.parts, part):,}")
+    work = facts(
+        f"per token, at a context of {price.context:,}",
+        [
+            ("prefill", f"{si(price.flops.prefill)}FLOP"),
+            ("decode", f"{si(price.flops.decode)}FLOP"),
+            ("training", f"{si(price.flops.training)}FLOP"),
+        ],
+    )
+    held = facts(
+        "memory",
+        [
+            (f"weights, {price.dtype}", size(price.bytes.weights)),
+            ("KV cache per token", size(price.bytes.cache_per_token)),
+            (f"KV cache of {price.context:,} tokens", size(price.bytes.cache)),
+            ("training with AdamW, float32", size(price.bytes.training)),
+        ],
+    )
+    tables = [counts, work, held]
+    if price.ranks > 1 and price.communication.moe_layers:
+        traffic = price.communication
+        tables.append(
+            facts(
+                f"sent between {price.ranks} ranks per token",
+                [
+                    ("to every expert's rank, forward", size(traffic.per_assignment.forward)),
+                    ("once to every rank, forward", size(traffic.per_rank.forward)),
+                    ("to every expert's rank, training", size(traffic.per_assignment.training)),
+                    ("once to every rank, training", size(traffic.per_rank.training)),
+                    ("ranks that a token's experts stand on", f"{traffic.ranks_per_token:.2f}"),
+                ],
+            )
+        )
+    return tables

@@ -1,0 +1,162 @@
+"""A run's folder: what was asked, what happened, and checkpoints to go on from.
+
+    RUN/run.json                      the model, the training settings and the data
+    RUN/events.jsonl                  what happened, one JSON object a line
+    RUN/checkpoints/step-000500/      a Hugging Face checkpoint, and beside it the optimizer's state
+    RUN/model -> checkpoints/step-…   the last one
+
+A checkpoint appears whole or not at all, and the link moves after it; so a run that is killed at any moment goes on
+from the last checkpoint. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handful import __version__, checkpoint
+from handful.config import ModelConfig, TrainConfig, to_dict
+from handful.data import Data
+from handful.errors import CheckpointError, ConfigError
+from handful.families.io import checkpoint_files, read_into
+from handful.model import Decoder
+from handful.text import Tokenizer
+
+__all__ = ["Run"]
+
+KEPT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Run:
+    """An open run folder. `resumed` says that a checkpoint was found to go on from."""
+
+    def __init__(self, folder: Path, *, resumed: bool) -> None:
+        self.folder = folder
+        self.resumed = resumed
+        self._events = folder / "events.jsonl"
+
+    @classmethod
+    def open(cls, folder: Path, *, resume: bool) -> Run:
+        """Use a new folder, or with `resume` one that holds a run. ConfigError for the other two cases."""
+        holds_run = (folder / "run.json").exists()
+        if holds_run and not resume:
+            raise ConfigError(f"out = {str(folder)!r}: holds a run; go on with it by --resume, or name another folder")
+        if resume and not holds_run:
+            raise ConfigError(f"out = {str(folder)!r}: holds no run to resume")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out = {str(folder)!r}: {error.strerror}") from None
+        return cls(folder, resumed=resume and _last_checkpoint(folder) is not None)
+
+    def last(self) -> Path | None:
+        """The last whole checkpoint, if there is one."""
+        return _last_checkpoint(self.folder)
+
+    def begin(self, config: ModelConfig, settings: TrainConfig, data: Data) -> None:
+        """Write down what was asked; forget the events of an attempt that reached no checkpoint."""
+        asked = {
+            "handful": __version__,
+            "model": to_dict(config),
+            "train": to_dict(settings),
+            "data": {**data.summary(), "origin": data.origin, "fingerprint": data.fingerprint},
+        }
+        checkpoint.write_file(self.folder / "run.json", asked)
+        self._events.unlink(missing_ok=True)
+
+    def check(self, config: ModelConfig, settings: TrainConfig, data: Data) -> str:
+        """The dtype that the run began with. ConfigError names the first setting that differs from the run's own."""
+        asked = checkpoint.read_json(self.folder / "run.json")
+        dtype = str(asked["train"]["dtype"])
+        given = {"model": to_dict(config), "train": {**to_dict(settings), "dtype": dtype}}
+        for section, values in given.items():
+            for name, value in values.items():
+                if asked[section].get(name) != value:
+                    raise ConfigError(
+                        f"{section}.{name} = {value!r}: the run to resume has {asked[section].get(name)!r}"
+                    )
+        if asked["data"]["fingerprint"] != data.fingerprint:
+            raise ConfigError("data: its text or tokenizer is not what the run to resume began with")
+        if settings.dtype not in ("auto", dtype):
+            raise ConfigError(f"train.dtype = {settings.dtype!r}: the run to resume has {dtype!r}")
+        return dtype
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Append an event; a resumed run has its start already."""
+        if event["event"] == "start" and self.resumed:
+            return
+        with open(self._events, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened so far; a line that a kill cut off is left out."""
+        return read_events(self.folder)
+
+    def save(
+        self,
+        step: int,
+        seconds: float,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+    ) -> Path:
+        """Write a checkpoint, point RUN/model at it, remove all but the last two. Returns its folder."""
+        path = self.folder / "checkpoints" / f"step-{step:06d}"
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in model.named_parameters():
+            for moment in MOMENTS:
+                if moment in optimizer.state[parameter]:
+                    state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        files = checkpoint_files(model, tokenizer)
+        trainer = {"handful": __version__, "step": step, "seconds": seconds}
+        checkpoint.write_folder(path, {**files, "trainer.safetensors": state, "trainer.json": trainer})
+        checkpoint.point(self.folder / "model", Path("checkpoints") / path.name)
+        for old in _checkpoints(self.folder)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def restore(self, model: Decoder, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        """Load the last checkpoint into model and optimizer, and cut the events back to it. Returns (step, seconds)."""
+        path = self.last()
+        if path is None:
+            raise CheckpointError(f"{self.folder}: there is no checkpoint to resume from")
+        trainer = checkpoint.read_json(path / "trainer.json")
+        read_into(model, path)
+        state = checkpoint.read_tensors(path / "trainer.safetensors")
+        expected = {f"{m}.{n}": tuple(p.shape) for n, p in model.named_parameters() for m in MOMENTS}
+        checkpoint.check_tensors(expected, state)
+        for name, parameter in model.named_parameters():
+            moments = {m: state[f"{m}.{name}"].clone() for m in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(trainer["step"])), **moments}
+        kept = [e for e in self.events() if e.get("step", 0) <= trainer["step"]]
+        checkpoint.write_file(self._events, "".join(json.dumps(e) + "\n" for e in kept))
+        return int(trainer["step"]), float(trainer["seconds"])
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run folder, up to a line that a kill cut off."""
+    found = []
+    try:
+        lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-[0-9]*"), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    found = _checkpoints(folder)
+    return found[-1] if found else None

@@ -1,0 +1,413 @@
+"""Training: optimizer steps as a stream of events, with checkpoints from which a killed run goes on as if nothing was.
+
+`train(...)` yields plain dicts with an "event" key: start, step, routing, eval, warning, checkpoint, end. Who shows or
+stores them is the caller's choice; with a run folder they are kept in RUN/events.jsonl too.
+
+Everything random in step n is a function of (seed, n): the batch, and the routers' noise. So a resumed run needs the
+weights, the optimizer's moments and a step number, and gives the same losses as one that was never interrupted.
+
+Legend: B sequences · S tokens in one · L MoE layers · E experts
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from handful.balance import balance_loss, step_load, update_bias, z_loss
+from handful.config import ModelConfig, TrainConfig, to_dict
+from handful.cost import cost
+from handful.data import Batches, Data, bits_per_byte, heldout_batches
+from handful.errors import ConfigError, TrainingError
+from handful.loss import linear_cross_entropy
+from handful.model import Decoder
+from handful.observe import collapsed, dropped, stats
+from handful.routing import Routing
+from handful.runs import Run
+
+__all__ = ["Event", "evaluate", "lr_at", "pick_dtype", "tensorboard", "train"]
+
+Event = dict[str, Any]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+ROUTING_EVERY = 10  # steps whose load is summed up in one routing event
+
+
+class Sink(Protocol):
+    """Somewhere that events go."""
+
+    def __call__(self, event: Event) -> None: ...
+
+
+def lr_at(step: int, settings: TrainConfig) -> float:
+    """The learning rate of a step, counted from 0."""
+    warm = math.ceil(settings.warmup * settings.steps)
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    if settings.schedule == "cosine":
+        done = (step - warm) / max(1, settings.steps - warm)
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        falling = max(1, round(settings.decay * settings.steps))
+        share = min(1.0, (settings.steps - step) / falling)
+    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share)
+
+
+def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, none on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def pick_dtype(config: ModelConfig, settings: TrainConfig, backend: str = "auto") -> tuple[Dtype, str]:
+    """(dtype, reason): settings.dtype, or with "auto" the quicker on this machine for this model's steps.
+
+    bfloat16 (autocast) must be clearly quicker, by a fifth, so that noise does not decide and float32 breaks ties.
+    """
+    if settings.dtype != "auto":
+        return settings.dtype, "as asked"
+    seconds = {}
+    tokens_BS = torch.randint(config.vocab, (max(1, settings.batch // settings.accumulate), settings.context + 1))
+    with torch.random.fork_rng():
+        model = Decoder(config, backend=backend)
+    for dtype in ("float32", "bfloat16"):
+        best = math.inf
+        for _ in range(4):
+            start = time.perf_counter()
+            loss, _ = _losses(model, tokens_BS[:, :-1], tokens_BS[:, 1:], dtype)
+            loss.backward()
+            best = min(best, time.perf_counter() - start)
+        seconds[dtype] = best
+        model.zero_grad(set_to_none=True)
+    quicker: Dtype = "bfloat16" if seconds["bfloat16"] * 1.2 < seconds["float32"] else "float32"
+    times = ", ".join(f"{1e3 * s:.0f} ms a micro-batch in {dtype}" for dtype, s in seconds.items())
+    return quicker, f"measured {times}"
+
+
+def _losses(
+    model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str, device: str = "cpu"
+) -> tuple[Tensor, list[Routing]]:
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        x_BSD, routings = model.hidden(inputs_BS)
+        return linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, targets_BS.flatten()), routings
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], dtype: str = "float32") -> float:
+    """Mean loss in nats per token over held-out batches, the model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    device = model.embed.weight.device
+    total, tokens = 0.0, 0
+    for inputs_BS, targets_BS in batches:
+        loss, _ = _losses(model, inputs_BS.to(device), targets_BS.to(device), dtype, device.type)
+        total += float(loss) * targets_BS.numel()
+        tokens += targets_BS.numel()
+    model.train(was_training)
+    return total / tokens
+
+
+def train(
+    config: ModelConfig,
+    settings: TrainConfig,
+    data: Data,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    backend: str = "auto",
+    sinks: Iterable[Sink] = (),
+) -> Iterator[Event]:
+    """Train a model from its config; yields events until the end.
+
+    out      the run folder: events, checkpoints and RUN/model, the last checkpoint as a Hugging Face folder. None
+             keeps nothing. A folder that holds a run is refused unless `resume`.
+    resume   go on from the run's last checkpoint; the settings must be the run's own.
+
+    Ctrl-C finishes the step, saves a checkpoint and ends the stream with an "interrupted" event. TrainingError when a
+    loss or gradient is not finite: the last checkpoint stays as it was.
+    """
+    if config.vocab != data.tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {data.tokenizer.vocab_size}")
+    run = Run.open(Path(out), resume=resume) if out is not None else None
+    if run is not None and run.resumed:
+        settings = replace(settings, dtype=cast(Dtype, run.check(config, settings, data)))
+        reason = "as the run began"
+    else:
+        dtype, reason = pick_dtype(config, settings, backend)
+        settings = replace(settings, dtype=dtype)
+    for event in _events(config, settings, data, run, reason, device, backend):
+        if run is not None:
+            run.write(event)
+        for sink in sinks:
+            sink(event)
+        yield event
+
+
+def _events(
+    config: ModelConfig, settings: TrainConfig, data: Data, run: Run | None, reason: str, device: str, backend: str
+) -> Iterator[Event]:
+    torch.manual_seed(settings.seed)
+    model = Decoder(config, backend=backend).to(device)
+    model.activation_checkpoint = settings.activation_checkpoint
+    optimizer = make_optimizer(model, settings)
+    step, seconds = 0, 0.0
+    if run is not None and run.resumed:
+        step, seconds = run.restore(model, optimizer)
+    elif run is not None:
+        run.begin(config, settings, data)
+    batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
+    price = cost(config, context=settings.context)
+    yield {
+        "event": "start",
+        "model": to_dict(config),
+        "train": to_dict(settings),
+        "data": data.summary(),
+        "parameters": {"total": price.total, "active": price.active},
+        "train_flops_per_token": price.train_flops,
+        "dtype": settings.dtype,
+        "dtype_reason": reason,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "step": step,
+    }
+    stepper = _Stepper(config, settings, model, optimizer, device)
+    heldout_bytes = data.evaluated_bytes_per_token(settings.context, settings.eval_tokens)
+    warned: set[str] = set()
+    window: list[tuple[Tensor, list[float]]] = []
+
+    def held_out() -> Event:
+        parts = heldout_batches(data.heldout, settings.batch, settings.context, settings.eval_tokens)
+        loss = evaluate(model, parts, settings.dtype)
+        return {
+            "event": "eval",
+            "step": step,
+            "tokens": step * settings.tokens_per_step,
+            "seconds": seconds,
+            "loss": loss,
+            "bits_per_byte": bits_per_byte(loss, heldout_bytes),
+        }
+
+    with _interrupts() as interrupted:
+        while step < settings.steps:
+            began = time.perf_counter()
+            try:
+                done = stepper.step(step, *batches.at(step))
+            except FloatingPointError as error:
+                kept = f"the last good checkpoint is {run.last()}" if run and run.last() else "there is no checkpoint"
+                raise TrainingError(f"step {step + 1}: {error}; {kept}") from None
+            seconds += time.perf_counter() - began
+            step += 1
+            tokens = step * settings.tokens_per_step
+            yield {
+                "event": "step",
+                "step": step,
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                **done.plain,
+            }
+            if done.load_LE is not None:
+                window.append((done.load_LE, done.dropped_L))
+                if len(window) == ROUTING_EVERY or step == settings.steps:
+                    routing = _routing_event(window, step, tokens)
+                    window = []
+                    yield routing
+                    yield from _warnings(routing, config, warned)
+            if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
+                yield held_out()
+            stop = interrupted()
+            due = settings.checkpoint_every and step % settings.checkpoint_every == 0
+            if run is not None and (due or stop or step == settings.steps):
+                path = run.save(step, seconds, model, optimizer, data.tokenizer)
+                yield {"event": "checkpoint", "step": step, "path": str(path)}
+            if stop and step < settings.steps:
+                yield {"event": "interrupted", "step": step, "seconds": seconds}
+                return
+    evaluation = held_out()
+    yield evaluation
+    yield {
+        "event": "end",
+        "step": step,
+        "loss": evaluation["loss"],
+        "bits_per_byte": evaluation["bits_per_byte"],
+        "seconds": seconds,
+        "tokens_per_second": step * settings.tokens_per_step / max(seconds, 1e-9),
+    }
+
+
+class _Done:
+    """What a step reports: plain values for its event, and the load of its MoE layers."""
+
+    def __init__(self, plain: dict[str, Any], load_LE: Tensor | None, dropped_L: list[float]) -> None:
+        self.plain, self.load_LE, self.dropped_L = plain, load_LE, dropped_L
+
+
+class _Stepper:
+    """One optimizer step: micro-batches, losses, gradient clipping, update, balance bias."""
+
+    def __init__(
+        self, config: ModelConfig, settings: TrainConfig, model: Decoder, optimizer: torch.optim.AdamW, device: str
+    ) -> None:
+        self.settings, self.model, self.optimizer, self.device = settings, model, optimizer, device
+        if settings.compile:
+            model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+        self.is_moe = config.router is not None
+
+    def step(self, step: int, inputs_BS: Tensor, targets_BS: Tensor) -> _Done:
+        """FloatingPointError names what is not finite; the weights have not changed then."""
+        cfg, balance = self.settings, self.settings.balance
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg)
+        micro = list(
+            zip(
+                inputs_BS.to(self.device).chunk(cfg.accumulate),
+                targets_BS.to(self.device).chunk(cfg.accumulate),
+                strict=True,
+            )
+        )
+        load_LE = self._load_ahead(step, micro) if balance.loss == "global" else None
+        sums = {"loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
+        seen: list[list[Routing]] = []
+        for i, (x_BS, y_BS) in enumerate(micro):
+            self._seed(step, i)
+            loss, routings = _losses(self.model, x_BS, y_BS, cfg.dtype, self.device)
+            parts = {"loss": loss}
+            if routings and balance.loss != "none":
+                parts["balance_loss"] = balance_loss(balance, routings, len(x_BS), load_LE)
+                loss = loss + balance.weight * parts["balance_loss"]
+            if routings and balance.z_weight:
+                parts["z_loss"] = torch.stack([z_loss(r) for r in routings]).mean()
+                loss = loss + balance.z_weight * parts["z_loss"]
+            if not torch.isfinite(loss):
+                name = next((n for n, v in parts.items() if not torch.isfinite(v)), "loss")
+                self.optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(f"{name} is {float(parts[name])} (micro-batch {i + 1} of {cfg.accumulate})")
+            (loss / cfg.accumulate).backward()
+            for name, value in parts.items():
+                sums[name] += float(value.detach()) / cfg.accumulate
+            seen.append([_detached(r) for r in routings])
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip))
+        if not math.isfinite(norm):
+            bad = (n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            name = next(bad, "all parameters together")
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the gradient of {name} is not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        step_load_LE = step_load(seen) if self.is_moe else None
+        if step_load_LE is not None and balance.bias_rate:
+            for moe, load_E in zip(self.model.moe_layers, step_load_LE, strict=True):
+                if moe.router.balance_bias is not None:
+                    update_bias(moe.router.balance_bias, load_E, balance.bias_rate)
+        plain = {
+            "loss": sums["loss"],
+            "balance_loss": sums["balance_loss"] if self.is_moe and balance.loss != "none" else None,
+            "z_loss": sums["z_loss"] if self.is_moe and balance.z_weight else None,
+            "lr": lr_at(step, cfg),
+            "grad_norm": norm,
+        }
+        dropped_L = [sum(map(dropped, layer)) / len(layer) for layer in zip(*seen, strict=True)]
+        return _Done(plain, None if step_load_LE is None else step_load_LE.cpu(), dropped_L)
+
+    def _load_ahead(self, step: int, micro: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """The whole step's load before its first backward pass, at the price of a second forward pass: the global
+        loss's gradient in the first micro-batch depends on the routing of the last."""
+        if len(micro) == 1 or not self.is_moe:
+            return None
+        seen = []
+        with torch.no_grad():
+            for i, (x_BS, y_BS) in enumerate(micro):
+                self._seed(step, i)
+                seen.append(_losses(self.model, x_BS, y_BS, self.settings.dtype, self.device)[1])
+        return step_load(seen)
+
+    def _seed(self, step: int, micro: int) -> None:
+        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + micro)
+
+
+def _detached(routing: Routing) -> Routing:
+    """What statistics need, without the graph that would keep activations alive."""
+    return replace(
+        routing,
+        logits_TE=routing.logits_TE.detach(),
+        scores_TE=routing.scores_TE.detach(),
+        weights_TK=routing.weights_TK.detach(),
+    )
+
+
+def _routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: int) -> Event:
+    load_LE = torch.stack([load for load, _ in window]).sum(0)
+    dropped_L = [sum(layer) / len(layer) for layer in zip(*(d for _, d in window), strict=True)]
+    return {"event": "routing", "step": step, "tokens": tokens, **vars(stats(load_LE, dropped_L))}
+
+
+def _warnings(routing: Event, config: ModelConfig, warned: set[str]) -> Iterator[Event]:
+    """Say once per layer that its routing has collapsed."""
+    indices = [i for i in range(config.layers) if config.is_moe(i)]
+    for layer, load_E in zip(indices, routing["load"], strict=True):
+        why = collapsed(torch.tensor(load_E), config.router.top_k) if config.router else None
+        if why and f"collapse {layer}" not in warned:
+            warned.add(f"collapse {layer}")
+            yield {"event": "warning", "step": routing["step"], "message": f"routing collapsed in layer {layer}: {why}"}
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Sink]:
+    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield lambda event: None
+        return
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def sink(event: Event) -> None:
+        step = event.get("step", 0)
+        if event["event"] in ("step", "eval"):
+            for name, value in event.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"{event['event']}/{name}", value, step)
+        elif event["event"] == "routing":
+            for name in ("max_vio", "dead", "entropy", "dropped"):
+                for layer, value in enumerate(event[name]):
+                    writer.add_scalar(f"routing/{name}/{layer}", value, step)
+
+    try:
+        yield sink
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Turn the first Ctrl-C into a flag that is read between steps; the second one interrupts at once."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
