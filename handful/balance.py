@@ -86,15 +86,17 @@ def balance_loss(
 ) -> Tensor:
     """The balancing loss that the config names, averaged over MoE layers and without its weight, a scalar.
 
-    `load_LE` is the whole batch's load, which "global" needs when the batch comes in parts; None: these routings are
-    the whole batch.
+    `load_LE` is the whole batch's load, which "global" needs when the batch comes in micro-batches; None: these
+    routings are the whole batch, each rank's being its share of it.
     """
+    if config.loss == "global" and load_LE is None and routings:
+        load_LE = step_load([routings])
     losses = []
     for layer, routing in enumerate(routings):
         if config.loss == "switch":
             losses.append(switch_loss(routing))
-        elif config.loss == "global":
-            losses.append(global_loss(routing, routing.chosen_E if load_LE is None else load_LE[layer]))
+        elif config.loss == "global" and load_LE is not None:
+            losses.append(global_loss(routing, load_LE[layer]))
         elif config.loss == "sequence":
             losses.append(sequence_loss(routing, sequences))
         elif config.loss == "gshard":

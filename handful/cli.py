@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from handful import __version__
 from handful.errors import ConfigError, HandfulError
 
 if TYPE_CHECKING:
+    from handful.compare import Team
     from handful.config import ModelConfig
+    from handful.train import Event
 
 __all__ = ["app", "main"]
 
@@ -42,23 +45,18 @@ RouterOption = Annotated[str | None, typer.Option("--router", help="A published 
 
 def main() -> None:
     """Run the command line. A user's mistake is one line and exit status 1 (2 for wrong usage); Ctrl-C is 130."""
-    debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=True)
+        app()
     except HandfulError as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        Console(stderr=True).print(f"[red]error[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        _screen().print(Text.assemble(("error", "red"), f" {error}"))
         sys.exit(1)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", "\\[")
+def _screen() -> Console:
+    """Where people look. Text is shown as it is: paths may hold brackets, and a line is not to be cut."""
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(asked: bool) -> None:
@@ -88,6 +86,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train an MoE beside its dense twins: a small one of its active size, a big one of its total size."""
+    from handful.checkpoint import read_json
     from handful.compare import compare as run_compare
     from handful.compare import steps_within, teams
     from handful.console import RunProgress, comparison_table
@@ -96,7 +95,7 @@ def compare(
 
     if tokens is not None and minutes is not None:
         raise ConfigError("tokens, minutes: give one of them")
-    screen = Console(stderr=True)
+    screen = _screen()
     like = preset(router) if router else None
     text = load_data(data, progress=screen.print)
     settings = small_training(like)
@@ -104,12 +103,23 @@ def compare(
         settings = small_training(like, steps=max(1, tokens // settings.tokens_per_step))
     entrants = teams(small_model(text.tokenizer.vocab_size, like), settings)
     if minutes is not None:
-        settings = small_training(like, steps=steps_within(entrants, text, minutes, seeds))
+        # Timing is never twice the same: what was begun before says how long it goes on.
+        begun = out / entrants[0].name / "seed-0" / "run.json"
+        held = read_json(begun)["train"]["steps"] if begun.exists() else None
+        if held:
+            screen.print(f"{out} was begun with {held} steps, and goes on with them")
+        settings = small_training(like, steps=held or steps_within(entrants, text, minutes, seeds))
         entrants = teams(small_model(text.tokenizer.vocab_size, like), settings)
+    interrupted = False
     with RunProgress(screen) as progress:
 
         def named(team: str, seed: int) -> str:
             return team if seeds == 1 else f"{team}, seed {seed}"
+
+        def show(team: Team, seed: int, event: Event) -> None:
+            nonlocal interrupted
+            interrupted = interrupted or event["event"] == "interrupted"
+            progress(named(team.label, seed), event)
 
         for seed in range(seeds):
             for team in entrants:
@@ -120,13 +130,16 @@ def compare(
             out,
             seeds=seeds,
             command=shlex.join(["handful", *sys.argv[1:]]),
-            on_event=lambda team, seed, event: progress(named(team.label, seed), event),
+            on_event=show,
         )
     if as_json:
         _print_json(document)
     else:
         Console().print(comparison_table(document))
-    screen.print(f"report: {out / 'report.html'}", highlight=False)
+    screen.print(f"report: {out / 'report.html'}")
+    if interrupted:
+        screen.print("interrupted; the same command goes on")
+        raise typer.Exit(130)
 
 
 @app.command(epilog="Example: handful train --router olmoe --experts 32 --top-k 4 --steps 300 --out runs/olmoe-like")
@@ -160,7 +173,7 @@ def train(
     from handful.train import tensorboard
     from handful.train import train as run_train
 
-    screen = Console(stderr=True)
+    screen = _screen()
     given: dict[str, dict[str, Any]] = {
         "data": {"source": data, "tokenizer": tokenizer},
         "model": {
@@ -192,7 +205,7 @@ def train(
         out / "report.html",
     )
     interrupted = last["event"] == "interrupted"
-    document = {**last, "event": last["event"], "out": str(out), "model": str(out / "model"), "report": str(page)}
+    document = {**last, "out": str(out), "model": str(out / "model"), "report": str(page)}
     if as_json:
         _print_json(document)
     elif not interrupted:
@@ -233,12 +246,11 @@ def generate(
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     decoder = load(model)
     began = time.perf_counter()
-    pieces = []
+    pieces: list[str] = []
     shown = sys.stderr if as_json else sys.stdout
-    print(prompt, end="", file=shown, flush=True)
     for piece in run_generate(decoder, prompt, max_tokens=max_tokens, sampling=sampling):
+        print(piece if pieces else prompt + piece, end="", file=shown, flush=True)
         pieces.append(piece)
-        print(piece, end="", file=shown, flush=True)
     print(file=shown)
     seconds = time.perf_counter() - began
     # One piece per token, and what the decoder still held back at the end.
@@ -249,7 +261,7 @@ def generate(
              "tokens_per_second": made / seconds}
         )  # fmt: skip
     else:
-        Console(stderr=True).print(f"[dim]{made} tokens, {made / seconds:,.0f} tokens/s", highlight=False)
+        _screen().print(f"{made} tokens, {made / seconds:,.0f} tokens/s", style="dim")
 
 
 @app.command(epilog="Example: handful cost mixtral --context 8192 --ranks 8")
@@ -264,11 +276,10 @@ def cost(
     from handful.console import cost_tables
     from handful.cost import cost as price
 
-    screen = Console(stderr=True)
     config, note = _config_of(model)
     result = price(config, context=context, ranks=ranks, dtype=dtype)
     if note:
-        screen.print(f"[dim]{note}", highlight=False)
+        _screen().print(note, style="dim")
     if as_json:
         _print_json({"model": model, "note": note, **result.to_dict()})
         return
@@ -282,6 +293,8 @@ def _config_of(model: str) -> tuple[ModelConfig, str | None]:
     from handful.presets import PRESETS, small_model
 
     if model not in PRESETS:
+        if "/" not in model and not Path(model).exists():
+            raise ConfigError(f"{model!r}: no such file or folder, and no preset: {', '.join(PRESETS)}")
         return find_config(model), None
     found = PRESETS[model]
     if found.model is not None:
@@ -309,8 +322,8 @@ def doctor(as_json: Json = False) -> None:
         ("GPU", ", ".join(found.gpus) or "none"),
         ("native extension", found.native_error or "loaded"),
         ("memory read", f"{size(rates.read_bytes_per_second)}/s"),
-        ("products, float32", f"{si(rates.float32_flops)}FLOP/s"),
-        ("products, bfloat16", f"{si(rates.bfloat16_flops)}FLOP/s"),
+        ("products, float32", si(rates.float32_flops, "FLOP/s")),
+        ("products, bfloat16", si(rates.bfloat16_flops, "FLOP/s")),
         ("experts", backend),
     ]
     Console().print(facts("This machine", rows))

@@ -29,7 +29,7 @@ from handful.errors import ConfigError
 from handful.families.io import load
 from handful.machine import machine
 from handful.model import Decoder
-from handful.runs import read_events
+from handful.runs import Run, read_events
 from handful.train import Event, train
 
 __all__ = ["LABELS", "Team", "compare", "steps_within", "teams", "twins"]
@@ -41,7 +41,7 @@ LABELS = {
 }
 
 # Peak learning rates, swept equally for each team: `bench/lr_sweep.py` and its log.
-LEARNING_RATES = {"dense-active": 8e-3, "moe": 8e-3, "dense-total": 4e-3}
+LEARNING_RATES = {"dense-active": 0.032, "moe": 0.032, "dense-total": 0.008}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,17 @@ def teams(moe: ModelConfig, settings: TrainConfig, rates: dict[str, float] | Non
 
 
 def steps_within(entrants: Sequence[Team], data: Data, minutes: float, seeds: int) -> int:
-    """How many steps of every team and seed fit into some minutes of training, by timing a few steps of each."""
+    """How many steps of every team and seed fit into some minutes of training, by timing a few steps of each.
+
+    KeyboardInterrupt after Ctrl-C.
+    """
     seconds = 0.0
     for team in entrants:
         settings = replace(team.settings, steps=4, eval_every=0, eval_tokens=team.settings.context)
-        times = [e["seconds"] for e in train(team.model, settings, data) if e["event"] == "step"]
+        events = list(train(team.model, settings, data))
+        if events[-1]["event"] == "interrupted":
+            raise KeyboardInterrupt
+        times = [event["seconds"] for event in events if event["event"] == "step"]
         seconds += (times[-1] - times[0]) / (len(times) - 1)
     return max(1, int(minutes * 60 / (seeds * seconds)))
 
@@ -168,11 +174,9 @@ def _run(
     """One team's training with one seed: its events, or None if Ctrl-C ended it."""
     settings = replace(team.settings, seed=seed)
     resume = (folder / "run.json").exists()
-    if resume and any(e["event"] == "end" for e in read_events(folder)):
-        asked = checkpoint.read_json(folder / "run.json")
-        if asked["model"] != to_dict(team.model) or asked["train"] != to_dict(settings):
-            raise ConfigError(f"out: {folder} holds a run with other settings; remove it, or name another folder")
-        events = read_events(folder)
+    events = read_events(folder) if resume else []
+    if any(event["event"] == "end" for event in events):
+        Run.open(folder, resume=True).check(team.model, settings, data)
         for event in events:
             if on_event and event["event"] in ("start", "end"):
                 on_event(team, seed, event)
@@ -220,7 +224,7 @@ def _reached(curve: list[dict[str, Any]], loss: float) -> dict[str, float] | Non
     before: dict[str, Any] | None = None
     for point in curve:
         if point["loss"] <= loss:
-            if before is None or before["loss"] == point["loss"]:
+            if before is None:
                 return {axis: point[axis] for axis in ("tokens", "flops", "seconds")}
             share = (before["loss"] - loss) / (before["loss"] - point["loss"])
             return {
@@ -231,8 +235,8 @@ def _reached(curve: list[dict[str, Any]], loss: float) -> dict[str, float] | Non
 
 
 def decode_speed(model: Decoder, tokens: int = 64, repeats: int = 5) -> float:
-    """Tokens per second of greedy generation, one sequence, after a prompt of 16 tokens: the median of some repeats."""
-    prompt = list(range(1, 17))
+    """Tokens per second of greedy generation, one sequence, after a short prompt: the median of some repeats."""
+    prompt = list(range(1, 1 + min(16, model.config.context // 2)))
     tokens = min(tokens, model.config.context - len(prompt))
     rates = []
     for _ in range(repeats + 1):

@@ -16,28 +16,28 @@ from handful.cost import Cost
 __all__ = ["RunProgress", "comparison_table", "cost_tables", "duration", "facts", "si", "size"]
 
 
-def si(value: float, digits: int = 3) -> str:
-    """A number with an SI prefix: 46.7 G, 1.97 M, 305 k."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor * (1 - 0.5 * 10**-digits):
-            return f"{_digits(value / factor, digits)} {prefix}"
-    return _digits(value, digits)
+PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
+
+
+def si(value: float, unit: str = "") -> str:
+    """A number in three digits with an SI prefix: 46.7 G, 305 kB, 500 FLOP."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f} {unit}".rstrip()
+    value = float(f"{value:.2e}")  # rounded first: 999.5 is 1.00 k
+    factor, prefix = next(pair for pair in PREFIXES if abs(value) >= pair[0])
+    value /= factor or 1.0
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f} {prefix}{unit}".rstrip()
 
 
 def size(count: float) -> str:
     """Bytes: 93.4 GB."""
-    text = si(count)
-    return f"{text}B" if text[-1].isalpha() else f"{text} B"
-
-
-def _digits(value: float, digits: int) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    return si(count, "B")
 
 
 def duration(seconds: float) -> str:
     """Seconds as 7 s, 3:05 or 2:10:00."""
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -68,7 +68,10 @@ class RunProgress:
         self.console = console
         self.live = console.is_terminal
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), _State(), console=console
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=24),
+            _State(),
+            console=console,
         )
         self._tasks: dict[str, Any] = {}
         self._total: dict[str, int] = {}
@@ -91,14 +94,12 @@ class RunProgress:
         kind = event["event"]
         if kind == "start":
             self._total[run] = event["train"]["steps"]
+            if event["dtype_reason"] != "as asked":
+                self._say(f"{run}: {event['dtype']} ({event['dtype_reason']})", "dim")
             if self.live:
                 if run not in self._tasks:
                     self.expect(run)
                 self._progress.update(self._tasks[run], total=self._total[run], note="")
-            elif event["dtype_reason"] != "as asked":
-                self.console.print(f"{run}: {event['dtype']} ({event['dtype_reason']})")
-            if self.live and event["dtype_reason"] != "as asked":
-                self._progress.console.print(f"[dim]{run}: {event['dtype']} ({event['dtype_reason']})")
         elif kind == "step" and self.live:
             done, total = event["step"], self._total[run]
             self._progress.update(
@@ -109,26 +110,28 @@ class RunProgress:
                 left=event["seconds"] / done * (total - done),
             )
         elif kind == "eval" and not self.live:
-            self.console.print(
+            self._say(
                 f"{run}: step {event['step']} of {self._total[run]}, {duration(event['seconds'])}, "
                 f"held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
             )
         elif kind == "warning":
-            (self._progress.console if self.live else self.console).print(
-                f"[yellow]warning[/] {run}, step {event['step']}: {event['message']}"
-            )
+            self._say(f"warning: {run}, step {event['step']}: {event['message']}", "yellow")
         elif kind == "end" and self.live:
             note = f"loss {event['loss']:.4f} held out  {event['tokens_per_second']:,.0f} tokens/s"
             self._progress.update(
                 self._tasks[run], completed=self._total[run], note=f"{note}  {duration(event['seconds'])}"
             )
 
+    def _say(self, line: str, style: str = "") -> None:
+        """A line as it is: names and paths may hold what rich would take for markup, and are not to be cut."""
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """A two-column table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
-        table.add_row(f"[dim]{name}", value)
+        table.add_row(Text(name, style="dim"), Text(value))
     return table
 
 
@@ -173,7 +176,7 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
 def cost_tables(name: str, price: Cost) -> list[Table]:
     """What a model costs, as tables."""
     total, active = price.total_parameters, price.active_parameters
-    counts = Table(title=f"{name}: parameters", title_justify="left")
+    counts = Table(title=Text(f"{name}: parameters"), title_justify="left")
     counts.add_column("")
     counts.add_column("total", justify="right")
     counts.add_column("active", justify="right")
@@ -190,9 +193,9 @@ def cost_tables(name: str, price: Cost) -> list[Table]:
     work = facts(
         f"per token, at a context of {price.context:,}",
         [
-            ("prefill", f"{si(price.flops.prefill)}FLOP"),
-            ("decode", f"{si(price.flops.decode)}FLOP"),
-            ("training", f"{si(price.flops.training)}FLOP"),
+            ("prefill", si(price.flops.prefill, "FLOP")),
+            ("decode", si(price.flops.decode, "FLOP")),
+            ("training", si(price.flops.training, "FLOP")),
         ],
     )
     held = facts(

@@ -1,4 +1,4 @@
-"""Files to tokens to batches: what counts as a document, what is held out, and the order that training follows.
+"""Documents to tokens to batches: the cache of tokens, bits per byte, and the order that training follows.
 
     load_data(source)            text -> a `Data`: memory-mapped tokens, a training part and a held-out part
     Batches(tokens, …).at(step)  a training batch, as a function of the seed and the step alone
@@ -15,18 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import hashlib
 import json
 import math
 import os
-import platform
 import secrets
-import stat
-import sysconfig
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,14 +32,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handful.errors import ConfigError, DataError, MissingExtraError
+from handful.documents import SMALLEST_SECTION, content_hash, read_documents, split_documents
+from handful.errors import ConfigError, DataError
 from handful.text import SMALLEST_VOCAB, Tokenizer, load_tokenizer, train_tokenizer
 
-__all__ = ["Batches", "Data", "bits_per_byte", "heldout_batches", "load_data", "read_documents", "split_documents"]
-
-HELD_OUT = 0.04  # the share of the bytes that is held out …
-HELD_OUT_LIMIT = 0.05  # … and what it never exceeds, a text of a few documents aside
-SMALLEST_SECTION = 256  # bytes
+__all__ = ["Batches", "Data", "bits_per_byte", "heldout_batches", "load_data"]
 
 Tokens = np.memmap[Any, np.dtype[Any]]
 
@@ -90,7 +82,7 @@ def load_data(
     key = hashlib.blake2b(_MAGIC, digest_size=16)
     key.update((given.fingerprint if given else f"trained {vocab}").encode())
     for document in documents:
-        key.update(_digest(document))
+        key.update(content_hash(document))
     path = (cache or _default_cache()) / "tokens" / f"{key.hexdigest()}.tokens"
     stored = _read_cache(path)
     if stored is None:
@@ -163,156 +155,7 @@ def _sequences(tokens: NDArray[Any], starts_B: NDArray[np.int64], context: int) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documents.
-
-
-def read_documents(source: str | None) -> tuple[str, list[bytes], Counter[str]]:
-    """The name of a source, its documents as UTF-8, in order, and how many were left out, by reason."""
-    documents: list[bytes] = []
-    skipped: Counter[str] = Counter()
-
-    def keep(content: bytes | str) -> None:
-        try:
-            text = content if isinstance(content, bytes) else content.encode()
-            reason = "empty" if not text or text.isspace() else "binary" if b"\0" in text else None
-            if reason is None:
-                text.decode()
-        except UnicodeError:
-            reason = "not UTF-8"
-        if reason is None:
-            documents.append(text)
-        else:
-            skipped[reason] += 1
-
-    if source is not None and source.startswith("hf:"):
-        for text in _hub_texts(source):
-            keep(text if isinstance(text, str) else b"")  # a row may hold no text
-        return source, documents, skipped
-
-    name, paths = _paths(source)
-    for path in paths:
-        try:
-            # Reading a pipe would wait for ever.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise OSError("not a regular file")
-            content = path.read_bytes()
-        except OSError:
-            skipped["unreadable"] += 1
-            continue
-        if path.suffix != ".jsonl":
-            keep(content)
-            continue
-        for line in content.splitlines():
-            if not line.strip():
-                continue
-            try:
-                keep(_jsonl_text(line))
-            except UnicodeDecodeError:
-                skipped["not UTF-8"] += 1
-            except (ValueError, KeyError, TypeError, RecursionError):
-                skipped['without "text"'] += 1
-    return name, documents, skipped
-
-
-def _jsonl_text(line: bytes) -> str:
-    text = json.loads(line)["text"]
-    if not isinstance(text, str):
-        raise TypeError
-    return text
-
-
-def _paths(source: str | None) -> tuple[str, list[Path]]:
-    if source is None:
-        # Python's own sources alone: what lies beside them was installed by somebody.
-        files = _files(Path(sysconfig.get_path("stdlib")), without={"__pycache__", "site-packages", "dist-packages"})
-        return f"Python {platform.python_version()} standard library", [path for path in files if path.suffix == ".py"]
-    path = Path(source).expanduser()
-    if os.path.isdir(path):
-        return source, _files(path)
-    if os.path.exists(path):
-        return source, [path]
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    if not found:
-        raise DataError(f"data {source!r}: no such file or folder, and nothing that matches it as a pattern")
-    return source, [path for path in found if not os.path.isdir(path)]
-
-
-def _files(folder: Path, without: Collection[str] = ()) -> list[Path]:
-    """Every file below a folder, sorted, except hidden ones; links to folders are not followed.
-
-    A folder that cannot be listed stands for the files in it, to be counted as unreadable.
-    """
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=lambda error: found.append(Path(error.filename))):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        found.extend(Path(parent, name) for name in files if not name.startswith("."))
-    return sorted(found)
-
-
-def _hub_texts(source: str) -> Iterator[Any]:
-    name, _, split = source.removeprefix("hf:").partition(":")
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", f"data {source!r}", extra="datasets") from None
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # of many kinds: no network, no such name, no such split, …
-        raise DataError(f"data {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
-    if "text" not in rows.column_names:
-        raise DataError(f"data {source!r}: no column 'text' among {rows.column_names}")
-    yield from rows["text"]
-
-
-def split_documents(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """The training part and the held-out part of some documents, each in the order given.
-
-    Documents are held out in the order of the hash of their content until they are 4% of the bytes; one that would
-    bring them above 5% is passed over. Copies of a document share its hash, and so its side. A document of more than
-    1% of the text is first cut into sections at line ends, so that one long file can be split too; sections are then
-    documents like any other. Where documents are so few that none fits in 5%, the smallest one is held out; a part
-    may be empty when all documents are the same.
-    """
-    total = sum(map(len, documents))
-    longest = max(SMALLEST_SECTION, total // 100)
-    sections = [section for document in documents for section in _sections(document, longest)]
-    digests = [_digest(section) for section in sections]
-    sizes: Counter[bytes] = Counter()
-    for digest, section in zip(digests, sections, strict=True):
-        sizes[digest] += len(section)
-
-    held: set[bytes] = set()
-    held_bytes = 0
-    for digest in sorted(sizes):
-        if held_bytes >= HELD_OUT * total:
-            break
-        if held_bytes + sizes[digest] <= HELD_OUT_LIMIT * total:
-            held.add(digest)
-            held_bytes += sizes[digest]
-    if not held and len(sizes) > 1:
-        held = {min(sizes, key=lambda digest: (sizes[digest], digest))}
-    train = [section for digest, section in zip(digests, sections, strict=True) if digest not in held]
-    return train, [section for digest, section in zip(digests, sections, strict=True) if digest in held]
-
-
-def _sections(document: bytes, longest: int) -> Iterator[bytes]:
-    """About equal sections of at most 1.5 × `longest` bytes, cut after a line where one ends near the place."""
-    count = -(-len(document) // longest)
-    start = 0
-    for number in range(1, count):
-        goal = len(document) * number // count
-        end = document.rfind(b"\n", goal - longest // 2, goal) + 1
-        if not end:
-            end = goal
-            while document[end] & 0xC0 == 0x80:  # inside a UTF-8 character
-                end -= 1
-        yield document[start:end]
-        start = end
-    yield document[start:]
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+# Tokens.
 
 
 def _tokenize(

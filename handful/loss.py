@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_cross_entropy"]
 
@@ -44,16 +45,16 @@ class _LinearCrossEntropy(Function):
                 else:
                     grad_w_VD += diff_cV.mT @ x_cD
         ctx.save_for_backward(grad_x_TD, grad_w_VD)
-        ctx.dtypes = (x_TD.dtype, w_VD.dtype)
+        ctx.w_dtype = w_VD.dtype
         ctx.tokens = T
         return total / T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x_TD, grad_w_VD = ctx.saved_tensors
-        factor = grad / ctx.tokens
-        x_dtype, w_dtype = ctx.dtypes
-        return grad_x_TD * factor.to(x_dtype), (grad_w_VD * factor).to(w_dtype), None
+        factor = grad / ctx.tokens  # a scalar in float32 at least: it scales bfloat16 without being rounded to it
+        return grad_x_TD * factor, (grad_w_VD * factor).to(ctx.w_dtype), None
 
 
 def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -66,6 +67,8 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tenso
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_TD, w_VD = x_TD.to(dtype), w_VD.to(dtype)
+    if not torch.is_grad_enabled():  # a Function is told of inputs that require gradients even so
+        x_TD, w_VD = x_TD.detach(), w_VD.detach()
     with torch.autocast(device, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(x_TD, w_VD, targets_T)  # type: ignore[no-untyped-call]
     return loss

@@ -26,6 +26,13 @@ from handful.text import Tokenizer
 __all__ = ["Attention", "Block", "Decoder", "KVCache"]
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the weight's dtype: under autocast the input is bfloat16 and the weight float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class KVCache:
     """Keys and values of past tokens, for every layer: what decoding one more token needs.
 
@@ -73,8 +80,8 @@ class Attention(nn.Module):
         self.o = nn.Linear(H * d, D, bias=config.o_bias)
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
-            self.q_norm = nn.RMSNorm(H * d if full else d, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(J * d if full else d, eps=config.norm_eps)
+            self.q_norm = RMSNorm(H * d if full else d, eps=config.norm_eps)
+            self.k_norm = RMSNorm(J * d if full else d, eps=config.norm_eps)
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
         B, S, _ = x_BSD.shape
@@ -138,9 +145,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
         self.layer = layer
-        self.attn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attn = make_attention(config)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn: MoE | FeedForward
         if config.is_moe(layer) and config.router is not None:
             self.ffn = MoE(
@@ -182,7 +189,7 @@ class Decoder(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.embed = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, i, backend) for i in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         self.reset_parameters()
 

@@ -205,18 +205,21 @@ def preset(name: str) -> Preset:
 # ---------------------------------------------------------------------------------------------------------------------
 # The small model: what `handful compare` and `handful train` use where nothing else is said.
 
-ACTIVE_WIDTH = 96  # hidden width that a token uses in every layer, whatever the router
+ACTIVE_WIDTH = 64  # hidden width that a token uses in every layer, whatever the router
 
 
 def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> ModelConfig:
     """A small MoE with a preset's router, balance bias, shared experts and activation (None: `64x2`).
 
-    An expert's width makes the active width the same for every preset. `changes` are ModelConfig fields, and
-    `experts` and `top_k` of the router; the expert width follows them unless it is given too.
+    An expert's width makes the active width about the same for every preset. `changes` are ModelConfig fields, and
+    `experts` and `top_k` of the router; the expert width follows them unless it is given too. Where `top_k` becomes 1
+    its weight is not normalised: it would be 1 whatever the router says, and the router would learn nothing.
     """
     like = like or PRESETS["64x2"]
     routed = {name: changes.pop(name) for name in ("experts", "top_k") if name in changes}
     router = replace(like.router, **routed)
+    if router.top_k == 1 < router.experts:
+        router = replace(router, normalize=False)
     layers = changes.get("layers", 3)
     expert_width = changes.get("expert_width", max(8, ACTIVE_WIDTH // (router.top_k + like.shared)))
     dense_first = min(like.dense_first, layers - 1)
@@ -240,5 +243,12 @@ def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> Model
 
 def small_training(like: Preset | None = None, **changes: Any) -> TrainConfig:
     """How the small model is trained, with a preset's balance (None: `64x2`'s)."""
-    values: dict[str, Any] = {"steps": 500, "batch": 32, "context": 128, "eval_every": 50, "dtype": "float32"}
+    values: dict[str, Any] = {
+        "steps": 500,
+        "batch": 32,
+        "context": 128,
+        "eval_every": 50,
+        "eval_tokens": 65536,
+        "dtype": "float32",
+    }
     return TrainConfig(**(values | {"balance": (like or PRESETS["64x2"]).balance} | changes))

@@ -77,13 +77,12 @@ class Run:
         for section, values in given.items():
             for name, value in values.items():
                 if asked[section].get(name) != value:
-                    raise ConfigError(
-                        f"{section}.{name} = {value!r}: the run to resume has {asked[section].get(name)!r}"
-                    )
+                    has = asked[section].get(name)
+                    raise ConfigError(f"{section}.{name} = {value!r}: the run in {self.folder} has {has!r}")
         if asked["data"]["fingerprint"] != data.fingerprint:
-            raise ConfigError("data: its text or tokenizer is not what the run to resume began with")
+            raise ConfigError(f"data: not the text, or not the tokenizer, of the run in {self.folder}")
         if settings.dtype not in ("auto", dtype):
-            raise ConfigError(f"train.dtype = {settings.dtype!r}: the run to resume has {dtype!r}")
+            raise ConfigError(f"train.dtype = {settings.dtype!r}: the run in {self.folder} has {dtype!r}")
         return dtype
 
     def write(self, event: dict[str, Any]) -> None:
@@ -115,13 +114,16 @@ class Run:
         files = checkpoint_files(model, tokenizer)
         trainer = {"handful": __version__, "step": step, "seconds": seconds}
         checkpoint.write_folder(path, {**files, "trainer.safetensors": state, "trainer.json": trainer})
-        checkpoint.point(self.folder / "model", Path("checkpoints") / path.name)
+        self._point(path)
         for old in _checkpoints(self.folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
     def restore(self, model: Decoder, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        """Load the last checkpoint into model and optimizer, and cut the events back to it. Returns (step, seconds)."""
+        """Load the last checkpoint into model and optimizer, and cut the events back to it. Returns (step, seconds).
+
+        What a kill left undone after that checkpoint appeared, the link and the event, is done now.
+        """
         path = self.last()
         if path is None:
             raise CheckpointError(f"{self.folder}: there is no checkpoint to resume from")
@@ -131,11 +133,20 @@ class Run:
         expected = {f"{m}.{n}": tuple(p.shape) for n, p in model.named_parameters() for m in MOMENTS}
         checkpoint.check_tensors(expected, state)
         for name, parameter in model.named_parameters():
-            moments = {m: state[f"{m}.{name}"].clone() for m in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(trainer["step"])), **moments}
-        kept = [e for e in self.events() if e.get("step", 0) <= trainer["step"]]
+            at = parameter.device
+            moments = {m: state[f"{m}.{name}"].to(at, copy=True) for m in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(trainer["step"]), device=at), **moments}
+        step = int(trainer["step"])
+        after = ("interrupted", "end")
+        kept = [e for e in self.events() if e.get("step", 0) <= step and e["event"] not in after]
+        if not any(e["event"] == "checkpoint" and e["step"] == step for e in kept):
+            kept.append({"event": "checkpoint", "step": step, "path": str(path)})
         checkpoint.write_file(self._events, "".join(json.dumps(e) + "\n" for e in kept))
-        return int(trainer["step"]), float(trainer["seconds"])
+        self._point(path)
+        return step, float(trainer["seconds"])
+
+    def _point(self, path: Path) -> None:
+        checkpoint.point(self.folder / "model", Path("checkpoints") / path.name)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -154,7 +165,9 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-[0-9]*"), key=lambda p: int(p.name.removeprefix("step-")))
+    """The whole ones, oldest first: a folder under any other name is somebody's copy, or half-written."""
+    steps = {p: p.name.removeprefix("step-") for p in (folder / "checkpoints").glob("step-*")}
+    return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from handful import checkpoint
-from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, from_dict, read_toml
+from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, from_dict, read_toml, to_dict
 from handful.data import Data, load_data
 from handful.errors import ConfigError
 from handful.presets import ACTIVE_WIDTH, Preset, preset, small_model, small_training
@@ -33,7 +33,8 @@ __all__ = ["Asked", "balance_of", "resumed_settings", "training_settings"]
 BALANCE_WEIGHT = 0.01
 BIAS_RATE = 0.001  # u in the loss-free paper's experiments
 SECTIONS = {"router", "balance", "data", "model", "train"}
-DATA_KEYS = {"source", "tokenizer", "vocab"}
+DATA_KEYS: dict[str, type] = {"source": str, "tokenizer": str, "vocab": int}
+LENGTH = {"tokens", "steps"}  # two ways to say it: an option replaces whichever the file has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +85,29 @@ def training_settings(
         values = written.get(name, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: {name} = {values!r}: a table of settings")
-        return values | {key: value for key, value in given.get(name, {}).items() if value is not None}
+        options = {key: value for key, value in given.get(name, {}).items() if value is not None}
+        if options.keys() & LENGTH:
+            values = {key: value for key, value in values.items() if key not in LENGTH}
+        return values | options
 
     origin, model, train = section("data"), section("model"), section("train")
-    if origin.keys() - DATA_KEYS:
-        wrong = sorted(origin.keys() - DATA_KEYS)[0]
-        raise ConfigError(f"data.{wrong}: no such setting; there are {', '.join(sorted(DATA_KEYS))}")
-    name = router or written.get("router")
+    for key, value in origin.items():
+        if key not in DATA_KEYS:
+            raise ConfigError(f"data.{key}: no such setting; there are {', '.join(DATA_KEYS)}")
+        _typed(f"data.{key}", value, DATA_KEYS[key])
+    if router is not None:
+        model.pop("router", None)
+    if balance is not None:
+        train.pop("balance", None)
+    elif "balance" in written and "balance" in train:
+        raise ConfigError(f"{file}: balance, train.balance: give one of them")
+    name = _typed("router", router or written.get("router", ""), str)
+    kind = _typed("balance", balance or written.get("balance", ""), str)
     dense = name == "none"
     like = preset(name) if name and not dense else None
-    kind = balance or written.get("balance")
-    settings = _train(train, like, None if kind is None else balance_of(kind, like), dense)
+    settings = _train(train, like, balance_of(kind, like) if kind else None, dense)
     needs_bias = bool(settings.balance.bias_rate)
-    context = max(settings.context, model.get("context", 0))
+    context = max(settings.context, _typed("model.context", model.get("context", 0), int))
     return Asked(
         origin=origin, model=lambda vocab: _model(vocab, {**model, "context": context}, like, dense, needs_bias),
         train=settings,
@@ -108,20 +119,17 @@ def _train(values: dict[str, Any], like: Preset | None, balance: BalanceConfig |
     tokens = values.pop("tokens", None)
     if tokens is not None and "steps" in values:
         raise ConfigError("train.tokens, train.steps: give one of them")
+    if tokens is not None and _typed("train.tokens", tokens, int) < 1:
+        raise ConfigError(f"train.tokens = {tokens}: at least 1")
     base = small_training(like, dtype="auto", **({"balance": BalanceConfig()} if dense else {}))
     if balance is not None:
         base = replace(base, balance=balance)
-    known = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__}
-    settings = from_dict(TrainConfig, {**_plain(known), **values})
+    settings = from_dict(TrainConfig, to_dict(base) | values)
     if tokens is not None:
         settings = replace(settings, steps=max(1, tokens // settings.tokens_per_step))
     if dense and settings.balance != BalanceConfig():
         raise ConfigError("train.balance: a dense model (router = 'none') has nothing to balance")
     return settings
-
-
-def _plain(known: dict[str, Any]) -> dict[str, Any]:
-    return {**known, "balance": vars(known["balance"])}
 
 
 def _model(vocab: int, values: dict[str, Any], like: Preset | None, dense: bool, needs_bias: bool) -> ModelConfig:
@@ -136,7 +144,21 @@ def _model(vocab: int, values: dict[str, Any], like: Preset | None, dense: bool,
         }  # fmt: skip
         return from_dict(ModelConfig, base | values)
     start = like or preset("64x2")
-    router = from_dict(RouterConfig, values.pop("router"), "model.router") if "router" in values else start.router
+    router = start.router
+    if "router" in values:
+        router = from_dict(RouterConfig, _typed("model.router", values.pop("router"), dict), "model.router")
     if needs_bias:
         router = replace(router, balance_bias=True)
-    return small_model(vocab, replace(start, router=router), **routed, **values)
+    # The small model's other values follow from these; the rest is laid over it.
+    leading = routed | {name: values.pop(name) for name in ("layers", "expert_width") if name in values}
+    for name, value in leading.items():
+        _typed(f"model.{name}", value, int)
+    under = to_dict(small_model(vocab, replace(start, router=router), **leading))
+    return from_dict(ModelConfig, under | {"kv_heads": None, "head_dim": None} | values)
+
+
+def _typed(where: str, value: Any, kind: type) -> Any:
+    """The value, if it is of that type. A bool is an int to Python, not to a reader of config files."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{where} = {value!r}: of type {kind.__name__}")
+    return value

@@ -15,12 +15,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,20 +39,17 @@ from handful.runs import Run
 __all__ = ["Event", "evaluate", "lr_at", "pick_dtype", "tensorboard", "train"]
 
 Event = dict[str, Any]
+Sink = Callable[[Event], None]  # somewhere that events go
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 ROUTING_EVERY = 10  # steps whose load is summed up in one routing event
-
-
-class Sink(Protocol):
-    """Somewhere that events go."""
-
-    def __call__(self, event: Event) -> None: ...
+COLLAPSED_WINDOWS = 3  # routing events in a row that make a warning
 
 
 def lr_at(step: int, settings: TrainConfig) -> float:
     """The learning rate of a step, counted from 0."""
-    warm = math.ceil(settings.warmup * settings.steps)
+    # Rounded first: 0.07 · 100 is 7.000000000000001 to a computer, and its ceiling would be 8.
+    warm = math.ceil(round(settings.warmup * settings.steps, 6))
     if step < warm:
         return settings.lr * (step + 1) / warm
     if settings.schedule == "cosine":
@@ -72,7 +69,9 @@ def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def pick_dtype(config: ModelConfig, settings: TrainConfig, backend: str = "auto") -> tuple[Dtype, str]:
+def pick_dtype(
+    config: ModelConfig, settings: TrainConfig, backend: str = "auto", device: str = "cpu"
+) -> tuple[Dtype, str]:
     """(dtype, reason): settings.dtype, or with "auto" the quicker on this machine for this model's steps.
 
     bfloat16 (autocast) must be clearly quicker, by a fifth, so that noise does not decide and float32 breaks ties.
@@ -80,15 +79,16 @@ def pick_dtype(config: ModelConfig, settings: TrainConfig, backend: str = "auto"
     if settings.dtype != "auto":
         return settings.dtype, "as asked"
     seconds = {}
-    tokens_BS = torch.randint(config.vocab, (max(1, settings.batch // settings.accumulate), settings.context + 1))
-    with torch.random.fork_rng():
-        model = Decoder(config, backend=backend)
+    shape = (settings.batch // settings.accumulate, settings.context + 1)
+    tokens_BS = torch.randint(config.vocab, shape, device=device)
+    model = Decoder(config, backend=backend).to(device)
     for dtype in ("float32", "bfloat16"):
         best = math.inf
         for _ in range(4):
             start = time.perf_counter()
             loss, _ = _losses(model, tokens_BS[:, :-1], tokens_BS[:, 1:], dtype)
             loss.backward()
+            loss.item()  # waits for a GPU, whose queue runs in order
             best = min(best, time.perf_counter() - start)
         seconds[dtype] = best
         model.zero_grad(set_to_none=True)
@@ -97,10 +97,8 @@ def pick_dtype(config: ModelConfig, settings: TrainConfig, backend: str = "auto"
     return quicker, f"measured {times}"
 
 
-def _losses(
-    model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str, device: str = "cpu"
-) -> tuple[Tensor, list[Routing]]:
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+def _losses(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> tuple[Tensor, list[Routing]]:
+    with torch.autocast(inputs_BS.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         x_BSD, routings = model.hidden(inputs_BS)
         return linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, targets_BS.flatten()), routings
 
@@ -113,7 +111,7 @@ def evaluate(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], dtype: st
     device = model.embed.weight.device
     total, tokens = 0.0, 0
     for inputs_BS, targets_BS in batches:
-        loss, _ = _losses(model, inputs_BS.to(device), targets_BS.to(device), dtype, device.type)
+        loss, _ = _losses(model, inputs_BS.to(device), targets_BS.to(device), dtype)
         total += float(loss) * targets_BS.numel()
         tokens += targets_BS.numel()
     model.train(was_training)
@@ -142,34 +140,59 @@ def train(
     """
     if config.vocab != data.tokenizer.vocab_size:
         raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {data.tokenizer.vocab_size}")
+    if config.router is not None and config.router.top_k == 1 < config.router.experts and config.router.normalize:
+        raise ConfigError(
+            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
+            "the text reaches the router"
+        )
+    if settings.balance.bias_rate and config.router is not None and not config.router.balance_bias:
+        rate = settings.balance.bias_rate
+        raise ConfigError(f"train.balance.bias_rate = {rate}: needs model.router.balance_bias = true")
+    # These two refuse a text that is too short, so they stand before anything is written or timed.
+    batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
+    heldout_bytes = data.evaluated_bytes_per_token(settings.context, settings.eval_tokens)
     run = Run.open(Path(out), resume=resume) if out is not None else None
-    if run is not None and run.resumed:
-        settings = replace(settings, dtype=cast(Dtype, run.check(config, settings, data)))
-        reason = "as the run began"
+    if run is not None and resume:
+        dtype, reason = cast(Dtype, run.check(config, settings, data)), "as the run began"
     else:
-        dtype, reason = pick_dtype(config, settings, backend)
-        settings = replace(settings, dtype=dtype)
-    for event in _events(config, settings, data, run, reason, device, backend):
-        if run is not None:
-            run.write(event)
-        for sink in sinks:
-            sink(event)
-        yield event
+        dtype, reason = pick_dtype(config, settings, backend, device)
+    settings = replace(settings, dtype=dtype)
+    try:
+        for event in _events(config, settings, data, batches, heldout_bytes, run, reason, device, backend):
+            if run is not None:
+                run.write(event)
+            for sink in sinks:
+                sink(event)
+            yield event
+    except FloatingPointError as error:
+        kept = f"the last good checkpoint is {run.last()}" if run and run.last() else "there is no checkpoint"
+        raise TrainingError(f"{error}; {kept}") from None
 
 
 def _events(
-    config: ModelConfig, settings: TrainConfig, data: Data, run: Run | None, reason: str, device: str, backend: str
+    config: ModelConfig,
+    settings: TrainConfig,
+    data: Data,
+    batches: Batches,
+    heldout_bytes: float,
+    run: Run | None,
+    reason: str,
+    device: str,
+    backend: str,
 ) -> Iterator[Event]:
-    torch.manual_seed(settings.seed)
+    _seed(settings.seed)
     model = Decoder(config, backend=backend).to(device)
     model.activation_checkpoint = settings.activation_checkpoint
     optimizer = make_optimizer(model, settings)
     step, seconds = 0, 0.0
+    watch = _CollapseWatch(config)
     if run is not None and run.resumed:
         step, seconds = run.restore(model, optimizer)
+        for event in run.events():
+            if event["event"] == "routing":
+                watch.see(event)
     elif run is not None:
         run.begin(config, settings, data)
-    batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
     price = cost(config, context=settings.context)
     yield {
         "event": "start",
@@ -185,13 +208,14 @@ def _events(
         "step": step,
     }
     stepper = _Stepper(config, settings, model, optimizer, device)
-    heldout_bytes = data.evaluated_bytes_per_token(settings.context, settings.eval_tokens)
-    warned: set[str] = set()
+    evaluation: Event | None = None
     window: list[tuple[Tensor, list[float]]] = []
 
     def held_out() -> Event:
         parts = heldout_batches(data.heldout, settings.batch, settings.context, settings.eval_tokens)
         loss = evaluate(model, parts, settings.dtype)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the held-out loss is {loss}")
         return {
             "event": "eval",
             "step": step,
@@ -204,11 +228,7 @@ def _events(
     with _interrupts() as interrupted:
         while step < settings.steps:
             began = time.perf_counter()
-            try:
-                done = stepper.step(step, *batches.at(step))
-            except FloatingPointError as error:
-                kept = f"the last good checkpoint is {run.last()}" if run and run.last() else "there is no checkpoint"
-                raise TrainingError(f"step {step + 1}: {error}; {kept}") from None
+            done = stepper.step(step, *batches.at(step))
             seconds += time.perf_counter() - began
             step += 1
             tokens = step * settings.tokens_per_step
@@ -220,25 +240,27 @@ def _events(
                 "tokens_per_second": tokens / seconds,
                 **done.plain,
             }
+            stop, last = interrupted(), step == settings.steps
+            save = stop or last or _every(settings.checkpoint_every, step)
             if done.load_LE is not None:
                 window.append((done.load_LE, done.dropped_L))
-                if len(window) == ROUTING_EVERY or step == settings.steps:
+                # A checkpoint ends a window early: a resumed run would not have what came before it.
+                if save or _every(ROUTING_EVERY, step):
                     routing = _routing_event(window, step, tokens)
                     window = []
                     yield routing
-                    yield from _warnings(routing, config, warned)
-            if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                yield held_out()
-            stop = interrupted()
-            due = settings.checkpoint_every and step % settings.checkpoint_every == 0
-            if run is not None and (due or stop or step == settings.steps):
+                    yield from watch.see(routing)
+            if last or _every(settings.eval_every, step):
+                evaluation = held_out()
+                yield evaluation
+            if run is not None and save:
                 path = run.save(step, seconds, model, optimizer, data.tokenizer)
                 yield {"event": "checkpoint", "step": step, "path": str(path)}
-            if stop and step < settings.steps:
+            if stop and not last:
                 yield {"event": "interrupted", "step": step, "seconds": seconds}
                 return
-    evaluation = held_out()
-    yield evaluation
+        # A run that was killed after its last checkpoint has nothing left to train.
+        evaluation = evaluation or held_out()
     yield {
         "event": "end",
         "step": step,
@@ -249,11 +271,22 @@ def _events(
     }
 
 
+def _every(period: int, step: int) -> bool:
+    """Whether a step ends a period; a period of 0 never ends."""
+    return bool(period) and step % period == 0
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number % (1 << 63))  # torch refuses larger ones
+
+
+@dataclass(frozen=True, eq=False)
 class _Done:
     """What a step reports: plain values for its event, and the load of its MoE layers."""
 
-    def __init__(self, plain: dict[str, Any], load_LE: Tensor | None, dropped_L: list[float]) -> None:
-        self.plain, self.load_LE, self.dropped_L = plain, load_LE, dropped_L
+    plain: dict[str, Any]
+    load_LE: Tensor | None
+    dropped_L: list[float]
 
 
 class _Stepper:
@@ -285,7 +318,7 @@ class _Stepper:
         seen: list[list[Routing]] = []
         for i, (x_BS, y_BS) in enumerate(micro):
             self._seed(step, i)
-            loss, routings = _losses(self.model, x_BS, y_BS, cfg.dtype, self.device)
+            loss, routings = _losses(self.model, x_BS, y_BS, cfg.dtype)
             parts = {"loss": loss}
             if routings and balance.loss != "none":
                 parts["balance_loss"] = balance_loss(balance, routings, len(x_BS), load_LE)
@@ -296,17 +329,19 @@ class _Stepper:
             if not torch.isfinite(loss):
                 name = next((n for n, v in parts.items() if not torch.isfinite(v)), "loss")
                 self.optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(f"{name} is {float(parts[name])} (micro-batch {i + 1} of {cfg.accumulate})")
+                where = f"micro-batch {i + 1} of {cfg.accumulate}"
+                raise FloatingPointError(f"step {step + 1}: {name} is {float(parts[name].detach())} ({where})")
             (loss / cfg.accumulate).backward()
             for name, value in parts.items():
                 sums[name] += float(value.detach()) / cfg.accumulate
             seen.append([_detached(r) for r in routings])
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip))
-        if not math.isfinite(norm):
-            bad = (n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-            name = next(bad, "all parameters together")
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(grads.values())
+        if not torch.isfinite(norm):
+            name = next((n for n, g in grads.items() if not g.isfinite().all()), "all parameters together")
             self.optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(f"the gradient of {name} is not finite")
+            raise FloatingPointError(f"step {step + 1}: the gradient of {name} is not finite")
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         step_load_LE = step_load(seen) if self.is_moe else None
@@ -319,7 +354,7 @@ class _Stepper:
             "balance_loss": sums["balance_loss"] if self.is_moe and balance.loss != "none" else None,
             "z_loss": sums["z_loss"] if self.is_moe and balance.z_weight else None,
             "lr": lr_at(step, cfg),
-            "grad_norm": norm,
+            "grad_norm": float(norm),
         }
         dropped_L = [sum(map(dropped, layer)) / len(layer) for layer in zip(*seen, strict=True)]
         return _Done(plain, None if step_load_LE is None else step_load_LE.cpu(), dropped_L)
@@ -328,16 +363,16 @@ class _Stepper:
         """The whole step's load before its first backward pass, at the price of a second forward pass: the global
         loss's gradient in the first micro-batch depends on the routing of the last."""
         if len(micro) == 1 or not self.is_moe:
-            return None
+            return None  # the forward pass itself shows it
         seen = []
         with torch.no_grad():
             for i, (x_BS, y_BS) in enumerate(micro):
                 self._seed(step, i)
-                seen.append(_losses(self.model, x_BS, y_BS, self.settings.dtype, self.device)[1])
+                seen.append(_losses(self.model, x_BS, y_BS, self.settings.dtype)[1])
         return step_load(seen)
 
     def _seed(self, step: int, micro: int) -> None:
-        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + micro)
+        _seed((self.settings.seed * 1_000_003 + step) * 4099 + micro)
 
 
 def _detached(routing: Routing) -> Routing:
@@ -356,14 +391,26 @@ def _routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: 
     return {"event": "routing", "step": step, "tokens": tokens, **vars(stats(load_LE, dropped_L))}
 
 
-def _warnings(routing: Event, config: ModelConfig, warned: set[str]) -> Iterator[Event]:
-    """Say once per layer that its routing has collapsed."""
-    indices = [i for i in range(config.layers) if config.is_moe(i)]
-    for layer, load_E in zip(indices, routing["load"], strict=True):
-        why = collapsed(torch.tensor(load_E), config.router.top_k) if config.router else None
-        if why and f"collapse {layer}" not in warned:
-            warned.add(f"collapse {layer}")
-            yield {"event": "warning", "step": routing["step"], "message": f"routing collapsed in layer {layer}: {why}"}
+class _CollapseWatch:
+    """Says of a layer that its routing has collapsed, once each time, when it has been so for three routing events.
+
+    The first steps of a run often look collapsed until the balance takes hold.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.top_k = config.router.top_k if config.router else 0
+        self.in_a_row = {i: 0 for i in range(config.layers) if config.is_moe(i)}
+
+    def see(self, routing: Event) -> list[Event]:
+        """The warnings that a routing event calls for."""
+        found = []
+        for layer, load_E in zip(self.in_a_row, routing["load"], strict=True):
+            why = collapsed(torch.tensor(load_E), self.top_k)
+            self.in_a_row[layer] = self.in_a_row[layer] + 1 if why else 0
+            if self.in_a_row[layer] == COLLAPSED_WINDOWS:
+                message = f"routing collapsed in layer {layer}: {why}"
+                found.append({"event": "warning", "step": routing["step"], "layer": layer, "message": message})
+        return found
 
 
 @contextmanager
@@ -374,9 +421,12 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
     except ImportError:
         yield lambda event: None
         return
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer: SummaryWriter | None = None
 
     def sink(event: Event) -> None:
+        nonlocal writer
+        # Made at the first event: a run that is refused leaves nothing behind.
+        writer = writer or SummaryWriter(str(folder / "tensorboard"))
         step = event.get("step", 0)
         if event["event"] in ("step", "eval"):
             for name, value in event.items():
@@ -390,7 +440,8 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
     try:
         yield sink
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ PACKAGE = Path(handful.__file__).parent
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
     ["errors", "config", "presets", "machine"],
-    ["routing", "loss", "cost", "checkpoint", "text", "data", "quantize"],
+    ["routing", "loss", "cost", "checkpoint", "text", "documents", "data", "quantize"],
     ["experts", "balance", "observe", "placement"],
     ["moe", "model"],
     ["families", "upcycle", "transformers"],

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from handful.errors import RoutingError
 from handful.experts.reference import activate
 from handful.routing import Routing
 
@@ -39,6 +41,8 @@ __all__ = ["grouped"]
 TAIL_START = 16
 TAIL_ROW = {torch.bfloat16: 3.0, torch.float16: 3.0}
 
+FEW = 16  # assignments that are computed one by one when no gradient is asked for
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -46,7 +50,7 @@ class Layout:
 
     token_R    the token whose vector fills a row; T for a row of zeros.
     slot_R     the assignment (position in the flattened T·K) of a row; T·K for none.
-    expert_R   the expert of a row.
+    expert_R   the expert of a row; E for a row of zeros, which gets no bias.
     row_TK     the row of an assignment; R - 1 (the zero row) if it was dropped.
     depth      places per expert in the batch; the batch is rows 0 to E·depth.
     tail       (expert, first row, end row) of what follows the batch.
@@ -98,7 +102,7 @@ def lay_out(routing: Routing, dtype: torch.dtype, depth: int | None = None) -> L
     start_E = end_E - above_E
     tail = [(e, start, end) for e, (start, end) in enumerate(zip(start_E.tolist(), end_E.tolist(), strict=True))]
     experts_N = routing.experts_TK.flatten()[plan.order_N]
-    rank_N = torch.arange(len(experts_N)) - (plan.offsets_E - plan.counts_E)[experts_N]
+    rank_N = torch.arange(len(experts_N), device=experts_N.device) - (plan.offsets_E - plan.counts_E)[experts_N]
     row_N = torch.where(rank_N < depth, experts_N * depth + rank_N, start_E[experts_N] + rank_N - depth)
     return _fill(routing, row_N, experts_N, tail[-1][2] + 1, depth, tuple(run for run in tail if run[1] < run[2]))
 
@@ -129,12 +133,19 @@ def _fill(
     return Layout(
         token_R=spread(T, rows, row_N, plan.token_N),
         slot_R=spread(T * K, rows, row_N, plan.order_N),
-        expert_R=spread(0, rows, row_N, experts_N),
+        expert_R=spread(routing.experts, rows, row_N, experts_N),
         row_TK=spread(rows - 1, T * K, plan.order_N, row_N).view(T, K),
         depth=depth,
         tail=tail,
         offsets_E=offsets_E,
     )
+
+
+def _has_kernel(experts: Experts, device: str, dtype: torch.dtype) -> bool:
+    """Whether CUDA's grouped_mm takes these experts: no float64, and rows that start at multiples of 16 bytes."""
+    _, rows, width = experts.gate_up.shape
+    aligned = all(n * dtype.itemsize % 16 == 0 for n in (rows, width, experts.down.shape[2]))
+    return device == "cuda" and dtype != torch.float64 and aligned
 
 
 def _with_zero_row(x_TD: Tensor) -> Tensor:
@@ -150,6 +161,7 @@ class _Dispatch(Function):
         return _with_zero_row(x_TD).index_select(0, layout.token_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return F.embedding_bag(ctx.layout.row_TK, grad_RD.contiguous(), mode="sum"), None
 
@@ -163,6 +175,7 @@ class _Combine(Function):
         return F.embedding_bag(layout.row_TK, out_RD, mode="sum")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         return _with_zero_row(grad_TD).index_select(0, ctx.layout.token_R), None
 
@@ -177,6 +190,7 @@ class _Product(Function):
         return _rows_times(a_Ri, w_Eoi.mT, layout)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a_Ri, w_Eoi = ctx.saved_tensors
         grad_a = _rows_times(grad_Ro, w_Eoi, ctx.layout) if ctx.needs_input_grad[0] else None
@@ -202,7 +216,10 @@ def _outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> T
     """Each expert's weight gradient: the sum over its rows of grad ⊗ a."""
     E, o, i = like_Eoi.shape
     if layout.offsets_E is not None:
-        return F.grouped_mm(grad_Ro[:-1].contiguous().mT, a_Ri[:-1].contiguous(), offs=layout.offsets_E)
+        out_Eoi = F.grouped_mm(grad_Ro[:-1].contiguous().mT, a_Ri[:-1].contiguous(), offs=layout.offsets_E)
+        # What a kernel leaves where a sum has no terms is not documented: an idle expert's gradient is zero.
+        idle_E = torch.diff(layout.offsets_E, prepend=layout.offsets_E.new_zeros(1)) == 0
+        return out_Eoi.masked_fill(idle_E[:, None, None], 0)
     batch = E * layout.depth
     if batch:
         out_Eoi = torch.bmm(grad_Ro[:batch].view(E, -1, o).mT, a_Ri[:batch].view(E, -1, i))
@@ -213,6 +230,24 @@ def _outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> T
     return out_Eoi
 
 
+def one_by_one(x_TD: Tensor, routing: Routing, experts: Experts, dtype: torch.dtype) -> Tensor:
+    """Decoding: every assignment straight from its expert's weights; for so few, a layout would cost more than they."""
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.promote_types(dtype, torch.float32))
+    dropped_TK = None if routing.dropped_TK is None else routing.dropped_TK.tolist()
+    for t, chosen_K in enumerate(routing.experts_TK.tolist()):
+        x_1D = x_TD[t : t + 1].to(dtype)
+        for k, e in enumerate(chosen_K):
+            if not 0 <= e < experts.count:
+                raise RoutingError(f"routing names expert {e}: there are {experts.count}, counted from 0")
+            if dropped_TK is not None and dropped_TK[t][k]:
+                continue
+            gate_up_bias, down_bias = (None if b is None else b.to(dtype) for b in experts.biases(e))
+            h_1G = F.linear(x_1D, experts.gate_up[e].to(dtype), gate_up_bias)
+            out_1D = F.linear(activate(h_1G, experts.activation), experts.down[e].to(dtype), down_bias)
+            y_TD[t] += out_1D[0] * routing.weights_TK[t, k]
+    return y_TD.to(dtype)
+
+
 # A traced graph cannot know the layout, which depends on the load.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -221,18 +256,20 @@ def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    layout = lay_out_sorted(routing) if device == "cuda" else lay_out(routing, dtype)
+    if device == "cpu" and not torch.is_grad_enabled() and routing.experts_TK.numel() <= FEW:
+        return one_by_one(x_TD, routing, experts, dtype)
+    layout = lay_out_sorted(routing) if _has_kernel(experts, device, dtype) else lay_out(routing, dtype)
     weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
     with torch.autocast(device, enabled=False):
         x_RD = _Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
         h_RG = _Product.apply(x_RD, experts.gate_up.to(dtype), layout)  # type: ignore[no-untyped-call]
         if experts.gate_up_bias is not None:
-            h_RG = h_RG + experts.gate_up_bias.to(dtype).index_select(0, layout.expert_R)
+            h_RG = h_RG + _with_zero_row(experts.gate_up_bias.to(dtype)).index_select(0, layout.expert_R)
         # The weight goes on the F hidden values and not on the D outputs: in fine-grained experts F is the smaller.
         # It is zero for rows that stand for nothing.
         a_RF = activate(h_RG, experts.activation) * weight_R
         out_RD = _Product.apply(a_RF, experts.down.to(dtype), layout)  # type: ignore[no-untyped-call]
         if experts.down_bias is not None:
-            out_RD = out_RD + experts.down_bias.to(dtype).index_select(0, layout.expert_R) * weight_R
+            out_RD = out_RD + _with_zero_row(experts.down_bias.to(dtype)).index_select(0, layout.expert_R) * weight_R
         y_TD: Tensor = _Combine.apply(out_RD, layout)  # type: ignore[no-untyped-call]
     return y_TD

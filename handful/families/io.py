@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,11 @@ def load(
     config = config_from_hf(checkpoint.read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Decoder(config, backend=backend)
-    state = tensors_from_hf(config, checkpoint.read_tensors(folder))
-    _check(model, state, folder)
-    if dtype is not None:
-        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(tensors_from_hf(config, checkpoint.read_tensors(folder)), strict=True, assign=True)
     if (folder / "tokenizer.json").exists():
         model.tokenizer = load_tokenizer(folder)
-    return model.to(device).eval()
+    # The module does the conversion: its routers keep their balance bias in float32.
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def save(model: Decoder, path: str | Path) -> None:
@@ -93,10 +89,4 @@ def checkpoint_files(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, A
 
 def read_into(model: Decoder, folder: Path) -> None:
     """Read a checkpoint folder's weights into a decoder of the same shape."""
-    state = tensors_from_hf(model.config, checkpoint.read_tensors(folder))
-    _check(model, state, folder)
-    model.load_state_dict(state, strict=True)
-
-
-def _check(model: Decoder, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    checkpoint.check_tensors({name: tuple(t.shape) for name, t in model.state_dict().items()}, state)
+    model.load_state_dict(tensors_from_hf(model.config, checkpoint.read_tensors(folder)), strict=True)
