@@ -1,9 +1,11 @@
 """Which peak learning rate is best for each team of the comparison? The same rates for all, everything else equal.
 
-    python bench/lr_sweep.py [--teams dense-active moe dense-total] [--rates 0.004 …] [--seeds 1]
+    python bench/lr_sweep.py [--teams dense-active moe dense-total] [--rates 0.004 …] [--seeds 0]
+    python bench/lr_sweep.py --rates                 # nothing new: the table of the log
 
 One line a run is added to bench/logs/lr_sweep.jsonl, and at the end the log's table is printed: held-out loss after
-`handful compare`'s default training. The best rates are `LEARNING_RATES` in handful/compare.py.
+`handful compare`'s default training, and its spread (highest - lowest) where there are several seeds. The best rates
+are `LEARNING_RATES` in handful/compare.py.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ RATES = [0.004, 0.008, 0.016, 0.032]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teams", nargs="+", choices=list(LABELS), default=list(LABELS))
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     asked = parser.parse_args()
     data = load_data(None, progress=lambda line: print(line, file=sys.stderr))
     model = small_model(data.tokenizer.vocab_size)
@@ -35,7 +37,7 @@ def main() -> None:
         for team in teams(model, small_training(eval_every=0), dict.fromkeys(LABELS, rate)):
             if team.name not in asked.teams:
                 continue
-            for seed in range(asked.seeds):
+            for seed in asked.seeds:
                 settings = replace(team.settings, seed=seed)
                 *_, end = train(team.model, settings, data)
                 row = {"team": team.name, "lr": rate, "seed": seed, "steps": settings.steps, "loss": end["loss"]}
@@ -54,7 +56,9 @@ def show() -> None:
         cells = []
         for rate in rates:
             losses = [row["loss"] for row in rows if (row["team"], row["lr"]) == (name, rate)]
-            cells.append(f"{sum(losses) / len(losses):.4f}" if losses else "")
+            mean = f"{sum(losses) / len(losses):.4f}" if losses else ""
+            spread = f" (spread {max(losses) - min(losses):.4f}, {len(losses)} seeds)" if len(losses) > 1 else ""
+            cells.append(mean + spread)
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

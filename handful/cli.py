@@ -144,7 +144,7 @@ def compare(
 
 @app.command(epilog="Example: handful train --router olmoe --experts 32 --top-k 4 --steps 300 --out runs/olmoe-like")
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file: [model], [train], [data].")] = None,
+    config: Annotated[Path | None, typer.Argument(help=r"A TOML file: \[model], \[train], \[data].")] = None,
     data: DataOption = None,
     tokenizer: TokenizerOption = None,
     router: RouterOption = None,
@@ -251,7 +251,7 @@ def generate(
     for piece in run_generate(decoder, prompt, max_tokens=max_tokens, sampling=sampling):
         print(piece if pieces else prompt + piece, end="", file=shown, flush=True)
         pieces.append(piece)
-    print(file=shown)
+    print(file=shown, flush=True)
     seconds = time.perf_counter() - began
     # One piece per token, and what the decoder still held back at the end.
     made = max(0, len(pieces) - 1)
@@ -330,4 +330,5 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2))
+    # Flushed here, where a closed pipe is still caught.
+    print(json.dumps(document, indent=2), flush=True)

@@ -41,7 +41,7 @@ LABELS = {
 }
 
 # Peak learning rates, swept equally for each team: `bench/lr_sweep.py` and its log.
-LEARNING_RATES = {"dense-active": 0.032, "moe": 0.032, "dense-total": 0.008}
+LEARNING_RATES = {"dense-active": 0.016, "moe": 0.032, "dense-total": 0.016}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,10 +138,10 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 def comparison_table(document: Mapping[str, Any]) -> Table:
     """The comparison's table: a column per team."""
     teams = document["teams"]
-    table = Table(title=document["title"], title_justify="left")
+    table = Table(title=Text(document["title"]), title_justify="left")
     table.add_column("")
     for team in teams:
-        table.add_column(team["label"], justify="right")
+        table.add_column(Text(team["label"]), justify="right")
 
     def spread(value: Mapping[str, Any], digits: int) -> str:
         if len(value["values"]) < 2:
@@ -151,6 +151,10 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
     def reached(team: Mapping[str, Any], axis: str, show: Any) -> str:
         return show(team["reached"][axis]) if team["reached"] else "not reached"
 
+    def decoding(team: Mapping[str, Any]) -> str:
+        rate = team["decode_tokens_per_second"]
+        return f"{rate:,.0f}" if rate is not None else "not measured"
+
     rows: list[tuple[str, Any]] = [
         ("total parameters", lambda t: si(t["parameters"]["total"])),
         ("active parameters", lambda t: si(t["parameters"]["active"])),
@@ -159,7 +163,7 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
         ("held-out loss, nats a token", lambda t: spread(t["heldout_loss"], 4)),
         ("held-out bits a byte", lambda t: spread(t["bits_per_byte"], 4)),
         ("training tokens/s", lambda t: f"{t['train_tokens_per_second']:,.0f}"),
-        ("decode tokens/s", lambda t: f"{t['decode_tokens_per_second']:,.0f}"),
+        ("decode tokens/s", decoding),
         ("training time", lambda t: duration(t["train_seconds"])),
     ]
     if any(team["name"] == "dense-active" for team in teams):

@@ -94,6 +94,10 @@ def generate(model: Decoder, prompt: str, *, max_tokens: int = 200, sampling: Sa
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ConfigError("model: it has no tokenizer; use generate_tokens, or load a checkpoint that holds one")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # a shell hands over any byte
+        raise ConfigError(f"prompt = {prompt!r}: must be UTF-8") from None
     # A document starts after an end-of-text token, in training and so here.
     tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     stream = tokenizer.stream(tokens)

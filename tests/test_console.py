@@ -1,0 +1,1 @@
+"""Tests of handful/console.py."""
