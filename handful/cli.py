@@ -251,7 +251,7 @@ def generate(
     for piece in run_generate(decoder, prompt, max_tokens=max_tokens, sampling=sampling):
         print(piece if pieces else prompt + piece, end="", file=shown, flush=True)
         pieces.append(piece)
-    print(file=shown, flush=True)
+    print(file=shown)
     seconds = time.perf_counter() - began
     # One piece per token, and what the decoder still held back at the end.
     made = max(0, len(pieces) - 1)
@@ -330,5 +330,4 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _print_json(document: Any) -> None:
-    # Flushed here, where a closed pipe is still caught.
-    print(json.dumps(document, indent=2), flush=True)
+    print(json.dumps(document, indent=2))

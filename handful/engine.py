@@ -33,6 +33,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise ConfigError(f"temperature = {self.temperature}: at least 0")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(f"seed = {self.seed}: at most 64 bits")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: above 0, at most 1")
 

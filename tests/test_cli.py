@@ -1,1 +1,412 @@
-"""Tests of handful/cli.py."""
+"""The command line: every verb, one document on stdout for `--json`, mistakes told in one line.
+
+Most tests call `main` in this process; what belongs to a process (exit, pipes, what is imported) gets one of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tiny import of_kind, read_lines, write_text
+
+from handful import __version__
+from handful.cli import main
+from handful.config import to_dict
+from handful.machine import Measured
+from handful.presets import PRESETS, small_model
+
+VERBS = ["compare", "train", "generate", "cost", "doctor"]
+
+SETTINGS = """
+[data]
+source = "text"
+vocab = 300
+[model]
+width = 16
+layers = 2
+heads = 2
+experts = 4
+expert_width = 8
+[train]
+steps = 4
+batch = 4
+context = 16
+eval_tokens = 128
+eval_every = 2
+checkpoint_every = 2
+dtype = "float32"
+"""
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Result]
+
+
+def calling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def call(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["handful", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def handful(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`handful …` as it is called from a shell, with a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    return calling(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, the settings of a tiny model and, in `run`, its training."""
+    home = tmp_path_factory.mktemp("cli")
+    write_text(home / "text")
+    (home / "tiny.toml").write_text(SETTINGS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("HANDFUL_CACHE", str(home / "cache"))
+        patch.setattr(sys, "argv", ["handful", "train", "tiny.toml", "--out", "run"])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert not end.value.code
+    return home
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HANDFUL_CACHE", str(home / "cache"))
+    return home
+
+
+def document(result: Result) -> Any:
+    """What `--json` printed: all of stdout is one document, of plain JSON."""
+    assert result.code == 0, result.err
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(result.out, parse_constant=refuse)
+
+
+def mistake(result: Result) -> str:
+    """What a mistake printed: one line on stderr, nothing on stdout, exit status 1."""
+    assert (result.code, result.out) == (1, "")
+    assert "Traceback" not in result.err
+    line, end = result.err[:-1], result.err[-1:]
+    assert end == "\n"
+    assert "\n" not in line
+    assert line.startswith("error ")
+    return line.removeprefix("error ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help, version, usage.
+
+
+def test_alone_it_lists_the_verbs_and_says_where_to_start(handful: Call) -> None:
+    result = handful()
+    text = result.out + result.err
+    assert all(f" {verb} " in text for verb in VERBS)
+    assert "Start with: handful compare" in text
+    assert handful("--help").code == 0
+    assert "Start with: handful compare" in handful("-h").out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verbs_help_shows_an_example(verb: str, handful: Call) -> None:
+    result = handful(verb, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert f"Example: handful {verb} " in " ".join(result.out.split())
+    assert "--json" in result.out
+
+
+def test_brackets_in_help_are_shown(handful: Call) -> None:
+    assert "A TOML file: [model], [train], [data]." in handful("train", "--help").out
+
+
+def test_version(handful: Call) -> None:
+    assert handful("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["nope"], "nope"),
+        (["cost"], "model"),
+        (["cost", "mixtral", "--rank", "8"], "--rank"),
+        (["cost", "mixtral", "--ranks", "0"], "--ranks"),
+        (["cost", "mixtral", "--context", "long"], "--context"),
+        (["train", "--steps", "1.5"], "--steps"),
+        (["compare", "--seeds", "0"], "--seeds"),
+        (["compare", "--minutes", "0"], "--minutes"),
+        (["generate", "run"], "prompt"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], names: str, handful: Call) -> None:
+    result = handful(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert names in result.err.lower()
+    assert "Traceback" not in result.err
+
+
+def test_an_interruption_is_130(handful: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("handful.cost"), "cost", pressed)  # `handful.cost` is the function
+    assert handful("cost", "mixtral").code == 130
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from handful.cli import main; sys.argv = ['handful', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Start with: handful compare" in " ".join(result.stdout.split())
+    assert result.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    result = subprocess.run([sys.executable, "-m", "handful", "cost", "a[red]b"], capture_output=True, text=True)
+    known = ", ".join(PRESETS)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"error 'a[red]b': no such file or folder, and no preset: {known}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cost and doctor.
+
+
+def test_the_price_of_a_preset(handful: Call) -> None:
+    found = document(handful("cost", "mixtral", "--json"))
+    assert (found["model"], found["note"]) == ("mixtral", PRESETS["mixtral"].source)
+    assert found["total_parameters"]["incl_all_embeddings"] == 46_702_792_704  # Mixtral's published checkpoint
+    result = handful("cost", "mixtral")
+    assert result.code == 0
+    assert "46,702,792,704" in result.out
+    assert result.err == f"{PRESETS['mixtral'].source}\n"
+
+
+def test_a_preset_without_a_published_decoder_says_what_is_priced(handful: Call) -> None:
+    result = handful("cost", "switch", "--json")
+    note = document(result)["note"]
+    assert note == f"{PRESETS['switch'].source}: no published decoder; this is the small model with its router"
+    assert result.err == f"{note}\n"
+
+
+def test_context_ranks_and_dtype(handful: Call) -> None:
+    plain = document(handful("cost", "mixtral", "--json"))
+    asked = document(
+        handful("cost", "mixtral", "--json", "--context", "8192", "--ranks", "8", "--dtype", "float32"),
+    )
+    assert (plain["context"], plain["ranks"], plain["dtype"]) == (32768, 1, "bfloat16")
+    assert (asked["context"], asked["ranks"], asked["dtype"]) == (8192, 8, "float32")
+    assert asked["bytes"]["weights"] == 2 * plain["bytes"]["weights"]
+    assert asked["flops"]["prefill"] < plain["flops"]["prefill"]
+    assert "sent between 8 ranks per token" in handful("cost", "mixtral", "--ranks", "8").out
+    assert "ranks" not in handful("cost", "mixtral").out
+
+
+def test_the_price_of_a_run_its_checkpoint_and_its_config(handful: Call, at_home: Path) -> None:
+    run, folder, file = (
+        document(handful("cost", path, "--json")) for path in ("run", "run/model", "run/model/config.json")
+    )
+    assert run["note"] is None
+    start = of_kind("start", read_lines(at_home / "run/events.jsonl"))[0]
+    assert run["total_parameters"]["incl_all_embeddings"] == start["parameters"]["total"]
+    assert {**run, "model": ""} == {**folder, "model": ""} == {**file, "model": ""}
+
+
+def test_a_price_that_there_is_not(handful: Call, at_home: Path) -> None:
+    assert mistake(handful("cost", "mixtrel")).startswith("'mixtrel': no such file or folder, and no preset: switch, ")
+    assert mistake(handful("cost", "./nowhere/at/all")) == "./nowhere/at/all: no such folder"
+    assert mistake(handful("cost", "text")).startswith("text: holds no checkpoint (config.json)")
+    assert "tiny.toml" in mistake(handful("cost", "tiny.toml"))
+    assert "float8" in mistake(handful("cost", "mixtral", "--dtype", "float8"))
+
+
+def test_debug_shows_where() -> None:
+    command = [sys.executable, "-m", "handful", "--debug", "cost", "mixtrel"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("Traceback (most recent call last):")
+    assert "handful.errors.ConfigError: 'mixtrel': no such file or folder" in result.stderr.splitlines()[-1]
+
+
+def test_doctor(handful: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Measured(
+        read_bytes_per_second=12.5e9, float32_flops=99.5e9, bfloat16_flops=1.25e12, disk_bytes_per_second=None
+    )
+    monkeypatch.setattr("handful.machine.measure", lambda: rates)
+    result = handful("doctor", "--json")
+    found = document(result)
+    assert result.err == ""
+    assert (found["handful"], found["measured"]) == (__version__, vars(rates))
+    assert found["machine"]["cores"] >= 1
+    result = handful("doctor")
+    assert (result.code, result.err) == (0, "")
+    for value in (__version__, "12.5 GB/s", "99.5 GFLOP/s", "1.25 TFLOP/s"):
+        assert value in result.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.
+
+
+def test_train_and_go_on(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    result = handful("train", "tiny.toml", "--out", tmp_path / "run", "--top-k", "1", "--seed", "3", "--json")
+    found = document(result)
+    events = read_lines(tmp_path / "run/events.jsonl")
+    assert "held-out loss" in result.err
+    assert (found["event"], found["step"], found["loss"]) == ("end", 4, events[-1]["loss"])
+    assert Path(found["model"], "config.json").exists()
+    assert Path(found["report"]).stat().st_size > 1000
+    asked = json.loads((tmp_path / "run/run.json").read_text("utf-8"))
+    assert (asked["model"]["router"]["top_k"], asked["model"]["router"]["normalize"]) == (1, False)
+    assert (asked["train"]["seed"], asked["train"]["steps"]) == (3, 4)
+
+    # A run that was killed after its second step: it goes on from there, to the same end.
+    for path in (tmp_path / "run/checkpoints/step-000004").iterdir():
+        path.unlink()
+    (tmp_path / "run/checkpoints/step-000004").rmdir()
+    again = handful("train", "--resume", "--out", tmp_path / "run")
+    assert again.code == 0
+    assert f"{found['loss']:.4f} nats a token" in again.out
+    steps = of_kind("step", read_lines(tmp_path / "run/events.jsonl"))
+    assert [e["loss"] for e in steps] == [e["loss"] for e in of_kind("step", events)]
+
+
+def test_train_leaves_a_run_alone(handful: Call, at_home: Path) -> None:
+    before = (at_home / "run/events.jsonl").read_bytes()
+    result = handful("train", "tiny.toml", "--out", "run")
+    assert (result.code, result.out) == (1, "")
+    line = result.err.splitlines()[-1]  # below what was said of the text
+    assert line == "error out = 'run': holds a run; go on with it by --resume, or name another folder"
+    assert (at_home / "run/events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps", "9"], ["tiny.toml"], ["--router", "olmoe"], ["--balance", "none"], ["--data", "text"]]
+)
+def test_a_run_goes_on_with_its_own_settings(options: list[str], handful: Call, at_home: Path) -> None:
+    message = mistake(handful("train", *options, "--resume", "--out", "run"))
+    assert message == "resume: the run goes on with its own settings; give --out and --resume alone"
+
+
+def test_training_that_cannot_begin(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    assert mistake(handful("train", "--resume", "--out", out)) == f"out = {str(out)!r}: holds no run to resume"
+    assert mistake(handful("train", "none.toml", "--out", out)) == "config 'none.toml': no such file"
+    assert mistake(handful("train", "--router", "gpt-4")).startswith("router preset 'gpt-4': one of switch, ")
+    tokens = mistake(handful("train", "--tokens", "9", "--steps", "9"))
+    assert tokens == "train.tokens, train.steps: give one of them"
+    assert "nowhere" in mistake(handful("train", "--data", "nowhere", "--out", out))
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate.
+
+
+def test_a_seed_repeats_the_text(handful: Call, at_home: Path) -> None:
+    def text(*options: str) -> str:
+        result = handful("generate", "run", "the router", "--max-tokens", "30", *options)
+        assert result.code == 0
+        assert result.out.startswith("the router")
+        assert "tokens/s" in result.err
+        return result.out
+
+    assert text("--seed", "1") == text("--seed", "1")
+    assert text("--seed", "1") != text("--seed", "2")
+    assert text("--temperature", "0") == text("--temperature", "0", "--seed", "7")
+
+
+def test_generated_json(handful: Call, at_home: Path) -> None:
+    plain = handful("generate", "run", "the", "--seed", "1", "--max-tokens", "20")
+    result = handful("generate", "run", "the", "--seed", "1", "--max-tokens", "20", "--json")
+    found = document(result)
+    assert f"the{found['text']}\n" == plain.out == result.err
+    assert (found["model"], found["prompt"]) == ("run", "the")
+    assert 1 <= found["tokens"] <= 20
+
+
+def test_what_cannot_be_generated(handful: Call, at_home: Path) -> None:
+    assert mistake(handful("generate", "./nowhere/at/all", "x")) == "./nowhere/at/all: no such folder"
+    assert mistake(handful("generate", "run", "x", "--max-tokens", "0")) == "max_tokens = 0: at least 1"
+    assert mistake(handful("generate", "run", "x", "--temperature", "-1")) == "temperature = -1.0: at least 0"
+    assert mistake(handful("generate", "run", "x", "--top-p", "0")) == "top_p = 0.0: above 0, at most 1"
+    assert "the model's context is" in mistake(handful("generate", "run", "the router " * 200))
+
+
+@pytest.mark.parametrize("arguments", [["generate", "run", "the"], ["cost", "run", "--json"]])
+def test_a_closed_pipe_is_no_error_to_show(arguments: list[str], home: Path) -> None:
+    """As with `| head -c1`, and sooner: the reader is gone before the first byte."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "handful", *arguments], cwd=home, stdout=write, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
+    assert result.returncode == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare.
+
+
+def test_compare_reuses_what_is_finished(
+    handful: Call, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import handful.presets as presets
+
+    monkeypatch.setattr(presets, "small_model", lambda vocab, like=None: small_model(vocab, like, width=16, layers=1))
+    command = ["compare", "--data", "text", "--tokens", "1", "--router", "mixtral", "--out", tmp_path / "three"]
+    result = handful(*command, "--json")
+    found = document(result)
+    assert [team["name"] for team in found["teams"]] == ["dense-active", "moe", "dense-total"]
+    assert found["teams"][1]["model"]["router"] == to_dict(PRESETS["mixtral"].router)
+    assert found["train"]["steps"] == 1
+    assert found == json.loads((tmp_path / "three/compare.json").read_text("utf-8"))
+    assert f"report: {tmp_path / 'three/report.html'}" in result.err
+    runs = {path: path.read_bytes() for path in (tmp_path / "three").glob("*/seed-0/events.jsonl")}
+    assert len(runs) == 3
+
+    again = handful(*command)
+    assert again.code == 0
+    assert "Team 2 · mixture of experts" in again.out
+    assert f"{found['teams'][1]['heldout_loss']['mean']:.4f}" in again.out
+    assert {path: path.read_bytes() for path in runs} == runs
+
+
+def test_a_comparison_that_cannot_begin(handful: Call, at_home: Path) -> None:
+    both = mistake(handful("compare", "--tokens", "100", "--minutes", "1"))
+    assert both == "tokens, minutes: give one of them"
+    assert mistake(handful("compare", "--router", "gpt-4")).startswith("router preset 'gpt-4': one of switch, ")

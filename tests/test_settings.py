@@ -1,4 +1,4 @@
-"""From a TOML file, a preset and options to a model and its training: what counts, what is refused, what is read back."""
+"""From a TOML file, a preset and options to a model and its training: what counts, and what is refused."""
 
 from __future__ import annotations
 
