@@ -3,7 +3,8 @@
     python bench/train_step.py [--repeats 5] [--without eager]
 
 D=256, 6 layers, 32 experts of width 192 of which 4 are chosen, 8 sequences of 256 tokens, vocabulary 4096, AdamW. Both
-have tied embeddings and start from their own initialisation. transformers' slow cases take minutes: `--without eager`.
+have tied embeddings and QK-norm over the full width, and start from their own initialisation. transformers' MoE is
+OLMoE, its dense model OLMo 2, which has the same parts. Their slow cases can take minutes: `--without eager`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from timing import publish, rounds
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from handful.config import ModelConfig, RouterConfig
 from handful.loss import linear_cross_entropy
@@ -70,7 +71,7 @@ def stepper(model: nn.Module, loss: Callable[[], torch.Tensor], dtype: str) -> C
 
 def peer(experts: str | None) -> nn.Module:
     if experts is None:
-        return LlamaForCausalLM(LlamaConfig(intermediate_size=K * WIDTH, **PEER))
+        return Olmo2ForCausalLM(Olmo2Config(intermediate_size=K * WIDTH, **PEER))
     model = OlmoeForCausalLM(
         OlmoeConfig(intermediate_size=WIDTH, num_experts=E, num_experts_per_tok=K, norm_topk_prob=True, **PEER)
     )

@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +23,7 @@ from tiny import of_kind, read_lines, write_text
 from handful import __version__
 from handful.cli import main
 from handful.config import to_dict
+from handful.data import Batches
 from handful.machine import Measured
 from handful.presets import PRESETS, small_model
 
@@ -327,6 +331,73 @@ def test_training_that_cannot_begin(handful: Call, at_home: Path, tmp_path: Path
     assert not out.exists()
 
 
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Ctrl-C while that many batches have been drawn, counted from 1."""
+    drawn, real = 0, Batches.at
+
+    def at(self: Batches, step: int) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn == batch:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step)
+
+    monkeypatch.setattr(Batches, "at", at)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_interrupted_training_is_130_and_goes_on(
+    as_json: bool, handful: Call, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, batch=3)
+        result = handful("train", "tiny.toml", "--out", run, *["--json"] * as_json)
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == f"interrupted at step 3; go on with --resume --out '{run}'"
+    if as_json:
+        found = json.loads(result.out)
+        assert (found["event"], found["step"], found["out"]) == ("interrupted", 3, str(run))
+    else:
+        assert result.out == ""
+    assert (run / "report.html").exists()
+    assert handful("train", "--resume", "--out", run).code == 0
+    assert losses(run) == losses(at_home / "run")
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in of_kind("step", read_lines(run / "events.jsonl"))]
+
+
+def test_ctrl_c_in_a_process_of_its_own(at_home: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.replace("steps = 4", "steps = 5000").replace("eval_every = 2", "eval_every = 0")
+    (tmp_path / "long.toml").write_text(settings, encoding="utf-8")
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "handful", "train", str(tmp_path / "long.toml"), "--out", str(run)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    limit = time.monotonic() + 300
+    while not (run / "model").exists():
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted at step ")
+    assert read_lines(run / "events.jsonl")[-1]["event"] == "interrupted"
+
+
+def test_training_that_diverges(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    result = handful("train", "tiny.toml", "--out", tmp_path / "run", "--lr", "1e39")
+    assert (result.code, result.out) == (1, "")
+    assert "Traceback" not in result.err
+    assert re.fullmatch(r"error step 2: .* is .*; there is no checkpoint", result.err.splitlines()[-1])
+    assert sum(line.startswith("error") for line in result.err.splitlines()) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # generate.
 
@@ -404,6 +475,33 @@ def test_compare_reuses_what_is_finished(
     assert "Team 2 · mixture of experts" in again.out
     assert f"{found['teams'][1]['heldout_loss']['mean']:.4f}" in again.out
     assert {path: path.read_bytes() for path in runs} == runs
+
+
+def test_an_interrupted_comparison_is_130_and_goes_on(
+    handful: Call, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import handful.presets as presets
+
+    monkeypatch.setattr(presets, "small_model", lambda vocab, like=None: small_model(vocab, like, width=16, layers=1))
+    compare = importlib.import_module("handful.compare")  # `handful.compare` is the function
+    monkeypatch.setattr(compare, "steps_within", lambda *args: 3)
+    out = tmp_path / "three"
+    command = ["compare", "--data", "text", "--minutes", "1", "--router", "mixtral", "--out", out]
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, batch=5)  # the second team's second
+        result = handful(*command)
+    assert result.code == 130
+    assert "Team 1 · small dense" in result.out
+    assert "Team 2" not in result.out
+    assert result.err.splitlines()[-2:] == [f"report: {out / 'report.html'}", "interrupted; the same command goes on"]
+
+    # Timing it again would say something else: it goes on with what it began with.
+    monkeypatch.setattr(compare, "steps_within", lambda *args: pytest.fail("timed again"))
+    result = handful(*command, "--json")
+    assert f"{out} was begun with 3 steps, and goes on with them" in result.err
+    found = document(result)
+    assert len(found["teams"]) == 3
+    assert [len(losses(out / team["name"] / "seed-0")) for team in found["teams"]] == [3, 3, 3]
 
 
 def test_a_comparison_that_cannot_begin(handful: Call, at_home: Path) -> None:

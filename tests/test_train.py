@@ -250,12 +250,23 @@ def test_the_same_command_gives_the_same_numbers(data: Data) -> None:
     assert losses(one) != losses(other)
 
 
-def test_evaluations_and_checkpoints_change_nothing(data: Data, tmp_path: Path) -> None:
+def test_evaluations_and_checkpoints_change_nothing(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*args: Any) -> float:
+        calls.append(args)
+        return evaluate(*args)
+
+    monkeypatch.setattr(module, "evaluate", counted)
     quiet = list(train(moe(NOISY), training(eval_every=0, checkpoint_every=0), data))
     busy = list(train(moe(NOISY), training(eval_every=1, checkpoint_every=1), data, tmp_path / "run"))
     assert losses(quiet) == losses(busy)
     assert of_kind("end", quiet)[0]["loss"] == of_kind("end", busy)[0]["loss"]
     assert len(of_kind("eval", quiet)) == 1
+    assert len(of_kind("eval", busy)) == 6
+    assert len(calls) == 7  # none is done twice
 
 
 def test_routing_events_cover_ten_steps(data: Data) -> None:
@@ -287,10 +298,19 @@ def test_bfloat16_trains_float32_weights(data: Data, tmp_path: Path) -> None:
     assert {p.dtype for p in load(run).parameters()} == {torch.float32}
 
 
-def test_activation_checkpointing_changes_no_loss(data: Data) -> None:
+def test_activation_checkpointing_changes_no_loss(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = list(train(moe(NOISY), training(), data))
+    model_module, blocks = sys.modules["handful.model"], []
+    real = model_module.checkpoint
+
+    def counted(block: Any, *args: Any, **kwargs: Any) -> Any:
+        blocks.append(block.layer)
+        return real(block, *args, **kwargs)
+
+    monkeypatch.setattr(model_module, "checkpoint", counted)
     again = list(train(moe(NOISY), training(activation_checkpoint=True), data))
     assert losses(again) == losses(plain)
+    assert blocks == [0, 1] * 6  # in training, not in evaluation
 
 
 def test_compile(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +373,13 @@ def test_auto_is_told_and_kept(data: Data, tmp_path: Path, monkeypatch: pytest.M
 def test_any_seed(data: Data) -> None:
     for seed in (2**31, 2**63, 10**30):
         assert len(losses(list(train(moe(NOISY), training(steps=1, seed=seed), data)))) == 1
+
+
+def test_a_device_may_have_a_number(data: Data, tmp_path: Path) -> None:
+    settings = training(dtype="bfloat16", steps=4)
+    plain = list(train(moe(), settings, data))
+    there = list(train(moe(), settings, data, tmp_path / "run", device="cpu:0"))
+    assert losses(there) == losses(plain)
 
 
 def test_outside_the_main_thread(data: Data) -> None:
@@ -685,7 +712,7 @@ noisy_top_k = true
 balance_bias = true
 
 [train]
-steps = 30
+steps = 40
 batch = 4
 context = 16
 accumulate = 2
@@ -693,7 +720,7 @@ lr = 0.01
 dtype = "float32"
 eval_every = 5
 eval_tokens = 128
-checkpoint_every = 1
+checkpoint_every = 2
 balance = {{ loss = "switch", weight = 0.01, bias_rate = 0.01, z_weight = 0.001 }}
 """
 
@@ -713,7 +740,7 @@ def test_sigkill_again_and_again(tmp_path: Path) -> None:
 
     moments: list[Callable[[], bool]] = [
         lambda: steps_done() >= 3 and any(folder.glob(".new-*")),
-        lambda: steps_done() >= 15,
+        lambda: steps_done() >= 12,
     ]
     reached = 0
     for number, moment in enumerate(moments):
@@ -726,7 +753,7 @@ def test_sigkill_again_and_again(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert reached < steps_done() < 30
+        assert reached < steps_done() < 40
         reached = steps_done()
     subprocess.run(resume, env=environment, check=True, capture_output=True)
 
