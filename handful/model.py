@@ -30,7 +30,7 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm in the weight's dtype: under autocast the input is bfloat16 and the weight float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
 
 
 class KVCache:

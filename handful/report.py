@@ -74,7 +74,7 @@ def from_events(
             for e in evals
         ],
         "routing": routing_history(events),
-        "warnings": [event["message"] for event in _of_kind("warning", events)],
+        "warnings": [f"step {event['step']}: {event['message']}" for event in _of_kind("warning", events)],
     }
     return {
         "title": title,
