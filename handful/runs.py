@@ -86,11 +86,14 @@ class Run:
         return dtype
 
     def write(self, event: dict[str, Any]) -> None:
-        """Append an event; a resumed run has its start already."""
+        """Append an event; a resumed run has its start already. CheckpointError if the disk refuses."""
         if event["event"] == "start" and self.resumed:
             return
-        with open(self._events, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        try:
+            with open(self._events, "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self._events}: cannot be written: {error.strerror}") from None
 
     def events(self) -> list[dict[str, Any]]:
         """What happened so far; a line that a kill cut off is left out."""

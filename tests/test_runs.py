@@ -227,6 +227,13 @@ def test_events_are_cut_back_to_the_checkpoint(tmp_path: Path, data: Data) -> No
     assert timeless(read_lines(run / "events.jsonl")) == timeless(whole)
 
 
+def test_events_that_cannot_be_written(tmp_path: Path, data: Data) -> None:
+    run = begun(tmp_path / "run", data)
+    (tmp_path / "run/events.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"/run/events\.jsonl: cannot be written: Is a directory$"):
+        run.write({"event": "start"})
+
+
 def test_events_without_a_file(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
 
