@@ -196,9 +196,8 @@ def train(
     model, settings = asked.model(text.tokenizer.vocab_size), asked.train
     last: dict[str, Any] = {}
     with RunProgress(screen) as progress, tensorboard(out) as sink:
-        for event in run_train(model, settings, text, out, resume=resume):
+        for event in run_train(model, settings, text, out, resume=resume, sinks=[sink]):
             progress(out.name, event)
-            sink(event)
             last = event
     page = report.write(
         report.from_events(runs.read_events(out), title=str(out), command=shlex.join(["handful", *sys.argv[1:]])),

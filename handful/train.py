@@ -97,8 +97,12 @@ def pick_dtype(
     return quicker, f"measured {times}"
 
 
+def _autocast(like: Tensor, dtype: str) -> torch.autocast:
+    return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def _losses(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> tuple[Tensor, list[Routing]]:
-    with torch.autocast(inputs_BS.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+    with _autocast(inputs_BS, dtype):
         x_BSD, routings = model.hidden(inputs_BS)
         return linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, targets_BS.flatten()), routings
 
@@ -366,9 +370,10 @@ class _Stepper:
             return None  # the forward pass itself shows it
         seen = []
         with torch.no_grad():
-            for i, (x_BS, y_BS) in enumerate(micro):
+            for i, (x_BS, _) in enumerate(micro):
                 self._seed(step, i)
-                seen.append(_losses(self.model, x_BS, y_BS, self.settings.dtype)[1])
+                with _autocast(x_BS, self.settings.dtype):
+                    seen.append(self.model.hidden(x_BS)[1])
         return step_load(seen)
 
     def _seed(self, step: int, micro: int) -> None:
