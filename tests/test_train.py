@@ -313,6 +313,8 @@ def test_activation_checkpointing_changes_no_loss(data: Data, monkeypatch: pytes
     assert blocks == [0, 1] * 6  # in training, not in evaluation
 
 
+# Where a graph is cut, torch itself looks at activations' .grad, and warns itself of it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compile(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing alone: making kernels takes most of a minute, and is torch's own affair."""
     real, traced = torch.compile, []
