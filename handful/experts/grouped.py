@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["grouped"]
 
-# What the tail costs, measured in rows of the batch (`bench/grouped.py`): a start for each expert in it, and a factor
-# on each row, larger in bfloat16, where small products run at a fraction of the batch's rate.
+# What the tail costs, counted in rows of the batch: a start for each expert in it, and a factor on each row, larger in
+# bfloat16, where small products run at a fraction of the batch's rate. `bench/grouped.py` holds the choice against both
+# plain ways.
 TAIL_START = 16
 TAIL_ROW = {torch.bfloat16: 3.0, torch.float16: 3.0}
 
