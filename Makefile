@@ -15,7 +15,11 @@ DEV := .venv/.dev-$(HASH)
 # One thread for each test process, so that the processes do not fight for the cores. No test reaches for a network.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help demo test check bench browser-test clean
+# Memory that nobody wrote to is filled with NaN (bytes of 255) there, so that a result made from it shows.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1
+SANITIZED := build/sanitize/handful/_native.abi3.so
+
+.PHONY: help demo test check sanitize bench browser-test clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -32,6 +36,18 @@ check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and undefined-behaviour sanitizers, with AMX's tiles emulated
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
+	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \
+	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys tests/test_native.py
+
+$(SANITIZED): setup.py $(wildcard csrc/*) | $(DEV)
+	rm -f $@
+	HANDFUL_CXXFLAGS='$(SANITIZE)' $(BIN)/python setup.py -q build_ext \
+	  --build-lib build/sanitize --build-temp build/sanitize/objects
+	test -f $@
 
 bench: $(DEV) ## measure speed beside peers; BENCH="name ..." names files of bench/
 	@set -e; for name in $(BENCH); do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py; done

@@ -7,6 +7,7 @@ torch 2.11 or later. Where it cannot be built, the package installs without it a
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ from setuptools.command.build_ext import build_ext
 
 # 2.11: the oldest torch that the stable ABI is held to.
 TORCH_TARGET = "0x020b000000000000"
+
+# No -march here: the kernels choose their instructions at run time, file by file. psABI: vectors are passed between
+# functions of one file alone, so how the ABI would pass them does not matter.
+FLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
 
 
 def torch_folder() -> Path | None:
@@ -29,6 +37,7 @@ def extensions() -> list[Extension]:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         print("handful: installing without the native extension, which is for Linux on x86-64")
         return []
+    extra_flags = os.environ.get("HANDFUL_CXXFLAGS", "").split()  # another build of the same: see `make sanitize`
     torch = torch_folder()
     if torch is None:
         print("handful: installing without the native extension, which needs torch 2.11 or later to be built")
@@ -37,10 +46,10 @@ def extensions() -> list[Extension]:
         Extension(
             "handful._native",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            depends=sorted(str(path) for kind in ("*.h", "*.inc") for path in Path("csrc").glob(kind)),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            # No -march here: the kernels choose their instructions at run time, function by function.
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-Wall", "-fvisibility=hidden", f"-isystem{torch}/include"],
+            extra_compile_args=[*FLAGS, f"-isystem{torch}/include", *extra_flags],
+            extra_link_args=extra_flags,
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
             language="c++",

@@ -13,8 +13,9 @@
 namespace handful {
 namespace {
 
-// Each thread reads four places at once and asks for lines ahead: a core's own prefetchers stop at every page's end.
-constexpr int64_t kStreams = 4, kLine = 64, kAhead = 512;  // bytes
+// Each thread reads four places of a block at once and asks for lines ahead: a core's own prefetchers stop at every
+// page's end. Four places far apart are slower, by a fifth on some CPUs.
+constexpr int64_t kStreams = 4, kLine = 64, kAhead = 256, kBlock = 1 << 20;  // bytes
 
 uint64_t sum_plain(const char* data, int64_t bytes) {
   const auto* words = reinterpret_cast<const uint64_t*>(data);
@@ -81,7 +82,9 @@ std::tuple<double, int64_t> read_bandwidth(torch::stable::Tensor buffer, int64_t
     std::atomic<uint64_t> shared{0};
     const auto start = std::chrono::steady_clock::now();
     torch::stable::parallel_for(0, buffer.numel() / 8, 1, [&](int64_t begin, int64_t end) {
-      shared += sum(data + 8 * begin, 8 * (end - begin));
+      uint64_t mine = 0;
+      for (int64_t b = 8 * begin; b < 8 * end; b += kBlock) mine += sum(data + b, std::min(kBlock, 8 * end - b));
+      shared += mine;
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     rates.push_back(static_cast<double>(buffer.numel()) / seconds.count());

@@ -3,13 +3,35 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bandwidth.h"
+#include "experts.h"
 #include "isa.h"
 
 STABLE_TORCH_LIBRARY(handful, m) {
   m.def("isa() -> str");
   m.def("read_bandwidth(Tensor buffer, int repeats) -> (float, int)");
+  m.def(
+      "experts(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "experts_backward(Tensor grad_y, Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
+      "Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor kept, str activation, bool bf16, bool for_x, "
+      "bool for_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "experts_quantized(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
+      "Tensor gate_up_scales, Tensor down, Tensor down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
+      "str activation, int hidden, int bits, int group, bool bf16) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int bits, int group) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&handful::feature_names)); }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("read_bandwidth", TORCH_BOX(&handful::read_bandwidth)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { 
+  m.impl("read_bandwidth", TORCH_BOX(&handful::read_bandwidth));
+  m.impl("experts", TORCH_BOX(&handful::experts));
+  m.impl("experts_backward", TORCH_BOX(&handful::experts_backward));
+  m.impl("experts_quantized", TORCH_BOX(&handful::experts_quantized));
+  m.impl("linear", TORCH_BOX(&handful::linear));
+  m.impl("linear_quantized", TORCH_BOX(&handful::linear_quantized));
+}

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from handful.experts import Experts
+    from handful.experts.quantized import quantize_model
     from handful.families.io import load, save
     from handful.model import Decoder
     from handful.moe import MoE, Router
     from handful.presets import PRESETS
     from handful.routing import Routing
     from handful.train import train
+    from handful.verify import verify
 
 __version__ = "0.1.0"
 
@@ -57,8 +59,10 @@ _HOMES = {
     "cost": "cost",
     "generate": "engine",
     "load": "families.io",
+    "quantize_model": "experts.quantized",
     "save": "families.io",
     "train": "train",
+    "verify": "verify",
 }
 
 __all__ = [
@@ -84,8 +88,10 @@ __all__ = [
     "cost",
     "generate",
     "load",
+    "quantize_model",
     "save",
     "train",
+    "verify",
 ]
 
 

@@ -304,13 +304,27 @@ def _config_of(model: str) -> tuple[ModelConfig, str | None]:
 @app.command(epilog="Example: handful doctor --json")
 def doctor(as_json: Json = False) -> None:
     """What this computer can do, and which expert backend it gets."""
-    from handful.console import facts, si, size
+    from dataclasses import asdict
+
+    import torch
+
+    from handful.console import backend_table, facts, si, size
+    from handful.experts.choice import choose, time_backends
     from handful.machine import machine, measure
 
     found, rates = machine(), measure()
-    backend = "grouped: grouped_mm on CUDA, padded batches on CPU"
+    choices = {str(dtype)[6:]: choose("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    timed = time_backends()
     if as_json:
-        _print_json({"handful": __version__, "machine": vars(found), "measured": vars(rates), "backend": backend})
+        _print_json(
+            {
+                "handful": __version__,
+                "machine": vars(found),
+                "measured": vars(rates),
+                "experts": {dtype: asdict(choice) for dtype, choice in choices.items()},
+                "timed": [asdict(row) for row in timed],
+            }
+        )
         return
     rows = [
         ("handful", __version__),
@@ -323,9 +337,67 @@ def doctor(as_json: Json = False) -> None:
         ("memory read", f"{size(rates.read_bytes_per_second)}/s"),
         ("products, float32", si(rates.float32_flops, "FLOP/s")),
         ("products, bfloat16", si(rates.bfloat16_flops, "FLOP/s")),
-        ("experts", backend),
+        *((f"experts, {dtype}", f"{choice.backend}: {choice.reason}") for dtype, choice in choices.items()),
     ]
-    Console().print(facts("This machine", rows))
+    console = Console()
+    console.print(facts("This machine", rows))
+    console.print(backend_table(timed))
+
+
+@app.command(epilog="Example: handful verify --seed 7")
+def verify(
+    seed: Annotated[int, typer.Option(min=0, help="Of the random cases.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prove on this computer that every experts backend computes what the plain loop does in float64."""
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from handful.verify.run import verify as run_verify
+
+    screen = _screen()
+    examined = ""
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("verify", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            nonlocal examined
+            bar.update(task, completed=done, total=total, description=what)
+            if what != examined and not screen.is_terminal:
+                screen.print(f"{done} of {total}: {what}")
+            examined = what
+
+        found = run_verify(seed, progress=show)
+
+    def error(value: float | None, of: str | None = None) -> str:
+        return "" if value is None else f"{value:.1e} {of or ''}".rstrip()
+
+    title = f"Worst errors against the plain loop in float64, seed {seed}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("backend", "level", "format", "cases", "output", "bound", "worst gradient", "bound", ""):
+        table.add_column(name, justify="right" if name == "cases" else "left", no_wrap=True)
+    for row in found.rows:
+        table.add_row(
+            row.backend, row.level, row.format, str(row.cases + row.checks),
+            error(row.output_error), error(row.output_bound),
+            error(row.gradient_error, row.gradient_of), error(row.gradient_bound),
+            Text("ok", "green") if row.ok else Text("no", "red"),
+        )  # fmt: skip
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        Console().print(table)
+    for row in found.rows:
+        more = len(row.failures) - 3
+        for failure in (*row.failures[:3], *([f"and {more} more failures; --json tells all"] if more > 0 else [])):
+            screen.print(f"{row.backend} {row.level} {row.format}: {failure}", style="red")
+    if found.native_error:
+        screen.print(f"the native kernels were not examined: {found.native_error}")
+    wrong = sum(not row.ok for row in found.rows)
+    if wrong:
+        screen.print(f"{wrong} of {len(found.rows)} rows {'is' if wrong == 1 else 'are'} wrong")
+        raise typer.Exit(1)
+    screen.print(f"all {len(found.rows)} rows are right, {found.seconds:.0f} s")
 
 
 def _print_json(document: Any) -> None:

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from handful.cost import Cost
+from handful.experts.choice import Timed
 
-__all__ = ["RunProgress", "comparison_table", "cost_tables", "duration", "facts", "si", "size"]
+__all__ = ["RunProgress", "backend_table", "comparison_table", "cost_tables", "duration", "facts", "si", "size"]
 
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
@@ -132,6 +133,22 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(Text(name, style="dim"), Text(value))
+    return table
+
+
+def backend_table(timed: Sequence[Timed]) -> Table:
+    """How quick each experts backend is, a row per use and dtype; the one that "auto" picks is bold."""
+    table = Table(
+        title=Text('\nA layer\'s experts, milliseconds; bold: what "auto" picks'), title_justify="left", box=None
+    )
+    backends = list(timed[0].milliseconds)
+    for name in ("use", "shape", "dtype"):
+        table.add_column(name)
+    for backend in backends:
+        table.add_column(backend, justify="right")
+    for row in timed:
+        times = [Text(f"{row.milliseconds[b]:.3g}", style="bold" if b == row.picked else "") for b in backends]
+        table.add_row(row.use, row.shape, row.dtype, *times)
     return table
 
 

@@ -1,7 +1,8 @@
 """What this computer can do: its cores, memory and instruction sets (`machine`), and how fast they are (`measure`).
 
 It also loads the native extension, whose kernels choose their instructions by what is found here. HANDFUL_ISA caps that
-choice: `none` (no native kernels), `avx2`, `avx512` or `amx`.
+choice: `none` (no native kernels), `avx2`, `avx512f` (AVX-512 without VNNI and BF16), `avx512` or `amx`. HANDFUL_NATIVE
+names another build of the extension, such as the one with sanitizers that `make sanitize` tests.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def native_error() -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"the native extension does not load: {str(error).splitlines()[0]}"
+        return f"the native extension does not load: {str(error.__cause__ or error).splitlines()[0]}"
     try:
         isa = torch.ops.handful.isa()
     except RuntimeError as error:
@@ -133,6 +134,8 @@ def native_error() -> str | None:
 
 
 def _native_library() -> Path | None:
+    if named := os.environ.get("HANDFUL_NATIVE"):
+        return Path(named)
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
 
 

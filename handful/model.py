@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         """Logits for every position, in the weights' dtype (autocast's under autocast). With a cache the tokens follow
         those that it holds. ConfigError if they would not fit."""
         x_BSD, routings = self.hidden(tokens_BS, cache)
-        return F.linear(x_BSD, self.output_weight), routings
+        return F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD), routings
 
     def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
         """What the output layer is given, (B, S, D), and the routings: `forward` without the logits."""

@@ -27,7 +27,7 @@ from handful.data import Batches
 from handful.machine import Measured
 from handful.presets import PRESETS, small_model
 
-VERBS = ["compare", "train", "generate", "cost", "doctor"]
+VERBS = ["compare", "train", "generate", "cost", "doctor", "verify"]
 
 SETTINGS = """
 [data]
@@ -260,14 +260,22 @@ def test_debug_shows_where() -> None:
     assert "handful.errors.ConfigError: 'mixtrel': no such file or folder" in result.stderr.splitlines()[-1]
 
 
+TINY_LAYER = {"width": 8, "hidden": 8, "experts": 4, "top_k": 2}
+
+
 def test_doctor(handful: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Measured(
         read_bytes_per_second=12.5e9, float32_flops=99.5e9, bfloat16_flops=1.25e12, disk_bytes_per_second=None
     )
     monkeypatch.setattr("handful.machine.measure", lambda: rates)
+    monkeypatch.setattr("handful.experts.choice.TIMED", (("decoding", 1, dict(TINY_LAYER)),))
     result = handful("doctor", "--json")
     found = document(result)
     assert result.err == ""
+    assert [(row["dtype"], row["picked"]) for row in found["timed"]] == [
+        (dtype, found["experts"][dtype]["backend"]) for dtype in ("float32", "bfloat16")
+    ]
+    assert found["experts"]["float16"]["backend"] == "grouped"
     assert (found["handful"], found["measured"]) == (__version__, vars(rates))
     assert found["machine"]["cores"] >= 1
     result = handful("doctor")

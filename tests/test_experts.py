@@ -27,7 +27,8 @@ from handful.routing import Routing
 grouped_module: Any = importlib.import_module("handful.experts.grouped")
 
 F64 = torch.float64
-BACKENDS = ["grouped", "reference"]
+BACKENDS = ["native", "grouped", "reference"]
+EXACT = {"native": torch.float32, "grouped": F64, "reference": F64}  # the widest that each computes in
 ACTIVATIONS: Sequence[Activation] = get_args(Activation)
 
 
@@ -250,7 +251,7 @@ def test_sums_over_experts_are_in_float32() -> None:
         x_TD = ones[:, :1].clone().requires_grad_()
         y_TD = experts(x_TD, routing_of([list(range(E))], E, ones.float()))
         assert y_TD.tolist() == [[300]]
-        if backend == "grouped":
+        if backend != "reference":
             y_TD.sum().backward()
             assert x_TD.grad is not None
             assert x_TD.grad.tolist() == [[300]]
@@ -425,12 +426,12 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
-def test_no_assignments_no_gradient(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_no_assignments_no_gradient(backend: str, dtype: torch.dtype | None) -> None:
     weights_TK = torch.rand(5, 2, dtype=F64)
     routing = routing_of([[0, 2], [2, 0], [0, 2], [4, 2], [2, 4]], 6, weights_TK)  # not 1, 3, 5
     c = case(5, 6, 2, 4, 4, bias=True)
-    gradients = run(c.experts, backend, c.x_TD, routing, c.up_TD, dtype).gradients
+    gradients = run(c.experts, backend, c.x_TD, routing, c.up_TD, dtype or EXACT[backend]).gradients
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
         for e in (1, 3, 5):
             assert gradients[name][e].count_nonzero() == 0
@@ -444,7 +445,7 @@ def test_dropped_assignments_have_no_part(backend: str) -> None:
     c = case(4, 4, 2, 3, 5, bias=True)
     chosen = [[0, 1], [2, 3], [1, 0], [0, 3]]  # 3 is chosen and dropped each time
     routing = routing_of(chosen, 4, c.routing.weights_TK, dropped)
-    got = run(c.experts, backend, c.x_TD, routing, c.up_TD)
+    got = run(c.experts, backend, c.x_TD, routing, c.up_TD, EXACT[backend])
     assert got.y_TD[1].count_nonzero() == 0
     assert got.gradients["x"][1].count_nonzero() == 0
     assert got.gradients["weights"][torch.tensor(dropped).bool()].count_nonzero() == 0
@@ -452,9 +453,8 @@ def test_dropped_assignments_have_no_part(backend: str) -> None:
         assert got.gradients[name][2:].count_nonzero() == 0
     # What they would have been, and what they weigh, changes no bit; nor does NaN.
     weights_TK = c.routing.weights_TK.masked_fill(torch.tensor(dropped).bool(), math.nan)
-    other = run(
-        c.experts, backend, c.x_TD, routing_of([[0, 2], [0, 1], [1, 0], [0, 2]], 4, weights_TK, dropped), c.up_TD
-    )
+    again = routing_of([[0, 2], [0, 1], [1, 0], [0, 2]], 4, weights_TK, dropped)
+    other = run(c.experts, backend, c.x_TD, again, c.up_TD, EXACT[backend])
     assert other.y_TD.equal(got.y_TD)
     for name, gradient in got.gradients.items():
         assert other.gradients[name].equal(gradient), name
@@ -467,11 +467,11 @@ def test_nan_in_a_token_stays_with_its_experts(backend: str, layout: str, monkey
     monkeypatch.setattr(grouped_module, "lay_out", partial(grouped_module.lay_out, depth=depth))
     c = case(6, 4, 2, 3, 5, bias=True)
     routing = routing_of([[0, 1], [1, 0], [2, 3], [3, 2], [0, 1], [0, 3]], 4, c.routing.weights_TK)
-    clean = run(c.experts, backend, c.x_TD, routing, c.up_TD)
+    clean = run(c.experts, backend, c.x_TD, routing, c.up_TD, EXACT[backend])
     x_TD, up_TD = c.x_TD.clone(), c.up_TD.clone()
     x_TD[1] = math.nan  # routed to 0 and 1
     up_TD[1] = math.nan
-    got = run(c.experts, backend, x_TD, routing, up_TD)
+    got = run(c.experts, backend, x_TD, routing, up_TD, EXACT[backend])
     others = [0, 2, 3, 4, 5]
     assert got.y_TD[1].isnan().all()
     assert distance(got.y_TD[others], clean.y_TD[others]) < 1e-14
@@ -486,11 +486,11 @@ def test_nan_in_a_token_stays_with_its_experts(backend: str, layout: str, monkey
 def test_nan_in_an_expert_stays_with_its_tokens(backend: str) -> None:
     c = case(6, 4, 2, 3, 5, bias=True)
     routing = routing_of([[0, 1], [1, 0], [2, 3], [3, 2], [2, 1], [1, 3]], 4, c.routing.weights_TK)
-    clean = run(c.experts, backend, c.x_TD, routing, c.up_TD)
+    clean = run(c.experts, backend, c.x_TD, routing, c.up_TD, EXACT[backend])
     with torch.no_grad():
         for parameter in c.experts.parameters():
             parameter[0] = math.nan  # used by tokens 0 and 1
-    got = run(c.experts, backend, c.x_TD, routing, c.up_TD)
+    got = run(c.experts, backend, c.x_TD, routing, c.up_TD, EXACT[backend])
     assert got.y_TD[:2].isnan().all()
     assert distance(got.y_TD[2:], clean.y_TD[2:]) < 1e-14
     assert distance(got.gradients["x"][2:], clean.gradients["x"][2:]) < 1e-14
@@ -503,8 +503,9 @@ def test_an_expert_named_twice_counts_twice(backend: str) -> None:
     c = case(3, 2, 2, 3, 4)
     twice = routing_of([[0, 0], [1, 1], [0, 1]], 2, torch.full((3, 2), 0.5, dtype=F64))
     once = routing_of([[0], [1], [0]], 2, torch.ones(3, 1, dtype=F64))
-    got = run(c.experts, backend, c.x_TD, twice, c.up_TD).y_TD
-    assert distance(got[:2], run(c.experts, backend, c.x_TD, once, c.up_TD).y_TD[:2]) < 1e-14
+    got = run(c.experts, backend, c.x_TD, twice, c.up_TD, EXACT[backend]).y_TD
+    want = run(c.experts, backend, c.x_TD, once, c.up_TD, EXACT[backend]).y_TD
+    assert distance(got[:2], want[:2]) < 1e-14
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ TIERS = [
     ["experts", "balance", "observe", "placement"],
     ["moe", "model"],
     ["families", "upcycle", "transformers"],
-    ["settings", "runs", "train", "engine", "report"],
+    ["settings", "runs", "train", "engine", "report", "verify"],
     ["compare", "server"],
     ["console", "cli"],
     ["__main__"],

@@ -22,11 +22,8 @@ GIB = 1 << 30
 LEVELS = {
     "none": {},
     "avx2": {"avx2": "avx2 fma f16c", "avx_vnni": "avx_vnni"},
-    "avx512": {
-        "avx512": "avx512f avx512bw avx512dq avx512vl",
-        "avx512_vnni": "avx512_vnni",
-        "avx512_bf16": "avx512_bf16",
-    },
+    "avx512f": {"avx512": "avx512f avx512bw avx512dq avx512vl"},
+    "avx512": {"avx512_vnni": "avx512_vnni", "avx512_bf16": "avx512_bf16"},
     "amx": {"amx_bf16": "amx_tile amx_bf16", "amx_int8": "amx_tile amx_int8"},
 }
 
@@ -104,7 +101,7 @@ except ConfigError as error:
 """
 
 
-@pytest.mark.parametrize("level", ["none", "avx2", "avx512", "amx", "sse9"])
+@pytest.mark.parametrize("level", ["none", "avx2", "avx512f", "avx512", "amx", "sse9"])
 def test_handful_isa_forces_a_level(level: str) -> None:
     granted = granted_features()
     run = run_with_isa(level, CODE)

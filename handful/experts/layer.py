@@ -14,13 +14,21 @@ from torch import Tensor, nn
 from handful.config import GATED, Activation
 from handful.errors import ConfigError, RoutingError
 from handful.experts.grouped import grouped
+from handful.experts.native import available, native, takes
 from handful.experts.reference import activate, reference
 from handful.routing import Routing
 
 __all__ = ["BACKENDS", "Experts", "FeedForward"]
 
+
+def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """`native` for what its kernels take, `grouped` for everything else."""
+    return (native if experts.has_native and takes(x_TD, experts) else grouped)(x_TD, routing, experts)
+
+
 BACKENDS: dict[str, Callable[[Tensor, Routing, Experts], Tensor]] = {
-    "auto": grouped,
+    "auto": auto,
+    "native": native,
     "grouped": grouped,
     "reference": reference,
 }
@@ -59,6 +67,7 @@ class Experts(nn.Module):
         self.count = count
         self.activation = activation
         self.backend = backend
+        self.has_native = available()
         rows = _first_rows(hidden, activation)
         self.gate_up = nn.Parameter(torch.randn(count, rows, width) * width**-0.5)
         self.down = nn.Parameter(torch.randn(count, width, hidden) * hidden**-0.5)

@@ -1,0 +1,226 @@
+// The forward pass. Experts with many tokens multiply tiles (kernels.h), those with few stream their weights once.
+#include "experts.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "layer.h"
+
+namespace handful {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Experts with so few tokens stream, if nothing is kept for a backward pass.
+constexpr int64_t kFew = 8;
+// Assignments whose outputs wait for their sum at a time, for each expert at least `kLoad`.
+constexpr int64_t kAtOnce = 16384, kLoad = 256;
+
+void fill_with_bias(const Workspace& w, const Stack& stack, const Item& item, int64_t row, int at, int rows) {
+  float bias[kRows];
+  stack.copy_bias(bias, item.expert, row, rows);
+  for (int p = 0; p < item.panels; ++p) {
+    for (int r = 0; r < rows; ++r) std::fill_n(w.tile(p) + (at + r) * kPanel, kPanel, bias[r]);
+  }
+}
+
+// Experts with many tokens: out_ND gets the rows of their assignments.
+void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many, float* out_ND, void* kept) {
+  const Kernels& kernels = *call.kernels;
+  const int values = kernels.values;
+  const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
+  const int64_t x_units = panel_units(D, values) * kPanel, a_units = panel_units(F, values) * kPanel;
+  const auto panels = static_cast<int64_t>(plan.panels.size());
+  const auto wanted = [&](int64_t e) { return many[e] != 0; };
+  const Buffer x_buffer(panels * x_units * 4), a_buffer(panels * a_units * 4);
+  uint32_t* x_panels = x_buffer.as<uint32_t>();
+  uint32_t* a_panels = a_buffer.as<uint32_t>();
+
+  each(panels, 0.5 * D * kPanel, [&](int64_t p) {
+    if (wanted(plan.panels[p].expert)) pack_panel(call, plan, p, call.x, call.x_type, x_panels + p * x_units);
+  });
+
+  const bool gate = is_gated(call.kind);
+  const std::vector<Item> first = items_of(plan, F, gate ? kRows / 2 : kRows, wanted);
+  const int64_t depth = static_cast<int64_t>(kDepth) * values;
+  each_and_next(static_cast<int64_t>(first.size()), kItemCost * D, [&](int64_t i, int64_t next) {
+    const Item& item = first[i];
+    const Workspace& w = Workspace::mine();
+    const Matrix m = call.gate_up[item.expert];
+    const Right right = panels_of(plan, item.panel, item.panels, x_panels, x_units);
+    const int rows = gate ? 2 * item.rows : item.rows;
+    const bool bias = call.gate_up.bias != nullptr;
+    if (bias) {
+      fill_with_bias(w, call.gate_up, item, item.row, 0, item.rows);
+      if (gate) fill_with_bias(w, call.gate_up, item, F + item.row, item.rows, item.rows);
+    }
+    kernels.begin();
+    multiply_block(kernels, w, rows, right, D, bias, [&](uint32_t* left, int64_t k0, int some) {
+      kernels.pack_rows(left, m, item.row, item.rows, k0, some);
+      if (gate) kernels.pack_rows(left + item.rows * kLeftStride, m, F + item.row, item.rows, k0, some);
+    }, [&](int64_t k0, int some, int part, int parts) {
+      if (k0 == D && next < 0) return;
+      const Item& then = k0 < D ? item : first[next];
+      const Matrix from = call.gate_up[then.expert];
+      const int64_t at = k0 < D ? k0 : 0, count = k0 < D ? some : std::min(D, depth);
+      prefetch(from, then.row, then.rows, at, count, part, parts);
+      if (gate) prefetch(from, F + then.row, then.rows, at, count, part, parts);
+    });
+    kernels.end();
+    const Type kept_type = call.bf16 ? Type::kBFloat16 : Type::kFloat32;
+    const int64_t kept_row = kPanel * bytes_of(kept_type);
+    for (int p = 0; p < item.panels; ++p) {
+      const auto keep = [&](int64_t row) {
+        return kept == nullptr ? nullptr : static_cast<char*>(kept) + ((item.panel + p) * G + row) * kept_row;
+      };
+      uint32_t* to = a_panels + (item.panel + p) * a_units;
+      kernels.activate({call.kind, item.rows, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
+                        to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, kept_type});
+      if (item.row + item.rows == F) {
+        const int64_t end = (F + values - 1) / values * kPanel;
+        std::fill(to + end, to + a_units, 0u);
+      }
+    }
+  });
+
+  const std::vector<Item> second = items_of(plan, D, kRows, wanted);
+  each_and_next(static_cast<int64_t>(second.size()), kItemCost * F, [&](int64_t i, int64_t next) {
+    const Item& item = second[i];
+    const Workspace& w = Workspace::mine();
+    const Matrix m = call.down[item.expert];
+    const Right right = panels_of(plan, item.panel, item.panels, a_panels, a_units);
+    const bool bias = call.down.bias != nullptr;
+    if (bias) fill_with_bias(w, call.down, item, item.row, 0, item.rows);
+    kernels.begin();
+    multiply_block(kernels, w, item.rows, right, F, bias, [&](uint32_t* left, int64_t k0, int some) {
+      kernels.pack_rows(left, m, item.row, item.rows, k0, some);
+    }, [&](int64_t k0, int some, int part, int parts) {
+      if (k0 == F && next < 0) return;
+      const Item& then = k0 < F ? item : second[next];
+      const int64_t at = k0 < F ? k0 : 0, count = k0 < F ? some : std::min(F, depth);
+      prefetch(call.down[then.expert], then.row, then.rows, at, count, part, parts);
+    });
+    kernels.end();
+    for (int p = 0; p < item.panels; ++p) {
+      const Panel& panel = plan.panels[item.panel + p];
+      char* out[kPanel];
+      for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(out_ND + (panel.first + c) * D);
+      kernels.store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
+    }
+  });
+}
+
+// Experts with few tokens: the same.
+void run_stream(const Call& call, const Plan& plan, const std::vector<char>& many, float* out_ND) {
+  const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
+  std::vector<StreamItem> items;
+  std::vector<int64_t> few;  // their assignments' places
+  for (int64_t e = 0; e < call.experts; ++e) {
+    for (int64_t n = plan.offsets[e]; !many[e] && n < plan.offsets[e + 1]; ++n) few.push_back(n);
+  }
+  if (few.empty()) return;
+  const auto count = static_cast<int64_t>(few.size());
+  std::vector<int64_t> slot(plan.size(), -1);
+  for (int64_t i = 0; i < count; ++i) slot[few[i]] = i;
+  const auto for_each_expert = [&](const auto& work) {
+    for (int64_t e = 0; e < call.experts; ++e) {
+      if (!many[e] && plan.load(e) > 0) work(e, plan.offsets[e], static_cast<int>(plan.load(e)));
+    }
+  };
+
+  // The tokens, once each however many experts chose them.
+  std::vector<char> used(plan.tokens, 0);
+  for (const int64_t n : few) used[plan.token(n)] = 1;
+  const Prepared x(plan.tokens, D, call.gate_up.first);
+  each(plan.tokens, 1.0 * D, [&](int64_t t) {
+    if (used[t]) x.fill(t, call.x_row(t), call.x_type);
+  });
+
+  const Buffer h_buffer((count * G + count * F) * 4);
+  float* h_nG = h_buffer.as<float>();
+  float* a_nF = h_nG + count * G;
+  int64_t matrices = 0;
+  for_each_expert([&](int64_t, int64_t, int) { ++matrices; });
+  for_each_expert([&](int64_t e, int64_t first, int load) {
+    add_stream_items(items, call.gate_up, matrices, e, first, load);
+  });
+  run_stream_items(call.gate_up, items, [&](int64_t n) { return x.row(plan.token(n)); },
+                   [&](int64_t n) { return h_nG + slot[n] * G; }, G);
+
+  const Prepared a(count, F, call.down.first);
+  const bool gate = is_gated(call.kind);
+  each(count, 2.0 * F, [&](int64_t i) {
+    const float* h = h_nG + i * G;
+    stream().activate(a_nF + i * F, h, gate ? h + F : nullptr, call.kind, F);
+    a.fill(i, a_nF + i * F, Type::kFloat32);
+  });
+
+  items.clear();
+  for_each_expert([&](int64_t e, int64_t first, int load) {
+    add_stream_items(items, call.down, matrices, e, first, load);
+  });
+  run_stream_items(call.down, items, [&](int64_t n) { return a.row(slot[n]); },
+                   [&](int64_t n) { return out_ND + n * D; }, D);
+}
+
+// Tokens `first` up to `end`; `kept` null: nothing is kept.
+void run(const Call& all, int64_t first, int64_t end, char* y, void* kept) {
+  Call call = all;
+  call.first_token = first;
+  const Plan plan = make_plan(call.chosen, call.dropped, first, end, call.experts);
+  const Buffer out_buffer(plan.size() * call.width * 4);
+  float* out_ND = out_buffer.as<float>();
+
+  std::vector<char> many(call.experts, 1);
+  if (kept == nullptr) {
+    for (int64_t e = 0; e < call.experts; ++e) many[e] = plan.load(e) > kFew;
+    run_stream(call, plan, many, out_ND);
+  }
+  if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_tiles(call, plan, many, out_ND, kept);
+  const Type type = call.bf16 ? Type::kBFloat16 : Type::kFloat32;
+  sum_rows(call, plan, out_ND, call.weights + first * plan.top_k, y + first * call.width * bytes_of(type), type);
+}
+
+std::tuple<Tensor, Tensor> forward(const Call& call, const Tensor& x, bool keep) {
+  const ScalarType type = call.bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const int64_t tokens = x.size(0), top_k = call.chosen.size(1);
+  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type);
+  const int64_t panels = keep ? most_panels(tokens * top_k, call.experts) : 0;
+  Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  if (keep) {
+    run(call, 0, tokens, out, kept.mutable_data_ptr());
+    return {y, kept};
+  }
+  const int64_t most = std::max(kAtOnce, kLoad * call.experts) / std::max<int64_t>(top_k, 1);
+  const int64_t step = std::max<int64_t>(most, 1);
+  for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
+  return {y, kept};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
+                                   Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
+                                   std::string activation, bool bf16, bool keep) {
+  const MaybeTensor none;
+  const int64_t hidden = down.dim() == 3 ? down.size(2) : 0;
+  return forward(make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+                           activation, hidden, bf16),
+                 x, keep);
+}
+
+Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
+                         Tensor gate_up_scales, Tensor down, Tensor down_scales, MaybeTensor gate_up_bias,
+                         MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
+                         bool bf16) {
+  const MaybeTensor first_scales = gate_up_scales, second_scales = down_scales;
+  return std::get<0>(forward(make_call(x, experts, weights, dropped, {gate_up, first_scales, bits, group},
+                                       {down, second_scales, bits, group}, gate_up_bias, down_bias, activation, hidden,
+                                       bf16),
+                             x, false));
+}
+
+}  // namespace handful

@@ -1,0 +1,42 @@
+// The routed feed-forward network as one operation: every token's chosen experts applied, weighted and summed.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace handful {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// x (T, D) float32 or bfloat16 · experts (T, K) int64 · weights (T, K) float32 · dropped (T, K) bool ·
+// gate_up (E, G, D), down (E, D, F), their biases (E, G) and (E, D): float32 or bfloat16 each.
+//
+// bf16: products of bfloat16 with float32 sums, and y in bfloat16; otherwise everything is float32.
+// keep: also return what the backward pass needs, the hidden values before their activation, as (panels, G, 32).
+std::tuple<Tensor, Tensor> experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
+                                   Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
+                                   std::string activation, bool bf16, bool keep);
+
+// The same on quantised weights: codes and scales (see handful/quantize.py).
+Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
+                         Tensor gate_up_scales, Tensor down, Tensor down_scales, MaybeTensor gate_up_bias,
+                         MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
+                         bool bf16);
+
+// Gradients of x, weights, gate_up, down, gate_up_bias and down_bias; those of weights and biases only `for_parameters`,
+// and of x only `for_x` (otherwise they are empty tensors).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
+    Tensor grad_y, Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
+    MaybeTensor gate_up_bias, MaybeTensor down_bias, Tensor kept, std::string activation, bool bf16, bool for_x,
+    bool for_parameters);
+
+// x (T, I) · weight (O, I) → (T, O) in x's type.
+Tensor linear(Tensor x, Tensor weight, MaybeTensor bias);
+Tensor linear_quantized(Tensor x, Tensor weight, Tensor scales, MaybeTensor bias, int64_t bits, int64_t group);
+
+}  // namespace handful

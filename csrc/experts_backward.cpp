@@ -1,0 +1,364 @@
+// The backward pass: out_n = W_down · act(W_gate_up · x_t), y_t = sum of weight_n · out_n over the token's assignments n.
+//
+//   grad a_n        = W_downᵀ · grad y_t
+//   grad weight_n   = grad a_n · a_n (+ grad y_t · down's bias): what W_down would give need not be kept
+//   grad h_n        = weight_n · grad a_n ∘ act'(h_n)
+//   grad W_down     = sum over n of grad y_t ⊗ (weight_n · a_n)
+//   grad W_gate_up  = sum over n of grad h_n ⊗ x_t
+//   grad x_t        = sum over the token's n of W_gate_upᵀ · grad h_n
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "experts.h"
+#include "layer.h"
+
+namespace handful {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Rows of 32 assignments each, in the kernels' own type: panel p's row r at p · rows + r.
+struct Rows {
+  Buffer memory;
+  char* data;
+  int64_t rows, row_bytes;
+
+  Rows(int64_t panels, int64_t rows, int values)
+      : memory(panels * rows * kPanel * 4 / values), data(memory.as<char>()), rows(rows), row_bytes(kPanel * 4 / values) {}
+
+  char* at(int64_t panel, int64_t row) const { return data + (panel * rows + row) * row_bytes; }
+
+  // As a left matrix whose sum runs over one expert's assignments, from k0 (the first of some panel) on. A panel's
+  // columns without a token may hold anything, even NaN, and are left out.
+  void pack(uint32_t* left, int64_t first_panel, int64_t row, int count, int64_t k0, int some) const {
+    for (int r = 0; r < count; ++r) {
+      char* to = reinterpret_cast<char*>(left + r * kLeftStride);
+      for (int64_t k = 0; k < some; k += kPanel, to += row_bytes) {
+        const int64_t bytes = std::min<int64_t>(kPanel, some - k) * (row_bytes / kPanel);
+        std::memcpy(to, at(first_panel + (k0 + k) / kPanel, row + r), bytes);
+        std::memset(to + bytes, 0, row_bytes - bytes);
+      }
+    }
+  }
+};
+
+// What tokens hold, as the right matrix of a sum over each expert's assignments: panels of 32 of the D columns.
+struct ByExpert {
+  std::vector<int64_t> offsets;  // of an expert's units
+  std::vector<int64_t> strides;  // of its panels
+  int64_t width;
+  Buffer memory;
+
+  ByExpert(const Plan& plan, int64_t width, int values) : width(width) {
+    const int64_t panels = (width + kPanel - 1) / kPanel;
+    int64_t units = 0;
+    for (size_t e = 0; e + 1 < plan.offsets.size(); ++e) {
+      offsets.push_back(units);
+      strides.push_back(panel_units(plan.load(static_cast<int64_t>(e)), values) * kPanel);
+      units += panels * strides.back();
+    }
+    memory = Buffer(units * 4);
+  }
+
+  uint32_t* panel(int64_t e, int64_t p) const { return memory.as<uint32_t>() + offsets[e] + p * strides[e]; }
+
+  Right right(int64_t e, int64_t first, int panels) const {
+    const int64_t rest = width - (first + panels - 1) * kPanel;
+    return {panel(e, first), strides[e], panels, static_cast<int>(rest < kPanel ? rest : kPanel)};
+  }
+};
+
+// A block of a weight gradient: rows of one expert, and panels of 32 columns.
+struct GradItem {
+  int expert, rows, panels;
+  int64_t row, panel;
+};
+
+std::vector<GradItem> grad_items(const Plan& plan, int64_t experts, int64_t rows, int64_t width) {
+  std::vector<GradItem> items;
+  const int64_t panels = (width + kPanel - 1) / kPanel;
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int64_t r = 0; plan.load(e) > 0 && r < rows; r += kRows) {
+      for (int64_t p = 0; p < panels; p += Workspace::kGroup) {
+        items.push_back({static_cast<int>(e), static_cast<int>(std::min<int64_t>(kRows, rows - r)),
+                         static_cast<int>(std::min<int64_t>(Workspace::kGroup, panels - p)), r, p});
+      }
+    }
+  }
+  return items;
+}
+
+void zero_idle(const Plan& plan, const Stack& stack, char* grad, Type type) {
+  const int64_t bytes = stack.rows * stack.width * bytes_of(type);
+  for (int64_t e = 0; e < stack.count; ++e) {
+    if (plan.load(e) == 0) std::memset(grad + e * bytes, 0, bytes);
+  }
+}
+
+class Backward {
+ public:
+  Backward(const Call& call, const Tensor& grad_y, const Tensor& kept)
+      : call_(call),
+        kernels_(*call.kernels),
+        values_(kernels_.values),
+        plan_(make_plan(call.chosen, call.dropped, 0, call.chosen.size(0), call.experts)),
+        panels_(static_cast<int64_t>(plan_.panels.size())),
+        gate_(is_gated(call.kind)),
+        half_units_(panel_units(call.hidden, values_)),
+        grad_y_(static_cast<const char*>(grad_y.const_data_ptr())),
+        grad_y_type_(float_type(grad_y, "grad_y")),
+        kept_(static_cast<const char*>(kept.const_data_ptr())),
+        grad_h_(panels_, call.gate_up.rows, values_),
+        activated_(panels_, call.hidden, values_),
+        grad_h_units_(values_ == 1 ? 0 : panels_ * (gate_ ? 2 : 1) * half_units_ * kPanel * 4) {}
+
+  // grad h, weighted a, and the routing weights' gradient (T, K).
+  void through_down(float* grad_weights) {
+    const int64_t D = call_.width, F = call_.hidden, units = panel_units(D, values_) * kPanel;
+    const Buffer y_buffer(panels_ * units * 4);
+    uint32_t* y_panels = y_buffer.as<uint32_t>();
+    each(panels_, 0.5 * D * kPanel, [&](int64_t p) {
+      pack_panel(call_, plan_, p, grad_y_, grad_y_type_, y_panels + p * units);
+    });
+    // Blocks of F add to a weight's gradient; they are kept apart and summed in order.
+    const int64_t blocks = (F + kRows - 1) / kRows;
+    const Buffer parts_buffer(blocks * panels_ * kPanel * 4);
+    float* parts = parts_buffer.as<float>();
+    const std::vector<Item> items = items_of(plan_, F, kRows, [](int64_t) { return true; });
+    each(static_cast<int64_t>(items.size()), kItemCost * D, [&](int64_t i) {
+      const Item& item = items[i];
+      const Workspace& w = Workspace::mine();
+      const Matrix m = call_.down[item.expert];
+      const Right right = panels_of(plan_, item.panel, item.panels, y_panels, units);
+      kernels_.begin();
+      multiply_block(kernels_, w, item.rows, right, D, false, [&](uint32_t* left, int64_t k0, int some) {
+        kernels_.pack_columns(left, m, item.row, item.rows, k0, some);
+      });
+      kernels_.end();
+      for (int p = 0; p < item.panels; ++p) {
+        activate(item, p, w.tile(p), parts + (item.row / kRows * panels_ + item.panel + p) * kPanel);
+      }
+    });
+    std::fill_n(grad_weights, plan_.place.size(), 0.0f);
+    each(panels_, 1.0 * (blocks * kPanel + (call_.down.bias == nullptr ? 0 : D * kPanel)), [&](int64_t p) {
+      const Panel& panel = plan_.panels[p];
+      for (int c = 0; c < panel.count; ++c) {
+        float sum = down_bias_dot(panel.expert, plan_.token(panel.first + c));
+        for (int64_t b = 0; b < blocks; ++b) sum += parts[(b * panels_ + p) * kPanel + c];
+        grad_weights[plan_.order[panel.first + c]] = sum;
+      }
+    });
+  }
+
+  void to_x(char* grad_x) {
+    const int64_t D = call_.width, F = call_.hidden;
+    const Buffer rows_buffer(plan_.size() * D * 4);
+    float* rows_ND = rows_buffer.as<float>();
+    const uint32_t* all = values_ == 1 ? reinterpret_cast<const uint32_t*>(grad_h_.data) : grad_h_units_.as<uint32_t>();
+    const int64_t half = (values_ == 1 ? F : half_units_) * kPanel;
+    const std::vector<Item> items = items_of(plan_, D, kRows, [](int64_t) { return true; });
+    each(static_cast<int64_t>(items.size()), kItemCost * (gate_ ? 2 : 1) * F, [&](int64_t i) {
+      const Item& item = items[i];
+      const Workspace& w = Workspace::mine();
+      const Matrix m = call_.gate_up[item.expert];
+      kernels_.begin();
+      for (int part = 0; part < (gate_ ? 2 : 1); ++part) {
+        const Right right = panels_of(plan_, item.panel, item.panels, all, (gate_ ? 2 : 1) * half);
+        const Right of_part = {right.first + part * half, right.stride, right.panels, right.last_columns};
+        multiply_block(kernels_, w, item.rows, of_part, F, part > 0, [&](uint32_t* left, int64_t k0, int some) {
+          kernels_.pack_columns(left, m, item.row, item.rows, part * F + k0, some);
+        });
+      }
+      kernels_.end();
+      for (int p = 0; p < item.panels; ++p) {
+        const Panel& panel = plan_.panels[item.panel + p];
+        char* out[kPanel];
+        for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(rows_ND + (panel.first + c) * D);
+        kernels_.store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
+      }
+    });
+    sum_rows(call_, plan_, rows_ND, nullptr, grad_x, call_.x_type);
+  }
+
+  void to_gate_up(char* grad) {
+    const Stack& stack = call_.gate_up;
+    const ByExpert x = by_expert(call_.x, call_.x_type);
+    weight_gradient(grad_h_, stack.rows, x, [&](const GradItem& item, int p, const float* tile, int columns) {
+      char* out[kRows];
+      for (int r = 0; r < item.rows; ++r) {
+        const int64_t row = item.expert * stack.rows + item.row + r;
+        out[r] = grad + row * stack.width * bytes_of(stack.first.type);
+      }
+      kernels_.store_rows(out, (item.panel + p) * kPanel, stack.first.type, tile, item.rows, columns);
+    });
+    zero_idle(plan_, stack, grad, stack.first.type);
+  }
+
+  // Computed transposed, (F, D): its left matrix lies ready.
+  void to_down(char* grad) {
+    const Stack& stack = call_.down;
+    const ByExpert y = by_expert(grad_y_, grad_y_type_);
+    weight_gradient(activated_, stack.width, y, [&](const GradItem& item, int p, const float* tile, int columns) {
+      char* out[kPanel];
+      for (int c = 0; c < columns; ++c) {
+        const int64_t row = item.expert * stack.rows + (item.panel + p) * kPanel + c;
+        out[c] = grad + row * stack.width * bytes_of(stack.first.type);
+      }
+      kernels_.store_transposed(out, item.row, stack.first.type, tile, item.rows, columns);
+    });
+    zero_idle(plan_, stack, grad, stack.first.type);
+  }
+
+  // In float32: (E, G) and (E, D).
+  void to_biases(float* gate_up, float* down) {
+    const int64_t G = call_.gate_up.rows, D = call_.width;
+    each(call_.experts, 1e5, [&](int64_t e) {
+      std::fill_n(gate_up + e * G, G, 0.0f);
+      std::fill_n(down + e * D, D, 0.0f);
+      std::vector<float> row(std::max<int64_t>(D, kPanel));
+      for (int64_t p = plan_.first_panel[e]; p < plan_.first_panel[e + 1]; ++p) {
+        const Panel& panel = plan_.panels[p];
+        for (int64_t g = 0; g < G; ++g) {
+          stream().to_float(row.data(), grad_h_.at(p, g), values_ == 1 ? Type::kFloat32 : Type::kBFloat16, kPanel);
+          for (int c = 0; c < panel.count; ++c) gate_up[e * G + g] += row[c];
+        }
+        for (int c = 0; c < panel.count; ++c) {
+          const int64_t n = panel.first + c;
+          stream().to_float(row.data(), y_row(plan_.token(n)), grad_y_type_, D);
+          const float weight = call_.weights[plan_.order[n]];
+          for (int64_t d = 0; d < D; ++d) down[e * D + d] += weight * row[d];
+        }
+      }
+    });
+  }
+
+ private:
+  const char* y_row(int64_t token) const { return grad_y_ + token * call_.width * bytes_of(grad_y_type_); }
+
+  float down_bias_dot(int64_t expert, int64_t token) const {
+    if (call_.down.bias == nullptr) return 0;
+    std::vector<float> bias(call_.width), y(call_.width);
+    call_.down.copy_bias(bias.data(), expert, 0, call_.width);
+    stream().to_float(y.data(), y_row(token), grad_y_type_, call_.width);
+    float sum = 0;
+    for (int64_t d = 0; d < call_.width; ++d) sum += bias[d] * y[d];
+    return sum;
+  }
+
+  void activate(const Item& item, int p, const float* grad, float* weight_grads) {
+    const int64_t F = call_.hidden, G = call_.gate_up.rows, at = item.panel + p;
+    const Panel& panel = plan_.panels[at];
+    float weights[kPanel] = {};
+    for (int c = 0; c < panel.count; ++c) weights[c] = call_.weights[plan_.order[panel.first + c]];
+    const Type keep = call_.bf16 ? Type::kBFloat16 : Type::kFloat32;
+    const auto kept = [&](int64_t row) { return kept_ + (at * G + row) * kPanel * bytes_of(keep); };
+    uint32_t* units = nullptr;
+    if (values_ == 2) {
+      units = grad_h_units_.as<uint32_t>() + at * (gate_ ? 2 : 1) * half_units_ * kPanel;
+      if (item.row + item.rows == F) {  // zeros up to the grid
+        for (int part = 0; part < (gate_ ? 2 : 1); ++part) {
+          uint32_t* half = units + part * half_units_ * kPanel;
+          std::fill(half + (F + 1) / 2 * kPanel, half + half_units_ * kPanel, 0u);
+        }
+      }
+      units += item.row / 2 * kPanel;
+    }
+    kernels_.activate_backward({call_.kind, item.rows, grad, kept(item.row), gate_ ? kept(F + item.row) : nullptr, keep,
+                                weights, weight_grads, grad_h_.at(at, item.row),
+                                gate_ ? grad_h_.at(at, F + item.row) : nullptr, activated_.at(at, item.row), units,
+                                units == nullptr ? nullptr : units + half_units_ * kPanel});
+  }
+
+  ByExpert by_expert(const char* x, Type type) const {
+    const int64_t D = call_.width, panels = (D + kPanel - 1) / kPanel;
+    ByExpert all(plan_, D, values_);
+    each(call_.experts * panels, 0.1 * plan_.size() / call_.experts * kPanel, [&](int64_t i) {
+      const int64_t e = i / panels, p = i % panels, load = plan_.load(e);
+      std::vector<const char*> rows(load);
+      for (int64_t n = 0; n < load; ++n) rows[n] = x + plan_.token(plan_.offsets[e] + n) * D * bytes_of(type);
+      const auto columns = static_cast<int>(std::min<int64_t>(kPanel, D - p * kPanel));
+      kernels_.pack_transposed(all.panel(e, p), rows.data(), load, type, p * kPanel, columns);
+    });
+    return all;
+  }
+
+  template <class Store>
+  void weight_gradient(const Rows& left_rows, int64_t rows, const ByExpert& right, const Store& store) const {
+    const std::vector<GradItem> items = grad_items(plan_, call_.experts, rows, call_.width);
+    const double load = static_cast<double>(plan_.size()) / static_cast<double>(call_.experts);
+    each(static_cast<int64_t>(items.size()), kItemCost * load, [&](int64_t i) {
+      const GradItem& item = items[i];
+      const Workspace& w = Workspace::mine();
+      const Right columns = right.right(item.expert, item.panel, item.panels);
+      kernels_.begin();
+      multiply_block(kernels_, w, item.rows, columns, plan_.load(item.expert), false,
+                     [&](uint32_t* left, int64_t k0, int some) {
+                       left_rows.pack(left, plan_.first_panel[item.expert], item.row, item.rows, k0, some);
+                     });
+      kernels_.end();
+      for (int p = 0; p < item.panels; ++p) store(item, p, w.tile(p), columns.columns(p));
+    });
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  const int values_;
+  const Plan plan_;
+  const int64_t panels_;
+  const bool gate_;
+  const int64_t half_units_;
+  const char* grad_y_;
+  const Type grad_y_type_;
+  const char* kept_;
+  const Rows grad_h_, activated_;
+  const Buffer grad_h_units_;  // gate's and up's halves, each a panel; empty where rows are panels already
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
+    Tensor grad_y, Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
+    MaybeTensor gate_up_bias, MaybeTensor down_bias, Tensor kept, std::string activation, bool bf16, bool for_x,
+    bool for_parameters) {
+  const MaybeTensor none;
+  const int64_t hidden = down.dim() == 3 ? down.size(2) : 0;
+  const Call call = make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+                              activation, hidden, bf16);
+  STD_TORCH_CHECK(grad_y.dim() == 2 && grad_y.size(0) == x.size(0) && grad_y.size(1) == x.size(1) &&
+                      grad_y.is_contiguous(),
+                  "grad_y is not a contiguous matrix of x's shape");
+  STD_TORCH_CHECK(kept.dim() == 3 && kept.size(0) == most_panels(experts.size(0) * experts.size(1), call.experts) &&
+                      kept.size(1) == call.gate_up.rows && kept.size(2) == kPanel && kept.is_contiguous() &&
+                      float_type(kept, "kept") == (bf16 ? Type::kBFloat16 : Type::kFloat32),
+                  "kept is not what the forward pass returned");
+
+  const auto like = [&](const Tensor& t, bool wanted) {
+    std::vector<int64_t> shape;
+    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(wanted ? t.size(d) : 0);
+    return torch::stable::new_empty(t, shape);
+  };
+  const bool biases = for_parameters && gate_up_bias.has_value() && down_bias.has_value();
+  const auto bias_like = [&](const Stack& stack) {
+    return torch::stable::new_empty(x, {biases ? stack.count : 0, biases ? stack.rows : 0}, ScalarType::Float);
+  };
+  Tensor grad_x = like(x, for_x), grad_weights = like(weights, true), grad_gate_up = like(gate_up, for_parameters),
+         grad_down = like(down, for_parameters), grad_gate_up_bias = bias_like(call.gate_up),
+         grad_down_bias = bias_like(call.down);
+
+  Backward backward(call, grad_y, kept);
+  backward.through_down(grad_weights.mutable_data_ptr<float>());
+  if (for_x) backward.to_x(static_cast<char*>(grad_x.mutable_data_ptr()));
+  if (for_parameters) {
+    backward.to_gate_up(static_cast<char*>(grad_gate_up.mutable_data_ptr()));
+    backward.to_down(static_cast<char*>(grad_down.mutable_data_ptr()));
+  }
+  if (biases) {
+    backward.to_biases(grad_gate_up_bias.mutable_data_ptr<float>(), grad_down_bias.mutable_data_ptr<float>());
+  }
+  return {grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
+}
+
+}  // namespace handful

@@ -1,0 +1,122 @@
+// The loops that touch every weight and every activation, once for each instruction level.
+//
+// All products have one form. A left matrix (weights, or gradients) lies in rows, a right one (tokens) in panels of 32
+// columns, and every 32-bit unit of either holds what one multiply-add per lane consumes: one float32, or a pair of
+// bfloat16 that follow each other in the sum.
+//
+//   left    unit u of row r          at left[r * kLeftStride + u]
+//   panel   unit u of column c       at panel[u * kPanel + c]
+//   tile    row r of column c        at tile[r * kPanel + c], float32
+//
+// Tokens are columns, so weights are the left matrix as they lie in memory: nothing is transposed in a forward pass
+// but the tokens, which are few.
+#pragma once
+
+#include <cstdint>
+
+namespace handful {
+
+constexpr int kPanel = 32;              // columns of a panel
+constexpr int kDepth = 256;             // units of the sum that are multiplied at once
+constexpr int kLeftStride = kDepth + 16;  // units; not a power of two, which would make rows share a few cache sets
+constexpr int kRows = 96;               // rows of a left block
+constexpr int kUnitGrid = 16;           // panels and left rows are zero up to a multiple of so many units
+
+enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
+
+// Of float32 and bfloat16.
+constexpr int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+enum class Activation : int { kSwiglu, kGeglu, kSwigluClamped, kGelu, kRelu };
+
+// Rows of numbers in memory, `stride` bytes apart. Quantised ones have a bfloat16 scale for each `group` columns.
+struct Matrix {
+  const char* data;
+  Type type;
+  int64_t stride;
+  const uint16_t* scales;
+  int64_t scale_stride;  // scales from one row to the next
+  int group;
+
+  const char* row(int64_t r) const { return data + r * stride; }
+};
+
+// One network's activation, gate and up: rows of a tile with their biases, and where the results go.
+struct Activate {
+  Activation kind;
+  int rows;          // hidden units
+  const float* gate;  // tile rows
+  const float* up;    // null: there is no gate, and `gate` holds the hidden values
+  uint32_t* out;      // panel units
+  void* keep_gate;    // tile rows in `keep`'s type for the backward pass; null: not wanted
+  void* keep_up;
+  Type keep;
+};
+
+struct ActivateBackward {
+  Activation kind;
+  int rows;
+  const float* grad;  // tile rows: the gradient of the activated values, before the routing weight
+  const void* gate;   // what Activate kept
+  const void* up;
+  Type keep;
+  const float* weights;  // of the 32 columns; zero where there is no token
+  float* weight_grads;   // of the 32 columns, set
+  // In the kernels' own type, rows of 32 columns: the left matrices of the weights' gradients.
+  void* out_gate;
+  void* out_up;
+  void* activated;  // times the routing weight
+  // The same gradients as panel units, for the tokens' gradients.
+  uint32_t* panel_gate;
+  uint32_t* panel_up;
+};
+
+struct Kernels {
+  int values;  // in a unit
+
+  // Around everything else on a thread: AMX's tiles must be configured, and released.
+  void (*begin)();
+  void (*end)();
+
+  // left[r][k] = m[row + r][k0 + k], `count` values of each of `rows` rows, zeros up to the unit grid.
+  void (*pack_rows)(uint32_t* left, const Matrix& m, int64_t row, int rows, int64_t k0, int count);
+  // left[r][k] = m[k0 + k][column + r]: the transposed matrix. Not for quantised ones.
+  void (*pack_columns)(uint32_t* left, const Matrix& m, int64_t column, int rows, int64_t k0, int count);
+  // panel[k][c] = rows[c][k], `count` columns of `width` values, zeros elsewhere.
+  void (*pack_tokens)(uint32_t* panel, const char* const* rows, int count, Type type, int64_t width);
+  // panel[k][c] = rows[k][column + c], `columns` columns of `count` values, zeros elsewhere.
+  void (*pack_transposed)(uint32_t* panel, const char* const* rows, int64_t count, Type type, int64_t column,
+                          int columns);
+
+  // tile (+)= left · panel, for the first 16 columns at least if `columns` is 16 or less, else for 32.
+  void (*multiply)(float* tile, const uint32_t* left, int rows, const uint32_t* panel, int units, int columns,
+                   bool add);
+
+  void (*activate)(const Activate& job);
+  void (*activate_backward)(const ActivateBackward& job);
+
+  // out[c][first + r] = tile[r][c] and out[r][first + c] = tile[r][c]: rows of `type` at `out`.
+  void (*store_transposed)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
+  void (*store_rows)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
+};
+
+// A matrix times a few vectors, read once from memory. `x` is what `prepare` made of each vector.
+struct Stream {
+  // Bytes that a prepared vector of `width` values takes.
+  int64_t (*prepared_bytes)(int64_t width, const Matrix& m);
+  void (*prepare)(char* prepared, const float* x, int64_t width, const Matrix& m);
+  // out[v * out_stride + r] = m[row + r] · x[v], for `rows` rows and `count` vectors.
+  void (*multiply)(float* out, int64_t out_stride, const Matrix& m, int64_t row, int64_t rows,
+                   const char* const* prepared, int count, int64_t width);
+  // out[i] = act(gate[i], up[i]); up null: no gate.
+  void (*activate)(float* out, const float* gate, const float* up, Activation kind, int64_t count);
+  // y[i] = sum over k of weights[k] * rows[k][i], in that order; a null row counts for nothing.
+  void (*combine)(char* y, Type type, const float* const* rows, const float* weights, int count, int64_t width);
+  void (*to_float)(float* out, const char* x, Type type, int64_t count);
+};
+
+// The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them.
+const Kernels& kernels(bool bf16);
+const Stream& stream();
+
+}  // namespace handful

@@ -1,0 +1,50 @@
+// The kernels with 8 lanes, for CPUs that have AVX2, FMA and F16C.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "levels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace handful {
+namespace {
+
+constexpr Type kOwn = Type::kFloat32;
+constexpr int W = 8, VALUES = 1, LEFT_ROWS = 6;
+
+#include "vectors.inc"
+
+INLINE F multiply_add(F tile, U left, U right) { return tile + bits<F>(left) * bits<F>(right); }
+
+#include "dequantize.inc"
+#include "products.inc"
+
+typedef int16_t S __attribute__((vector_size(4 * W)));
+
+INLINE I multiply_pairs(I sums, S a, S b) {
+  return sums + bits<I>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+}
+
+INLINE S signed_bytes(const char* from) { return bits<S>(_mm256_cvtepi8_epi16(load<__m128i>(from))); }
+INLINE S unsigned_bytes(const char* from) { return bits<S>(_mm256_cvtepu8_epi16(load<__m128i>(from))); }
+
+#define CODES "codes_pairs.inc"
+#include "stream.inc"
+
+void nothing() {}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {VALUES,          nothing,  nothing,  pack_rows,         pack_columns,     pack_tokens,
+                              pack_transposed, multiply, activate, activate_backward, store_transposed, store_rows};
+const Stream kAvx2Stream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float};
+
+}  // namespace handful
+
+#pragma GCC pop_options

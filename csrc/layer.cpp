@@ -1,0 +1,85 @@
+#include "layer.h"
+
+#include <algorithm>
+
+namespace handful {
+
+using torch::headeronly::ScalarType;
+
+Call make_call(const Tensor& x, const Tensor& experts, const Tensor& weights, const std::optional<Tensor>& dropped,
+               const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
+               const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
+  STD_TORCH_CHECK(gate_up.codes.dim() == 3 && down.codes.dim() == 3,
+                  "gate_up and down are not (experts, rows, columns)");
+  STD_TORCH_CHECK(experts.dim() == 2 && experts.size(0) == x.size(0) && experts.is_contiguous() &&
+                      experts.scalar_type() == ScalarType::Long,
+                  "experts is not a contiguous matrix (tokens, top_k) of type int64");
+  const auto like_experts = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == experts.size(0) && t.size(1) == experts.size(1) && t.is_contiguous();
+  };
+  STD_TORCH_CHECK(like_experts(weights) && weights.scalar_type() == ScalarType::Float,
+                  "weights is not a contiguous matrix of experts' shape of type float32");
+  STD_TORCH_CHECK(!dropped || (like_experts(*dropped) && dropped->scalar_type() == ScalarType::Bool),
+                  "dropped is not a contiguous matrix of experts' shape of type bool");
+  const int64_t count = gate_up.codes.size(0), width = x.size(1);
+  STD_TORCH_CHECK(count >= 1 && width >= 1 && hidden >= 1, "experts without experts, width or hidden values");
+  const Activation kind = activation_of(activation);
+  return {&kernels(bf16),
+          count,
+          width,
+          hidden,
+          kind,
+          bf16,
+          make_stack(gate_up, gate_up_bias, "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width),
+          make_stack(down, down_bias, "down", count, width, hidden),
+          static_cast<const char*>(x.const_data_ptr()),
+          float_type(x, "x"),
+          0,
+          weights.const_data_ptr<float>(),
+          experts,
+          dropped};
+}
+
+void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to) {
+  const Panel& p = plan.panels[panel];
+  const char* rows[kPanel];
+  for (int c = 0; c < p.count; ++c) {
+    rows[c] = x + (call.first_token + plan.token(p.first + c)) * call.width * bytes_of(type);
+  }
+  call.kernels->pack_tokens(to, rows, p.count, type, call.width);
+}
+
+void sum_rows(const Call& call, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type) {
+  const int64_t K = plan.top_k, D = call.width;
+  const std::vector<float> ones(K, 1.0f);
+  each(plan.tokens, 0.2 * static_cast<double>(K * D), [&](int64_t t) {
+    std::vector<const float*> rows(K);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t n = plan.place[t * K + k];
+      rows[k] = n < 0 ? nullptr : rows_ND + n * D;
+    }
+    const float* weights = weights_TK == nullptr ? ones.data() : weights_TK + t * K;
+    stream().combine(y + t * D * bytes_of(type), type, rows.data(), weights, static_cast<int>(K), D);
+  });
+}
+
+void Prepared::fill(int64_t i, const char* x, Type type) const {
+  if (type == Type::kFloat32) return fill(i, reinterpret_cast<const float*>(x), type);
+  std::vector<float> wide(width_);
+  stream().to_float(wide.data(), x, type, width_);
+  fill(i, wide.data(), Type::kFloat32);
+}
+
+void add_stream_items(std::vector<StreamItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
+                      int64_t first, int count) {
+  // About 32 turns in all, but no item so short that it does not pay and none so long that the last one is waited for.
+  const int64_t bytes = std::clamp<int64_t>(matrices * stack.bytes() / 32, 32 << 10, 512 << 10);
+  const int64_t row_bytes = stack.bytes() / stack.rows;
+  const int64_t some = std::max<int64_t>(bytes / row_bytes / 16 * 16, 16);
+  for (int64_t r = 0; r < stack.rows; r += some) {
+    items.push_back({static_cast<int>(matrix), count, first, r, std::min(some, stack.rows - r)});
+  }
+}
+
+}  // namespace handful

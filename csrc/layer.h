@@ -1,0 +1,123 @@
+// What the passes of an experts layer share.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+#include "weights.h"
+#include "work.h"
+
+namespace handful {
+
+// One call of the operation, its arguments checked.
+struct Call {
+  const Kernels* kernels;
+  int64_t experts, width, hidden;  // E, D, F
+  Activation kind;
+  bool bf16;
+  Stack gate_up, down;
+  const char* x;
+  Type x_type;
+  int64_t first_token = 0;  // that the plan's token 0 is
+  const float* weights;     // (T, K)
+  const Tensor& chosen;
+  const std::optional<Tensor>& dropped;
+
+  const char* x_row(int64_t token) const { return x + (first_token + token) * width * bytes_of(x_type); }
+};
+
+// `experts` and `dropped` must outlive the call.
+Call make_call(const Tensor& x, const Tensor& experts, const Tensor& weights, const std::optional<Tensor>& dropped,
+               const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
+               const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16);
+
+// A block of one matrix's rows, and the panels that meet it.
+struct Item {
+  int expert, rows, panels;
+  int64_t row, panel;
+};
+
+// Items for `rows` rows in blocks of `block`, for every expert that `wanted` names.
+template <class Wanted>
+std::vector<Item> items_of(const Plan& plan, int64_t rows, int64_t block, const Wanted& wanted) {
+  std::vector<Item> items;
+  for (int64_t e = 0; e + 1 < static_cast<int64_t>(plan.first_panel.size()); ++e) {
+    if (!wanted(e)) continue;
+    for (int64_t p = plan.first_panel[e]; p < plan.first_panel[e + 1]; p += Workspace::kGroup) {
+      const int64_t panels = std::min<int64_t>(Workspace::kGroup, plan.first_panel[e + 1] - p);
+      for (int64_t r = 0; r < rows; r += block) {
+        items.push_back(
+            {static_cast<int>(e), static_cast<int>(std::min(block, rows - r)), static_cast<int>(panels), r, p});
+      }
+    }
+  }
+  return items;
+}
+
+// What an item of `rows` rows costs for each value of its sum, in nanoseconds: a guess for `each`.
+constexpr double kItemCost = 0.01 * kRows * kPanel;
+
+// Makes a panel of the rows that its assignments' tokens have in `x`.
+void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to);
+
+inline Right panels_of(const Plan& plan, int64_t first, int panels, const uint32_t* all, int64_t stride) {
+  return {all + first * stride, stride, panels, plan.panels[first + panels - 1].count};
+}
+
+// y[t] = sum over a token's assignments n of weights_TK[t][k] · rows_ND[n], in the order of k; `weights_TK` null: 1.
+void sum_rows(const Call& call, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type);
+
+// -------------------------------------------------------------------------------------------------------------------
+// Streaming.
+
+// Vectors, prepared to meet the rows of a matrix like `m`.
+class Prepared {
+ public:
+  Prepared(int64_t count, int64_t width, const Matrix& m)
+      : m_(m), width_(width), bytes_((stream().prepared_bytes(width, m) + 63) / 64 * 64), memory_(count * bytes_) {}
+
+  char* row(int64_t i) const { return memory_.as<char>() + i * bytes_; }
+  void fill(int64_t i, const char* x, Type type) const;
+  void fill(int64_t i, const float* x, Type) const { stream().prepare(row(i), x, width_, m_); }
+
+ private:
+  Matrix m_;
+  int64_t width_, bytes_;
+  Buffer memory_;
+};
+
+// Rows of one matrix, and the vectors `first` to `first + count` that meet them.
+struct StreamItem {
+  int matrix, count;
+  int64_t first, row, rows;
+};
+
+// Cuts a matrix into items that are worth a thread's turn, of `matrices` like it that are read together. Long ones:
+// memory is slow at the beginning of each.
+void add_stream_items(std::vector<StreamItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
+                      int64_t first, int count);
+
+// out(n)[row] = stack[matrix][row] · vector(n) + bias; out(n) are `stride` floats apart within an item.
+template <class Vector, class Out>
+void run_stream_items(const Stack& stack, const std::vector<StreamItem>& items, const Vector& vector, const Out& out,
+                      int64_t stride) {
+  const double cost = items.empty() ? 0 : 0.05 * static_cast<double>(items[0].rows * stack.first.stride);
+  each(static_cast<int64_t>(items.size()), cost, [&](int64_t i) {
+    const StreamItem& item = items[i];
+    std::vector<const char*> vectors(item.count);
+    for (int v = 0; v < item.count; ++v) vectors[v] = vector(item.first + v);
+    float* to = out(item.first) + item.row;
+    stream().multiply(to, stride, stack[item.matrix], item.row, item.rows, vectors.data(), item.count, stack.width);
+    if (stack.bias == nullptr) return;
+    std::vector<float> bias(item.rows);
+    stack.copy_bias(bias.data(), item.matrix, item.row, item.rows);
+    for (int v = 0; v < item.count; ++v) {
+      for (int64_t r = 0; r < item.rows; ++r) to[v * stride + r] += bias[r];
+    }
+  });
+}
+
+}  // namespace handful

@@ -1,0 +1,115 @@
+#include "weights.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace handful {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + ")";
+}
+
+void check_shape(const Tensor& tensor, const char* name, int64_t count, int64_t rows, int64_t width) {
+  const int64_t lead = count > 0 ? 1 : 0;
+  const bool right = tensor.dim() == lead + (width > 0 ? 2 : 1) && (lead == 0 || tensor.size(0) == count) &&
+                     tensor.size(lead) == rows && (width == 0 || tensor.size(lead + 1) == width);
+  STD_TORCH_CHECK(right, name, " has shape ", shape_of(tensor), ": it must be (", count > 0 ? std::to_string(count) : "",
+                  count > 0 ? ", " : "", rows, width > 0 ? ", " + std::to_string(width) : "", ")");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+}
+
+float widened(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+}  // namespace
+
+Matrix Stack::operator[](int64_t i) const {
+  Matrix m = first;
+  m.data += i * rows * first.stride;
+  if (m.scales != nullptr) m.scales += i * rows * first.scale_stride;
+  return m;
+}
+
+int64_t Stack::bytes() const { return rows * (first.stride + 2 * first.scale_stride); }
+
+void Stack::copy_bias(float* out, int64_t i, int64_t row, int64_t some) const {
+  const int64_t at = i * rows + row;
+  if (bias == nullptr) {
+    std::fill(out, out + some, 0.0f);
+  } else if (bias_type == Type::kFloat32) {
+    std::copy_n(static_cast<const float*>(bias) + at, some, out);
+  } else {
+    std::transform(static_cast<const uint16_t*>(bias) + at, static_cast<const uint16_t*>(bias) + at + some, out, widened);
+  }
+}
+
+Type float_type(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+                  " is neither float32 nor bfloat16");
+  return type == ScalarType::Float ? Type::kFloat32 : Type::kBFloat16;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "swiglu") return Activation::kSwiglu;
+  if (name == "geglu") return Activation::kGeglu;
+  if (name == "swiglu_clamped") return Activation::kSwigluClamped;
+  if (name == "gelu") return Activation::kGelu;
+  STD_TORCH_CHECK(name == "relu", "activation = '", name, "': one of swiglu, geglu, swiglu_clamped, gelu, relu");
+  return Activation::kRelu;
+}
+
+bool is_gated(Activation kind) { return kind != Activation::kGelu && kind != Activation::kRelu; }
+
+int64_t stored_columns(int64_t width, int64_t group) {
+  const int64_t grid = std::max<int64_t>(group, 64);
+  return (width + grid - 1) / grid * grid;
+}
+
+Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+                 int64_t width) {
+  Stack stack{{}, std::max<int64_t>(count, 1), rows, width, nullptr, Type::kFloat32};
+  Matrix& m = stack.first;
+  m.data = static_cast<const char*>(given.codes.const_data_ptr());
+  if (given.bits == 0) {
+    check_shape(given.codes, name, count, rows, width);
+    m.type = float_type(given.codes, name);
+    m.stride = width * (m.type == Type::kFloat32 ? 4 : 2);
+  } else {
+    STD_TORCH_CHECK(given.bits == 8 || given.bits == 4, "bits = ", given.bits, ": 8 or 4");
+    STD_TORCH_CHECK(given.group == 32 || given.group == 128, "group = ", given.group, ": 32 or 128");
+    const bool eight = given.bits == 8;
+    STD_TORCH_CHECK(given.codes.scalar_type() == (eight ? ScalarType::Char : ScalarType::Byte), name,
+                    eight ? "'s codes are not of type int8" : "'s codes are not of type uint8");
+    STD_TORCH_CHECK(given.scales.has_value() && given.scales->scalar_type() == ScalarType::BFloat16, name,
+                    "'s scales are not of type bfloat16");
+    const int64_t columns = stored_columns(width, given.group);
+    m.type = eight ? Type::kInt8 : Type::kInt4;
+    m.stride = eight ? columns : columns / 2;
+    m.scale_stride = columns / given.group;
+    m.group = static_cast<int>(given.group);
+    check_shape(given.codes, name, count, rows, m.stride);
+    check_shape(*given.scales, (std::string(name) + "'s scales").c_str(), count, rows, m.scale_stride);
+    m.scales = static_cast<const uint16_t*>(given.scales->const_data_ptr());
+  }
+  if (bias.has_value()) {
+    const std::string bias_name = std::string(name) + "_bias";
+    check_shape(*bias, bias_name.c_str(), count, rows, 0);
+    stack.bias = bias->const_data_ptr();
+    stack.bias_type = float_type(*bias, bias_name.c_str());
+  }
+  return stack;
+}
+
+}  // namespace handful

@@ -1,0 +1,50 @@
+// The weights of an experts layer, as the operations were given them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+
+namespace handful {
+
+using torch::stable::Tensor;
+
+// Float weights, or codes with their scales.
+struct Given {
+  const Tensor& codes;
+  const std::optional<Tensor>& scales;
+  int64_t bits = 0;   // 8 or 4; 0: float32 or bfloat16
+  int64_t group = 0;  // columns that share a scale
+};
+
+// `count` matrices of `rows` × `width`, one after another; the bias is a row of float32 or bfloat16 for each.
+struct Stack {
+  Matrix first;
+  int64_t count, rows, width;
+  const void* bias;
+  Type bias_type;
+
+  Matrix operator[](int64_t i) const;
+  // Bytes of one matrix, scales included.
+  int64_t bytes() const;
+  // Writes biases `row` to `row + some` of matrix i to `out`; zeros if there are none.
+  void copy_bias(float* out, int64_t i, int64_t row, int64_t some) const;
+};
+
+Type float_type(const Tensor& tensor, const char* name);
+Activation activation_of(const std::string& name);
+bool is_gated(Activation kind);
+
+// Checks everything: type, shape (count, rows, width), contiguity, the scales' and the bias's too. `count` 0: the
+// tensor has no first dimension, and is one matrix.
+Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+                 int64_t width);
+
+// Columns that a quantised row of `width` columns is stored in.
+int64_t stored_columns(int64_t width, int64_t group);
+
+}  // namespace handful

@@ -1,0 +1,104 @@
+#include "work.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace handful {
+namespace {
+
+struct Block {
+  void* data;
+  int64_t bytes;
+};
+
+constexpr int64_t kKeptBytes = int64_t{256} << 20, kHugePage = int64_t{2} << 20;
+
+// Never destroyed: threads may still hold buffers while the process ends.
+struct Kept {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  int64_t bytes = 0;
+};
+
+Kept& kept() {
+  static Kept* const all = new Kept;
+  return *all;
+}
+
+// Under the address sanitizer every buffer is of the size that was asked for, and goes back at once, so that the
+// sanitizer sees any byte that is used beyond it.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kExact = true;
+#else
+constexpr bool kExact = false;
+#endif
+
+void* allocate(int64_t bytes) {
+  void* data = nullptr;
+  if (posix_memalign(&data, bytes >= kHugePage && !kExact ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
+  if (kExact) return data;
+  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+  return data;
+}
+
+}  // namespace
+
+Buffer::Buffer(int64_t bytes) {
+  if (bytes == 0) return;
+  const int64_t grid = kExact ? 1 : bytes >= kHugePage ? kHugePage : 4096;
+  bytes = (bytes + grid - 1) / grid * grid;
+  {
+    Kept& all = kept();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    size_t best = all.blocks.size();
+    for (size_t i = 0; i < all.blocks.size(); ++i) {
+      const int64_t size = all.blocks[i].bytes;
+      if (size >= bytes && size <= 2 * bytes && (best == all.blocks.size() || size < all.blocks[best].bytes)) best = i;
+    }
+    if (best < all.blocks.size()) {
+      data_ = all.blocks[best].data;
+      bytes_ = all.blocks[best].bytes;
+      all.bytes -= bytes_;
+      all.blocks[best] = all.blocks.back();
+      all.blocks.pop_back();
+      return;
+    }
+  }
+  data_ = allocate(bytes);
+  bytes_ = bytes;
+}
+
+Buffer::~Buffer() {
+  if (data_ == nullptr) return;
+  if (kExact) {
+    std::free(data_);
+    return;
+  }
+  Kept& all = kept();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.blocks.push_back({data_, bytes_});
+  all.bytes += bytes_;
+  while (all.bytes > kKeptBytes) {  // the oldest first
+    std::free(all.blocks.front().data);
+    all.bytes -= all.blocks.front().bytes;
+    all.blocks.erase(all.blocks.begin());
+  }
+}
+
+Workspace& Workspace::mine() {
+  struct Owned : Workspace {
+    Buffer memory{(int64_t{kRows} * kLeftStride + int64_t{kGroup} * kRows * kPanel) * 4};
+    Owned() {
+      left = memory.as<uint32_t>();
+      tiles = memory.as<float>() + int64_t{kRows} * kLeftStride;
+    }
+  };
+  static thread_local Owned owned;
+  return owned;
+}
+
+}  // namespace handful

@@ -1,0 +1,130 @@
+// Memory and threads of one operation.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+
+namespace handful {
+
+// Scratch memory, 64-byte aligned and not cleared. Freed blocks are kept for the next operation, up to a limit in all,
+// because the system clears every fresh page, which costs more than filling it.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t bytes);
+  ~Buffer();
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// A thread's left block and tiles.
+struct Workspace {
+  static constexpr int kGroup = 8;  // panels that meet a left block while it is in the cache
+
+  uint32_t* left;
+  float* tiles;
+  char* row_pointers[kRows];
+
+  float* tile(int panel) const { return tiles + panel * kRows * kPanel; }
+
+  static Workspace& mine();
+};
+
+// Calls work(i, next) for every i below `items`, on torch's threads, each taking the next that is left: it is the item
+// that this thread takes after i, or -1. What an item writes must not depend on the others. `cost`: about how many
+// nanoseconds one takes.
+template <class Work>
+void each_and_next(int64_t items, double cost, const Work& work) {
+  constexpr double kWorthAThread = 20e3;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || items <= 1 || static_cast<double>(items) * cost < kWorthAThread) {
+    for (int64_t i = 0; i < items; ++i) work(i, i + 1 < items ? i + 1 : -1);
+    return;
+  }
+  std::atomic<int64_t> counter{0};
+  torch::stable::parallel_for(0, threads < items ? threads : items, 1, [&](int64_t, int64_t) {
+    for (int64_t i = counter++; i < items;) {
+      const int64_t next = counter++;
+      work(i, next < items ? next : -1);
+      i = next;
+    }
+  });
+}
+
+template <class Work>
+void each(int64_t items, double cost, const Work& work) {
+  each_and_next(items, cost, [&](int64_t i, int64_t) { work(i); });
+}
+
+// Asks for part `part` of `parts` of a block of a matrix, to lie in the cache when it is packed.
+inline void prefetch(const Matrix& m, int64_t row, int rows, int64_t k0, int64_t count, int part, int parts) {
+  const int64_t bits = m.type == Type::kFloat32 ? 32 : m.type == Type::kBFloat16 ? 16 : m.type == Type::kInt8 ? 8 : 4;
+  const int64_t first = k0 * bits / 8, end = (k0 + count) * bits / 8;
+  for (int r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
+    const char* from = m.row(row + r);
+    for (int64_t b = first; b < end; b += 64) __builtin_prefetch(from + b, 0, 2);
+  }
+}
+
+// The right matrix of a product: panels `stride` units apart, of which the last holds `last_columns` columns.
+struct Right {
+  const uint32_t* first;
+  int64_t stride;
+  int panels;
+  int last_columns;
+
+  int columns(int panel) const { return panel + 1 == panels ? last_columns : kPanel; }
+};
+
+struct NothingNext {
+  void operator()(int64_t, int, int, int) const {}
+};
+
+// tiles (+)= left · right over `count` values of the sum; pack(left, k0, some) brings the left matrix's values k0 to
+// k0 + some. Between begin and end. upcoming(k0, some, part, parts) may prefetch a part of what is packed next: values
+// k0 to k0 + some, or what comes after this block if k0 is `count`.
+template <class Pack, class Upcoming = NothingNext>
+void multiply_block(const Kernels& kernels, const Workspace& w, int rows, const Right& right, int64_t count, bool add,
+                    const Pack& pack, const Upcoming& upcoming = {}) {
+  const int64_t depth = static_cast<int64_t>(kDepth) * kernels.values;
+  for (int64_t k0 = 0; k0 < count; k0 += depth) {
+    const int some = static_cast<int>(count - k0 < depth ? count - k0 : depth);
+    pack(w.left, k0, some);
+    const int64_t unit = k0 / kernels.values;
+    const int units = (some + kernels.values - 1) / kernels.values;
+    const int64_t rest = count - k0 - some;
+    for (int p = 0; p < right.panels; ++p) {
+      upcoming(k0 + some, static_cast<int>(rest < depth ? rest : depth), p, right.panels);
+      kernels.multiply(w.tile(p), w.left, rows, right.first + p * right.stride + unit * kPanel, units,
+                       right.columns(p), add || k0 > 0);
+    }
+  }
+}
+
+// Units of a panel of `width` values.
+inline int64_t panel_units(int64_t width, int values) {
+  const int64_t units = (width + values - 1) / values;
+  return (units + kUnitGrid - 1) / kUnitGrid * kUnitGrid;
+}
+
+}  // namespace handful

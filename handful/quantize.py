@@ -1,0 +1,198 @@
+"""Weights in 8 or 4 bits: pack, unpack, error.
+
+Symmetric, in groups along the inputs: the `group` neighbouring weights of a row share one scale, a bfloat16 number, and
+each is kept as a whole number q of ±127 (8 bits) or ±7 (4 bits) that stands for q · scale.
+
+    weight (..., O, I)  ──►  codes (..., O, columns at 8 or 4 bits)  +  scales (..., O, columns / group)
+
+Legend: O outputs · I inputs · C columns: the inputs, padded to whole groups and blocks · r rows of a slice
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handful.errors import ConfigError
+
+__all__ = ["Packed", "check", "check_format", "error", "pack", "unpack"]
+
+LARGEST = {8: 127, 4: 7}  # what q can be, either sign
+GROUPS = (32, 128)
+BLOCK = 64  # columns that share 32 bytes at 4 bits; the padding is to whole blocks at 8 bits too
+# Weights up to here stay finite in float32 and bfloat16, whichever way their scale is rounded.
+LIMIT = 3.3e38
+SLICE = 1 << 20  # weights in float32 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A quantised weight of shape (..., O, I).
+
+    codes    8 bits: int8 (..., O, columns), the q themselves, -127 to 127. 4 bits: uint8 (..., O, columns // 2); in
+             every block of 64 columns byte j holds q + 8 of column j in its low half and of column j + 32 in its high
+             half, with q from -7 to 7.
+    scales   bfloat16 (..., O, columns // group): the largest magnitude of the group / 127 or 7. 0: a group of zeros.
+    bits     8 or 4.
+    group    32 or 128.
+    inputs   I. columns is I rounded up to a multiple of max(group, 64); the padding's codes stand for 0.
+
+    Both tensors are contiguous. ConfigError if they do not fit together: kernels read them by these sizes.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    group: int
+    inputs: int
+
+    def __post_init__(self) -> None:
+        check_format(self.bits, self.group)
+        columns = columns_of(self.inputs, self.group)
+        codes, scales = self.codes, self.scales
+        kind, width = (torch.int8, columns) if self.bits == 8 else (torch.uint8, columns // 2)
+        if codes.dtype != kind or codes.dim() < 2 or codes.shape[-1] != width or not codes.is_contiguous():
+            raise ConfigError(
+                f"packed codes are {_describe(codes)}: {self.bits} bits and {self.inputs} inputs in groups of "
+                f"{self.group} need contiguous {_name(kind)} (..., outputs, {width})"
+            )
+        right = (*codes.shape[:-1], columns // self.group)
+        if scales.dtype != torch.bfloat16 or scales.shape != right or not scales.is_contiguous():
+            raise ConfigError(f"packed scales are {_describe(scales)}: they must be contiguous bfloat16 {right}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's own: (..., O, I)."""
+        return (*self.codes.shape[:-1], self.inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales together."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def columns_of(inputs: int, group: int) -> int:
+    """The inputs, padded to whole groups and whole blocks."""
+    whole = max(group, BLOCK)
+    return -(-inputs // whole) * whole
+
+
+def check_format(bits: int, group: int) -> None:
+    """ConfigError unless there is such a format: 8 or 4 bits, groups of 32 or 128."""
+    if bits not in LARGEST:
+        raise ConfigError(f"bits = {bits}: one of {', '.join(map(str, LARGEST))}")
+    if group not in GROUPS:
+        raise ConfigError(f"group = {group}: one of {', '.join(map(str, GROUPS))}")
+
+
+def check(weight: Tensor, name: str = "weight") -> None:
+    """ConfigError, naming the tensor, unless it can be quantised: floating, (..., O, I), every value finite."""
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise ConfigError(f"{name} is {_describe(weight)}: only floating (..., outputs, inputs) can be quantised")
+    if weight.is_meta:
+        raise ConfigError(f"{name} has no values (it is on the meta device): it cannot be quantised")
+    for index in _slices(tuple(weight.shape)):
+        low, high = torch.aminmax(weight.detach()[index])
+        largest = max(-float(low), float(high))  # nan where there is one
+        if not largest <= LIMIT:
+            wrong = f"a value of magnitude {largest:.2g}" if math.isfinite(largest) else "values that are not finite"
+            raise ConfigError(f"{name} holds {wrong}: it cannot be quantised (the most is {LIMIT:.2g})")
+
+
+@torch.no_grad()
+def pack(weight: Tensor, bits: int = 4, group: int = 32, name: str = "weight") -> Packed:
+    """Quantise a weight of any floating dtype, (..., O, I), on the device where it is.
+
+    Each scale is rounded to bfloat16 first, and the q follow from the rounded one: q = weight / scale, to the nearest,
+    ties to even. Memory beyond the result is a few slices, whatever the weight's size.
+
+    name   what errors call it. ConfigError for other bits (8, 4) or groups (32, 128), or a weight that `check` refuses.
+    """
+    check_format(bits, group)
+    check(weight, name)
+    *lead, inputs = weight.shape
+    columns, largest, device = columns_of(inputs, group), LARGEST[bits], weight.device
+    codes = torch.empty(*lead, columns * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=device)
+    scales = torch.empty(*lead, columns // group, dtype=torch.bfloat16, device=device)
+    for index in _slices(tuple(weight.shape)):
+        w_rI = weight[index]
+        rows = len(w_rI)
+        w_rC = torch.zeros(rows, columns, device=device)
+        w_rC[:, :inputs] = w_rI
+        w_rgn = w_rC.view(rows, columns // group, group)
+        scales[index] = w_rgn.abs().amax(-1) / largest
+        scale_rg1 = scales[index].float().unsqueeze(-1)
+        # A group of zeros has scale 0: any divisor gives its codes.
+        q_rgn = (w_rgn / scale_rg1.masked_fill(scale_rg1 == 0, 1.0)).round_().clamp_(-largest, largest)
+        q_rC = q_rgn.to(torch.int8).view(rows, columns)
+        codes[index] = q_rC if bits == 8 else _join(q_rC)
+    return Packed(codes, scales, bits, group, inputs)
+
+
+@torch.no_grad()
+def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that the codes stand for, (..., O, I): q · scale in float32, then cast."""
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+    for index in _slices(packed.shape):
+        out[index] = _unpack_rows(packed, index)
+    return out
+
+
+@torch.no_grad()
+def error(weight: Tensor, packed: Packed) -> float:
+    """‖unpacked − weight‖ / ‖weight‖; 0 for a weight of zeros. ConfigError if their shapes differ."""
+    if tuple(weight.shape) != packed.shape:
+        raise ConfigError(f"weight has shape {tuple(weight.shape)}: packed is of shape {packed.shape}")
+    off, size = 0.0, 0.0
+    for index in _slices(packed.shape):
+        w_rI = weight[index]
+        diff_rI = _unpack_rows(packed, index) - w_rI.to(torch.promote_types(w_rI.dtype, torch.float32))
+        off = math.hypot(off, float(torch.linalg.vector_norm(diff_rI, dtype=torch.float64)))
+        size = math.hypot(size, float(torch.linalg.vector_norm(w_rI, dtype=torch.float64)))
+    return off / size if size else 0.0
+
+
+def _unpack_rows(packed: Packed, index: tuple[int | slice, ...]) -> Tensor:
+    """Some rows of a packed weight, float32 (r, I)."""
+    codes, scales_rg = packed.codes[index], packed.scales[index].float()
+    q_rC = codes if packed.bits == 8 else _split(codes)
+    q_rgn = q_rC.view(*scales_rg.shape, packed.group)
+    return (q_rgn * scales_rg.unsqueeze(-1)).view(q_rC.shape)[:, : packed.inputs]
+
+
+def _join(q_rC: Tensor) -> Tensor:
+    """int8 in ±7 (r, C) -> uint8 (r, C / 2): two columns of a block of 64 in a byte."""
+    rows, columns = q_rC.shape
+    nibbles = (q_rC + 8).to(torch.uint8).view(rows, columns // BLOCK, 2, BLOCK // 2)
+    return (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).view(rows, columns // 2)
+
+
+def _split(codes: Tensor) -> Tensor:
+    """`_join`, the other way."""
+    rows, width = codes.shape
+    half = codes.view(rows, width // (BLOCK // 2), BLOCK // 2)
+    return (torch.stack([half & 15, half >> 4], dim=2).to(torch.int8) - 8).view(rows, 2 * width)
+
+
+def _slices(shape: tuple[int, ...]) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of slices that are (r, I) and together the whole: one matrix after another, each in runs of rows."""
+    *lead, rows, inputs = shape
+    if rows * inputs == 0:
+        return
+    step = max(1, SLICE // inputs)
+    for matrix in itertools.product(*map(range, lead)):
+        for first in range(0, rows, step):
+            yield (*matrix, slice(first, first + step))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{_name(tensor.dtype)} {tuple(tensor.shape)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
