@@ -14,7 +14,7 @@ import torch
 
 from handful.machine import machine
 
-__all__ = ["publish", "rounds"]
+__all__ = ["keep", "publish", "rounds", "show"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,13 +38,28 @@ def rounds(cases: Mapping[str, Callable[[], object]], repeats: int, warm: int = 
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any]) -> None:
     """Print rows as a table and keep them as JSON, with the machine, in bench/results/NAME.json."""
+    show(rows)
+    keep(name, rows, notes)
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table that reads well as it is and in Markdown. The columns are the first row's keys."""
     columns = list(rows[0])
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(_shown(row[column]) for column in columns) + " |")
+    lines = [columns, *([_shown(row[column]) for column in columns] for row in rows)]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
+    right = [any(isinstance(row[column], float | int) for row in rows) for column in columns]
+    rule = ["-" * (width - 1) + (":" if r else "-") for width, r in zip(widths, right, strict=True)]
+    for line in [lines[0], rule, *lines[1:]]:
+        padded = (
+            text.rjust(width) if r else text.ljust(width) for text, width, r in zip(line, widths, right, strict=True)
+        )
+        print("| " + " | ".join(padded) + " |")
+
+
+def keep(name: str, rows: Sequence[Mapping[str, Any]], notes: Mapping[str, Any]) -> None:
+    """Keep rows as JSON, with the machine, in bench/results/NAME.json."""
     found = machine()
-    where = {"cpu": found.cpu, "threads": torch.get_num_threads(), "torch": found.torch}
+    where = {"cpu": found.cpu, "threads": torch.get_num_threads(), "torch": found.torch, "isa": found.isa}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": where, **notes, "rows": list(rows)}, indent=2) + "\n")
