@@ -183,33 +183,41 @@ void run(const Call& all, int64_t first, int64_t end, char* y, void* kept) {
   sum_rows(call, plan, out_ND, call.weights + first * plan.top_k, y + first * call.width * bytes_of(type), type);
 }
 
-std::tuple<Tensor, Tensor> forward(const Call& call, const Tensor& x, bool keep) {
-  const ScalarType type = call.bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+ScalarType type_of(const Call& call) { return call.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
+
+int64_t hidden_of(const Tensor& down) { return down.dim() == 3 ? down.size(2) : 0; }
+
+Tensor infer(const Call& call, const Tensor& x) {
   const int64_t tokens = x.size(0), top_k = call.chosen.size(1);
-  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type);
-  const int64_t panels = keep ? most_panels(tokens * top_k, call.experts) : 0;
-  Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type);
+  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  if (keep) {
-    run(call, 0, tokens, out, kept.mutable_data_ptr());
-    return {y, kept};
-  }
-  const int64_t most = std::max(kAtOnce, kLoad * call.experts) / std::max<int64_t>(top_k, 1);
-  const int64_t step = std::max<int64_t>(most, 1);
+  const int64_t step = std::max<int64_t>(std::max(kAtOnce, kLoad * call.experts) / std::max<int64_t>(top_k, 1), 1);
   for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
-  return {y, kept};
+  return y;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
-                                   Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
-                                   std::string activation, bool bf16, bool keep) {
+Tensor experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
+               MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16) {
   const MaybeTensor none;
-  const int64_t hidden = down.dim() == 3 ? down.size(2) : 0;
-  return forward(make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
-                           activation, hidden, bf16),
-                 x, keep);
+  return infer(make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+                         activation, hidden_of(down), bf16),
+               x);
+}
+
+std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped,
+                                           Tensor gate_up, Tensor down, MaybeTensor gate_up_bias,
+                                           MaybeTensor down_bias, std::string activation, bool bf16) {
+  const MaybeTensor none;
+  const Call call = make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+                              activation, hidden_of(down), bf16);
+  const int64_t tokens = x.size(0), panels = most_panels(experts.size(0) * experts.size(1), call.experts);
+  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
+  Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type_of(call));
+  use_huge_pages(kept.mutable_data_ptr(), kept.numel() * (bf16 ? 2 : 4));
+  run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), kept.mutable_data_ptr());
+  return {y, kept};
 }
 
 Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
@@ -217,10 +225,9 @@ Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor d
                          MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
                          bool bf16) {
   const MaybeTensor first_scales = gate_up_scales, second_scales = down_scales;
-  return std::get<0>(forward(make_call(x, experts, weights, dropped, {gate_up, first_scales, bits, group},
-                                       {down, second_scales, bits, group}, gate_up_bias, down_bias, activation, hidden,
-                                       bf16),
-                             x, false));
+  return infer(make_call(x, experts, weights, dropped, {gate_up, first_scales, bits, group},
+                         {down, second_scales, bits, group}, gate_up_bias, down_bias, activation, hidden, bf16),
+               x);
 }
 
 }  // namespace handful

@@ -17,10 +17,13 @@ using MaybeTensor = std::optional<Tensor>;
 // gate_up (E, G, D), down (E, D, F), their biases (E, G) and (E, D): float32 or bfloat16 each.
 //
 // bf16: products of bfloat16 with float32 sums, and y in bfloat16; otherwise everything is float32.
-// keep: also return what the backward pass needs, the hidden values before their activation, as (panels, G, 32).
-std::tuple<Tensor, Tensor> experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
-                                   Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
-                                   std::string activation, bool bf16, bool keep);
+Tensor experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
+               MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16);
+
+// The same, and what the backward pass needs: the hidden values before their activation, as (panels, G, 32).
+std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped,
+                                           Tensor gate_up, Tensor down, MaybeTensor gate_up_bias,
+                                           MaybeTensor down_bias, std::string activation, bool bf16);
 
 // The same on quantised weights: codes and scales (see handful/quantize.py).
 Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,

@@ -37,9 +37,16 @@ struct Rows {
     for (int r = 0; r < count; ++r) {
       char* to = reinterpret_cast<char*>(left + r * kLeftStride);
       for (int64_t k = 0; k < some; k += kPanel, to += row_bytes) {
-        const int64_t bytes = std::min<int64_t>(kPanel, some - k) * (row_bytes / kPanel);
-        std::memcpy(to, at(first_panel + (k0 + k) / kPanel, row + r), bytes);
-        std::memset(to + bytes, 0, row_bytes - bytes);
+        const char* from = at(first_panel + (k0 + k) / kPanel, row + r);
+        if (some - k < kPanel) {
+          const int64_t bytes = (some - k) * (row_bytes / kPanel);
+          std::memcpy(to, from, bytes);
+          std::memset(to + bytes, 0, row_bytes - bytes);
+        } else if (row_bytes == 4 * kPanel) {  // sizes that the compiler knows are no calls
+          std::memcpy(to, from, 4 * kPanel);
+        } else {
+          std::memcpy(to, from, 2 * kPanel);
+        }
       }
     }
   }
@@ -338,7 +345,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   const auto like = [&](const Tensor& t, bool wanted) {
     std::vector<int64_t> shape;
     for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(wanted ? t.size(d) : 0);
-    return torch::stable::new_empty(t, shape);
+    Tensor grad = torch::stable::new_empty(t, shape);
+    use_huge_pages(grad.mutable_data_ptr(), grad.numel() * bytes_of(float_type(t, "weights")));
+    return grad;
   };
   const bool biases = for_parameters && gate_up_bias.has_value() && down_bias.has_value();
   const auto bias_like = [&](const Stack& stack) {

@@ -20,6 +20,7 @@ namespace {
 constexpr Type kOwn = Type::kBFloat16;
 constexpr int W = 16, VALUES = 2, LEFT_ROWS = 12;
 
+#define NARROW
 #include "vectors.inc"
 
 INLINE F multiply_add(F tile, U left, U right) {

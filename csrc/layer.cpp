@@ -53,14 +53,17 @@ void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x
 void sum_rows(const Call& call, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type) {
   const int64_t K = plan.top_k, D = call.width;
   const std::vector<float> ones(K, 1.0f);
-  each(plan.tokens, 0.2 * static_cast<double>(K * D), [&](int64_t t) {
+  constexpr int64_t kTokens = 16;  // of an item
+  each((plan.tokens + kTokens - 1) / kTokens, 0.2 * static_cast<double>(kTokens * K * D), [&](int64_t i) {
     std::vector<const float*> rows(K);
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t n = plan.place[t * K + k];
-      rows[k] = n < 0 ? nullptr : rows_ND + n * D;
+    for (int64_t t = i * kTokens; t < std::min(plan.tokens, (i + 1) * kTokens); ++t) {
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t n = plan.place[t * K + k];
+        rows[k] = n < 0 ? nullptr : rows_ND + n * D;
+      }
+      const float* weights = weights_TK == nullptr ? ones.data() : weights_TK + t * K;
+      stream().combine(y + t * D * bytes_of(type), type, rows.data(), weights, static_cast<int>(K), D);
     }
-    const float* weights = weights_TK == nullptr ? ones.data() : weights_TK + t * K;
-    stream().combine(y + t * D * bytes_of(type), type, rows.data(), weights, static_cast<int>(K), D);
   });
 }
 

@@ -11,7 +11,10 @@ STABLE_TORCH_LIBRARY(handful, m) {
   m.def("read_bandwidth(Tensor buffer, int repeats) -> (float, int)");
   m.def(
       "experts(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
-      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16, bool keep) -> (Tensor, Tensor)");
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> Tensor");
+  m.def(
+      "experts_forward(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> (Tensor, Tensor)");
   m.def(
       "experts_backward(Tensor grad_y, Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
       "Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor kept, str activation, bool bf16, bool for_x, "
@@ -30,6 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) { m.impl("isa",
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { 
   m.impl("read_bandwidth", TORCH_BOX(&handful::read_bandwidth));
   m.impl("experts", TORCH_BOX(&handful::experts));
+  m.impl("experts_forward", TORCH_BOX(&handful::experts_forward));
   m.impl("experts_backward", TORCH_BOX(&handful::experts_backward));
   m.impl("experts_quantized", TORCH_BOX(&handful::experts_quantized));
   m.impl("linear", TORCH_BOX(&handful::linear));

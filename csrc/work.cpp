@@ -40,8 +40,7 @@ constexpr bool kExact = false;
 void* allocate(int64_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, bytes >= kHugePage && !kExact ? kHugePage : 64, bytes) != 0) throw std::bad_alloc();
-  if (kExact) return data;
-  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+  use_huge_pages(data, bytes);
   return data;
 }
 
@@ -87,6 +86,12 @@ Buffer::~Buffer() {
     all.bytes -= all.blocks.front().bytes;
     all.blocks.erase(all.blocks.begin());
   }
+}
+
+void use_huge_pages(void* data, int64_t bytes) {
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 }
 
 Workspace& Workspace::mine() {

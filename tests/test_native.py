@@ -322,7 +322,7 @@ def shifted(t: Tensor) -> Tensor:
     return copy.copy_(t.detach())
 
 
-def raw_arguments(c: Case, dtype: torch.dtype, keep: bool) -> dict[str, Any]:
+def raw_arguments(c: Case, dtype: torch.dtype) -> dict[str, Any]:
     """What torch.ops.handful.experts is called with."""
     e = layer(c, dtype).requires_grad_(False)
     return {
@@ -336,12 +336,11 @@ def raw_arguments(c: Case, dtype: torch.dtype, keep: bool) -> dict[str, Any]:
         "down_bias": None if e.down_bias is None else e.down_bias.data,
         "activation": e.activation,
         "bf16": dtype == BF16,
-        "keep": keep,
     }
 
 
 def backward_arguments(forward: dict[str, Any], kept: Tensor) -> dict[str, Any]:
-    first = {name: value for name, value in forward.items() if name not in ("activation", "bf16", "keep")}
+    first = {name: value for name, value in forward.items() if name not in ("activation", "bf16")}
     return {
         "grad_y": torch.ones_like(forward["x"]),
         **first,
@@ -354,9 +353,8 @@ def backward_arguments(forward: dict[str, Any], kept: Tensor) -> dict[str, Any]:
 
 
 def quantized_arguments(c: Case, bits: int = 4, group: int = 32) -> dict[str, Any]:
-    forward = raw_arguments(c, F32, False)
+    forward = raw_arguments(c, F32)
     gate_up, down = pack(forward["gate_up"], bits, group), pack(forward["down"], bits, group)
-    del forward["keep"]
     return {
         **{name: forward[name] for name in ("x", "experts", "weights", "dropped")},
         "gate_up": gate_up.codes,
@@ -379,12 +377,10 @@ def moved(arguments: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("T", [3, 50])
 def test_alignment_changes_no_bit(T: int, dtype: torch.dtype) -> None:
     c = case(T, 3, 2, 37, 21, bias=True, drop=0.2)
-    assert ops.experts(**moved(raw_arguments(c, dtype, False)))[0].equal(
-        ops.experts(**raw_arguments(c, dtype, False))[0]
-    )
-    forward = raw_arguments(c, dtype, True)
-    y_TD, kept = ops.experts(**forward)
-    moved_y_TD, moved_kept = ops.experts(**moved(forward))
+    forward = raw_arguments(c, dtype)
+    assert ops.experts(**moved(forward)).equal(ops.experts(**forward))
+    y_TD, kept = ops.experts_forward(**forward)
+    moved_y_TD, moved_kept = ops.experts_forward(**moved(forward))
     assert moved_y_TD.equal(y_TD)
     want = ops.experts_backward(**backward_arguments(forward, kept))
     got = ops.experts_backward(**moved(backward_arguments(forward, moved_kept)))
@@ -530,18 +526,18 @@ def opcheck(op: Any, arguments: dict[str, Any]) -> None:
 def test_torch_is_told_the_truth(dtype: torch.dtype) -> None:
     # 31 tokens of one expert: every hidden value that is kept is a token's, or follows from zeros.
     c = case(31, 1, 1, 12, 10, bias=True)
-    arguments = raw_arguments(c, dtype, True)
+    arguments = raw_arguments(c, dtype)
     for name in ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias"):
         arguments[name].requires_grad_()
-    opcheck(ops.experts, arguments)
-    arguments = raw_arguments(case(9, 3, 2, 12, 10, drop=0.3), dtype, False)
+    opcheck(ops.experts_forward, arguments)
+    arguments = raw_arguments(case(9, 3, 2, 12, 10, drop=0.3), dtype)
     opcheck(ops.experts, arguments)
 
 
 def test_torch_is_told_the_truth_of_the_others() -> None:
     c = case(9, 3, 2, 12, 10, bias=True)
-    forward = raw_arguments(c, F32, True)
-    opcheck(ops.experts_backward, backward_arguments(forward, ops.experts(**forward)[1]))
+    forward = raw_arguments(c, F32)
+    opcheck(ops.experts_backward, backward_arguments(forward, ops.experts_forward(**forward)[1]))
     opcheck(ops.experts_quantized, quantized_arguments(c))
     opcheck(ops.linear, {"x": torch.randn(3, 5), "weight": torch.randn(4, 5), "bias": torch.randn(4)})
     packed = pack(torch.randn(4, 5))
@@ -627,15 +623,15 @@ def refuse_all(op: Any, arguments: dict[str, Any], others: dict[str, list[Any]])
     op(**arguments)  # which is right
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_experts_refuse_what_does_not_fit(keep: bool) -> None:
-    arguments = raw_arguments(case(9, 3, 2, 12, 10, bias=True, drop=0.3), F32, keep)
-    refuse_all(ops.experts, arguments, {"activation": ["", "silu", "gelu"]})
+@pytest.mark.parametrize("op", [ops.experts, ops.experts_forward], ids=str)
+def test_experts_refuse_what_does_not_fit(op: Any) -> None:
+    arguments = raw_arguments(case(9, 3, 2, 12, 10, bias=True, drop=0.3), F32)
+    refuse_all(op, arguments, {"activation": ["", "silu", "gelu"]})
 
 
 def test_experts_backward_refuses_what_does_not_fit() -> None:
-    forward = raw_arguments(case(9, 3, 2, 12, 10, bias=True, drop=0.3), F32, True)
-    arguments = backward_arguments(forward, ops.experts(**forward)[1])
+    forward = raw_arguments(case(9, 3, 2, 12, 10, bias=True, drop=0.3), F32)
+    arguments = backward_arguments(forward, ops.experts_forward(**forward)[1])
     others: dict[str, list[Any]] = {"activation": ["", "relu"], "bf16": [True], "kept": [torch.zeros(0, 20, 32)]}
     refuse_all(ops.experts_backward, arguments, others)
     outside = {**arguments, "experts": arguments["experts"] + 1}

@@ -66,19 +66,21 @@ def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
             "it takes float32 and bfloat16 on cpu"
         )
     inputs = (x_TD, routing.weights_TK, experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
-    keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    arguments = (
+        *_tokens(x_TD, routing),
+        experts.gate_up.contiguous(),
+        experts.down.contiguous(),
+        _whole(experts.gate_up_bias),
+        _whole(experts.down_bias),
+        experts.activation,
+        compute_dtype(x_TD) == torch.bfloat16,
+    )
     y_TD: Tensor
     try:
-        y_TD, _ = torch.ops.handful.experts(
-            *_tokens(x_TD, routing),
-            experts.gate_up.contiguous(),
-            experts.down.contiguous(),
-            _whole(experts.gate_up_bias),
-            _whole(experts.down_bias),
-            experts.activation,
-            compute_dtype(x_TD) == torch.bfloat16,
-            keep,
-        )
+        if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs):
+            y_TD, _ = torch.ops.handful.experts_forward(*arguments)
+        else:
+            y_TD = torch.ops.handful.experts(*arguments)
     except RuntimeError as error:
         raise _explained(error) from None
     return y_TD
@@ -161,7 +163,7 @@ def _explained(error: RuntimeError) -> Exception:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, ctx.bf16, _ = inputs
+    *tensors, ctx.activation, ctx.bf16 = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
@@ -169,7 +171,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 @once_differentiable
 def _backward(ctx: Any, grad_y: Tensor | None, grad_kept: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 11
+        return (None,) * 10
     *tensors, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
     for_parameters = any(needs[4:8])
@@ -191,28 +193,21 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_kept: None) -> tuple[Tensor 
         of(down_bias, 7),
         None,
         None,
-        None,
     )
 
 
-def _fake_experts(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    dropped: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    bf16: bool,
-    keep: bool,
+def _fake_experts(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bfloat16 if others[-1] else torch.float32)
+
+
+def _fake_forward(
+    x: Tensor, experts: Tensor, weights: Tensor, dropped: Tensor | None, gate_up: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    assignments, count = experts.numel(), gate_up.shape[0]
+    assignments, (count, rows, _) = experts.numel(), gate_up.shape
     # Each expert may leave its last panel unfilled, as long as there are assignments enough.
-    panels = assignments // PANEL + torch.sym_min(assignments, count) if keep else 0
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((panels, gate_up.shape[1], PANEL), dtype=dtype)
+    panels = assignments // PANEL + torch.sym_min(assignments, count)
+    y = _fake_experts(x, *others)
+    return y, y.new_empty((panels, rows, PANEL))
 
 
 def _fake_backward(
@@ -248,10 +243,6 @@ def _fake_backward(
     )
 
 
-def _fake_quantized(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.bfloat16 if others[-1] else torch.float32)
-
-
 def _fake_linear(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
@@ -261,9 +252,10 @@ def _register() -> None:
     if _registered:
         return
     torch.library.register_fake("handful::experts", _fake_experts)
+    torch.library.register_fake("handful::experts_forward", _fake_forward)
     torch.library.register_fake("handful::experts_backward", _fake_backward)
-    torch.library.register_fake("handful::experts_quantized", _fake_quantized)
+    torch.library.register_fake("handful::experts_quantized", _fake_experts)
     torch.library.register_fake("handful::linear", _fake_linear)
     torch.library.register_fake("handful::linear_quantized", _fake_linear)
-    torch.library.register_autograd("handful::experts", _backward, setup_context=_setup)
+    torch.library.register_autograd("handful::experts_forward", _backward, setup_context=_setup)
     _registered = True
