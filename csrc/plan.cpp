@@ -29,12 +29,17 @@ Plan make_plan(const Tensor& experts, const std::optional<Tensor>& dropped, int6
   for (int64_t e = 0; e < expert_count; ++e) plan.offsets[e + 1] += plan.offsets[e];
 
   plan.order.resize(plan.offsets[expert_count]);
+  plan.tokens_of.resize(plan.order.size());
   plan.place.resize(assignments);
   std::vector<int64_t> next(plan.offsets.begin(), plan.offsets.end() - 1);
-  for (int64_t a = 0; a < assignments; ++a) {
-    const bool computed = out == nullptr || !out[a];
-    plan.place[a] = computed ? next[chosen[a]]++ : -1;
-    if (computed) plan.order[plan.place[a]] = a;
+  for (int64_t t = 0, a = 0; t < plan.tokens; ++t) {
+    for (int64_t k = 0; k < plan.top_k; ++k, ++a) {
+      const bool computed = out == nullptr || !out[a];
+      plan.place[a] = computed ? next[chosen[a]]++ : -1;
+      if (!computed) continue;
+      plan.order[plan.place[a]] = a;
+      plan.tokens_of[plan.place[a]] = t;
+    }
   }
 
   plan.first_panel.reserve(expert_count + 1);

@@ -20,15 +20,16 @@ struct Panel {
 
 struct Plan {
   int64_t tokens, top_k;
-  std::vector<int64_t> order;    // assignments (token · top_k + slot) that are computed, by expert, earlier tokens first
-  std::vector<int64_t> place;    // of each assignment in `order`; -1: it is dropped
-  std::vector<int64_t> offsets;  // expert e owns order[offsets[e]] up to order[offsets[e + 1]]
+  std::vector<int64_t> order;      // assignments (token · top_k + slot) that are computed, by expert, earlier tokens first
+  std::vector<int64_t> tokens_of;  // of each in `order`
+  std::vector<int64_t> place;      // of each assignment in `order`; -1: it is dropped
+  std::vector<int64_t> offsets;    // expert e owns order[offsets[e]] up to order[offsets[e + 1]]
   std::vector<Panel> panels;
   std::vector<int64_t> first_panel;  // expert e owns panels[first_panel[e]] up to panels[first_panel[e + 1]]
 
   int64_t size() const { return static_cast<int64_t>(order.size()); }
   int64_t load(int64_t e) const { return offsets[e + 1] - offsets[e]; }
-  int64_t token(int64_t n) const { return order[n] / top_k; }
+  int64_t token(int64_t n) const { return tokens_of[n]; }
 };
 
 // Panels that T·K assignments to E experts can need, whatever the routing.
