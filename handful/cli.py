@@ -351,8 +351,8 @@ def verify(
 ) -> None:
     """Prove on this computer that every experts backend computes what the plain loop does in float64."""
     from rich.progress import Progress
-    from rich.table import Table
 
+    from handful.console import verification_table
     from handful.verify.run import verify as run_verify
 
     screen = _screen()
@@ -369,24 +369,10 @@ def verify(
 
         found = run_verify(seed, progress=show)
 
-    def error(value: float | None, of: str | None = None) -> str:
-        return "" if value is None else f"{value:.1e} {of or ''}".rstrip()
-
-    title = f"Worst errors against the plain loop in float64, seed {seed}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in ("backend", "level", "format", "cases", "output", "bound", "worst gradient", "bound", ""):
-        table.add_column(name, justify="right" if name == "cases" else "left", no_wrap=True)
-    for row in found.rows:
-        table.add_row(
-            row.backend, row.level, row.format, str(row.cases + row.checks),
-            error(row.output_error), error(row.output_bound),
-            error(row.gradient_error, row.gradient_of), error(row.gradient_bound),
-            Text("ok", "green") if row.ok else Text("no", "red"),
-        )  # fmt: skip
     if as_json:
         _print_json(found.to_dict())
     else:
-        Console().print(table)
+        Console().print(verification_table(found))
     for row in found.rows:
         more = len(row.failures) - 3
         for failure in (*row.failures[:3], *([f"and {more} more failures; --json tells all"] if more > 0 else [])):

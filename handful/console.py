@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -12,9 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from handful.cost import Cost
-from handful.experts.choice import Timed
 
-__all__ = ["RunProgress", "backend_table", "comparison_table", "cost_tables", "duration", "facts", "si", "size"]
+if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
+    from handful.experts.choice import Timed
+    from handful.verify import Verification
+
+__all__ = [
+    "RunProgress",
+    "backend_table",
+    "comparison_table",
+    "cost_tables",
+    "duration",
+    "facts",
+    "si",
+    "size",
+    "verification_table",
+]
 
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
@@ -149,6 +162,26 @@ def backend_table(timed: Sequence[Timed]) -> Table:
     for row in timed:
         times = [Text(f"{row.milliseconds[b]:.3g}", style="bold" if b == row.picked else "") for b in backends]
         table.add_row(row.use, row.shape, row.dtype, *times)
+    return table
+
+
+def verification_table(found: Verification) -> Table:
+    """The worst errors, a row per backend, level and format."""
+
+    def error(value: float | None, of: str | None = None) -> str:
+        return "" if value is None else f"{value:.1e} {of or ''}".rstrip()
+
+    title = f"Worst errors against the plain loop in float64, seed {found.seed}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("backend", "level", "format", "cases", "output", "bound", "worst gradient", "bound", ""):
+        table.add_column(name, justify="right" if name == "cases" else "left", no_wrap=True)
+    for row in found.rows:
+        table.add_row(
+            *(row.backend, row.level, row.format, str(row.cases + row.checks)),
+            *(error(row.output_error), error(row.output_bound)),
+            *(error(row.gradient_error, row.gradient_of), error(row.gradient_bound)),
+            Text("ok", "green") if row.ok else Text("no", "red"),
+        )
     return table
 
 
