@@ -166,7 +166,7 @@ class MoE(nn.Module):
     activation     "swiglu", "geglu", "swiglu_clamped" (gated: three matrices an expert), "relu", "gelu" (two).
     shared_hidden  hidden width of the shared experts, which every token uses; 0: none.
     shared_gate    multiply their output by a learned sigmoid gate.
-    backend        who multiplies: "auto", "grouped" or "reference" (see `handful.experts`).
+    backend        who multiplies: "auto", "native", "grouped" or "reference" (see `handful.experts`).
 
     The Routing's T tokens are x's leading dimensions, flattened. Add `handful.balance` losses of it to your own loss.
     """

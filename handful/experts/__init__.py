@@ -2,6 +2,8 @@
 
 reference   the plain loop: any dtype, float64 too. It is the truth that every other one is tested against.
 grouped     torch only, quick on CPU and CUDA.
+native      our C++ kernels for CPUs (csrc/); quantised weights too (`quantized`).
+choice      what "auto" picks, and how quick each is here.
 """
 
 from __future__ import annotations

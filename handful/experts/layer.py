@@ -43,6 +43,16 @@ def _first_rows(hidden: int, activation: str) -> int:
     return hidden * (2 if activation in GATED else 1)
 
 
+def check_fits(x_TD: Tensor, routing: Routing, count: int, width: int) -> None:
+    """RoutingError unless x is (tokens, width), and the routing is for as many tokens and for `count` experts."""
+    if x_TD.dim() != 2 or x_TD.shape[1] != width:
+        raise RoutingError(f"experts were given x of shape {tuple(x_TD.shape)}: it must be (tokens, {width})")
+    if routing.experts != count or routing.tokens != len(x_TD):
+        raise RoutingError(
+            f"routing is for {routing.tokens} tokens and {routing.experts} experts: there are {len(x_TD)} and {count}"
+        )
+
+
 class Experts(nn.Module):
     """E feed-forward networks, held together: (x_TD, routing) -> y_TD.
 
@@ -81,14 +91,7 @@ class Experts(nn.Module):
         return self.gate_up_bias[expert], self.down_bias[expert]
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        width = self.gate_up.shape[2]
-        if x_TD.dim() != 2 or x_TD.shape[1] != width:
-            raise RoutingError(f"experts were given x of shape {tuple(x_TD.shape)}: it must be (tokens, {width})")
-        if routing.experts != self.count or routing.tokens != len(x_TD):
-            raise RoutingError(
-                f"routing is for {routing.tokens} tokens and {routing.experts} experts: "
-                f"there are {len(x_TD)} and {self.count}"
-            )
+        check_fits(x_TD, routing, self.count, self.gate_up.shape[2])
         return BACKENDS[self.backend](x_TD, routing, self)
 
     def extra_repr(self) -> str:

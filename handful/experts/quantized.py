@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
-from handful.experts.layer import BACKENDS, Experts, _first_rows
+from handful.experts.layer import BACKENDS, Experts, _first_rows, check_fits
 from handful.experts.native import DTYPES, available, compute_dtype, linear, quantized_experts
 from handful.experts.reference import activate
 from handful.machine import native_error
@@ -189,14 +189,7 @@ class QuantizedExperts(nn.Module):
         return self.gate_up_bias[expert], self.down_bias[expert]
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        width = self.gate_up.inputs
-        if x_TD.dim() != 2 or x_TD.shape[1] != width:
-            raise RoutingError(f"experts were given x of shape {tuple(x_TD.shape)}: it must be (tokens, {width})")
-        if routing.experts != self.count or routing.tokens != len(x_TD):
-            raise RoutingError(
-                f"routing is for {routing.tokens} tokens and {routing.experts} experts: "
-                f"there are {len(x_TD)} and {self.count}"
-            )
+        check_fits(x_TD, routing, self.count, self.gate_up.inputs)
         _refuse_gradients("experts", x_TD, routing.weights_TK)
         dtype = compute_dtype(x_TD)
         if self.backend == "native" and not self.has_native:
