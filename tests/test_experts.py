@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from handful.config import Activation
 from handful.errors import RoutingError
 from handful.experts import Experts, FeedForward, activate
+from handful.experts.native import available
 from handful.routing import Routing
 
 # The module, and not the function of its name.
 grouped_module: Any = importlib.import_module("handful.experts.grouped")
 
 F64 = torch.float64
-BACKENDS = ["native", "grouped", "reference"]
+BACKENDS = [*(["native"] if available() else []), "grouped", "reference"]
 EXACT = {"native": torch.float32, "grouped": F64, "reference": F64}  # the widest that each computes in
 ACTIVATIONS: Sequence[Activation] = get_args(Activation)
 

@@ -248,10 +248,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _refuse_gradients("linear layers", x)
         dtype = compute_dtype(x)
-        if self.has_native and _takes(x, dtype):
-            return linear(x.to(dtype), self.packed.value, _cast(self.bias, dtype))
         if x.shape[-1:] != (self.in_features,):
             raise ConfigError(f"linear was given x of shape {tuple(x.shape)}: its last size must be {self.in_features}")
+        if self.has_native and _takes(x, dtype):
+            return linear(x.to(dtype), self.packed.value, _cast(self.bias, dtype))
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), unpack(self.packed.value, dtype), _cast(self.bias, dtype))
 
