@@ -1,7 +1,8 @@
 """Every backend on this computer, in every format and at every level of the native kernels.
 
-The native kernels choose their instructions once per process, so each level of them (avx2, avx512, amx) is examined in
-a child process, `python -m handful.verify`, which writes JSON lines. A child that dies is that level's failure.
+The native kernels choose their instructions once per process, so each level of them (avx2, avx512f, avx512, amx) is
+examined in a child process, `python -m handful.verify`, which writes JSON lines. A child that dies is that level's
+failure.
 """
 
 from __future__ import annotations
