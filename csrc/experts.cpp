@@ -13,18 +13,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Experts with so few tokens stream, if nothing is kept for a backward pass.
-constexpr int64_t kFew = 8;
 // Assignments whose outputs wait for their sum at a time, for each expert at least `kLoad`.
 constexpr int64_t kAtOnce = 16384, kLoad = 256;
-
-void fill_with_bias(const Workspace& w, const Stack& stack, const Item& item, int64_t row, int at, int rows) {
-  float bias[kRows];
-  stack.copy_bias(bias, item.expert, row, rows);
-  for (int p = 0; p < item.panels; ++p) {
-    for (int r = 0; r < rows; ++r) std::fill_n(w.tile(p) + (at + r) * kPanel, kPanel, bias[r]);
-  }
-}
 
 // Experts with many tokens: out_ND gets the rows of their assignments.
 void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many, float* out_ND, void* kept) {
@@ -53,8 +43,8 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
     const int rows = gate ? 2 * item.rows : item.rows;
     const bool bias = call.gate_up.bias != nullptr;
     if (bias) {
-      fill_with_bias(w, call.gate_up, item, item.row, 0, item.rows);
-      if (gate) fill_with_bias(w, call.gate_up, item, F + item.row, item.rows, item.rows);
+      fill_with_bias(w, item.panels, call.gate_up, item.expert, item.row, 0, item.rows);
+      if (gate) fill_with_bias(w, item.panels, call.gate_up, item.expert, F + item.row, item.rows, item.rows);
     }
     kernels.begin();
     multiply_block(kernels, w, rows, right, D, bias, [&](uint32_t* left, int64_t k0, int some) {
@@ -69,15 +59,14 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
       if (gate) prefetch(from, F + then.row, then.rows, at, count, part, parts);
     });
     kernels.end();
-    const Type kept_type = call.bf16 ? Type::kBFloat16 : Type::kFloat32;
-    const int64_t kept_row = kPanel * bytes_of(kept_type);
+    const int64_t kept_row = kPanel * bytes_of(call.type());
     for (int p = 0; p < item.panels; ++p) {
       const auto keep = [&](int64_t row) {
         return kept == nullptr ? nullptr : static_cast<char*>(kept) + ((item.panel + p) * G + row) * kept_row;
       };
       uint32_t* to = a_panels + (item.panel + p) * a_units;
       kernels.activate({call.kind, item.rows, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
-                        to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, kept_type});
+                        to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, call.type()});
       if (item.row + item.rows == F) {
         const int64_t end = (F + values - 1) / values * kPanel;
         std::fill(to + end, to + a_units, 0u);
@@ -92,7 +81,7 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
     const Matrix m = call.down[item.expert];
     const Right right = panels_of(plan, item.panel, item.panels, a_panels, a_units);
     const bool bias = call.down.bias != nullptr;
-    if (bias) fill_with_bias(w, call.down, item, item.row, 0, item.rows);
+    if (bias) fill_with_bias(w, item.panels, call.down, item.expert, item.row, 0, item.rows);
     kernels.begin();
     multiply_block(kernels, w, item.rows, right, F, bias, [&](uint32_t* left, int64_t k0, int some) {
       kernels.pack_rows(left, m, item.row, item.rows, k0, some);
@@ -103,12 +92,7 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
       prefetch(call.down[then.expert], then.row, then.rows, at, count, part, parts);
     });
     kernels.end();
-    for (int p = 0; p < item.panels; ++p) {
-      const Panel& panel = plan.panels[item.panel + p];
-      char* out[kPanel];
-      for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(out_ND + (panel.first + c) * D);
-      kernels.store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
-    }
+    store_assignments(call, plan, item, w, out_ND);
   });
 }
 
@@ -173,14 +157,15 @@ void run(const Call& all, int64_t first, int64_t end, char* y, void* kept) {
   const Buffer out_buffer(plan.size() * call.width * 4);
   float* out_ND = out_buffer.as<float>();
 
+  // The backward pass wants tiles.
   std::vector<char> many(call.experts, 1);
   if (kept == nullptr) {
     for (int64_t e = 0; e < call.experts; ++e) many[e] = plan.load(e) > kFew;
     run_stream(call, plan, many, out_ND);
   }
   if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_tiles(call, plan, many, out_ND, kept);
-  const Type type = call.bf16 ? Type::kBFloat16 : Type::kFloat32;
-  sum_rows(call, plan, out_ND, call.weights + first * plan.top_k, y + first * call.width * bytes_of(type), type);
+  char* to = y + first * call.width * bytes_of(call.type());
+  sum_rows(call, plan, out_ND, call.weights + first * plan.top_k, to, call.type());
 }
 
 ScalarType type_of(const Call& call) { return call.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
@@ -215,7 +200,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weig
   const int64_t tokens = x.size(0), panels = most_panels(experts.size(0) * experts.size(1), call.experts);
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
   Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type_of(call));
-  use_huge_pages(kept.mutable_data_ptr(), kept.numel() * (bf16 ? 2 : 4));
+  use_huge_pages(kept.mutable_data_ptr(), kept.numel() * bytes_of(call.type()));
   run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), kept.mutable_data_ptr());
   return {y, kept};
 }

@@ -152,10 +152,11 @@ class Backward {
     std::fill_n(grad_weights, plan_.place.size(), 0.0f);
     each(panels_, 1.0 * (blocks * kPanel + (call_.down.bias == nullptr ? 0 : D * kPanel)), [&](int64_t p) {
       const Panel& panel = plan_.panels[p];
+      float sums[kPanel] = {};
+      if (call_.down.bias != nullptr) add_bias_dots(panel, sums);
       for (int c = 0; c < panel.count; ++c) {
-        float sum = down_bias_dot(panel.expert, plan_.token(panel.first + c));
-        for (int64_t b = 0; b < blocks; ++b) sum += parts[(b * panels_ + p) * kPanel + c];
-        grad_weights[plan_.order[panel.first + c]] = sum;
+        for (int64_t b = 0; b < blocks; ++b) sums[c] += parts[(b * panels_ + p) * kPanel + c];
+        grad_weights[plan_.order[panel.first + c]] = sums[c];
       }
     });
   }
@@ -180,12 +181,7 @@ class Backward {
         });
       }
       kernels_.end();
-      for (int p = 0; p < item.panels; ++p) {
-        const Panel& panel = plan_.panels[item.panel + p];
-        char* out[kPanel];
-        for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(rows_ND + (panel.first + c) * D);
-        kernels_.store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
-      }
+      store_assignments(call_, plan_, item, w, rows_ND);
     });
     sum_rows(call_, plan_, rows_ND, nullptr, grad_x, call_.x_type);
   }
@@ -245,14 +241,14 @@ class Backward {
  private:
   const char* y_row(int64_t token) const { return grad_y_ + token * call_.width * bytes_of(grad_y_type_); }
 
-  float down_bias_dot(int64_t expert, int64_t token) const {
-    if (call_.down.bias == nullptr) return 0;
+  // sums[c] += grad y of the panel's token c · down's bias.
+  void add_bias_dots(const Panel& panel, float* sums) const {
     std::vector<float> bias(call_.width), y(call_.width);
-    call_.down.copy_bias(bias.data(), expert, 0, call_.width);
-    stream().to_float(y.data(), y_row(token), grad_y_type_, call_.width);
-    float sum = 0;
-    for (int64_t d = 0; d < call_.width; ++d) sum += bias[d] * y[d];
-    return sum;
+    call_.down.copy_bias(bias.data(), panel.expert, 0, call_.width);
+    for (int c = 0; c < panel.count; ++c) {
+      stream().to_float(y.data(), y_row(plan_.token(panel.first + c)), grad_y_type_, call_.width);
+      for (int64_t d = 0; d < call_.width; ++d) sums[c] += bias[d] * y[d];
+    }
   }
 
   void activate(const Item& item, int p, const float* grad, float* weight_grads) {
@@ -260,7 +256,7 @@ class Backward {
     const Panel& panel = plan_.panels[at];
     float weights[kPanel] = {};
     for (int c = 0; c < panel.count; ++c) weights[c] = call_.weights[plan_.order[panel.first + c]];
-    const Type keep = call_.bf16 ? Type::kBFloat16 : Type::kFloat32;
+    const Type keep = call_.type();
     const auto kept = [&](int64_t row) { return kept_ + (at * G + row) * kPanel * bytes_of(keep); };
     uint32_t* units = nullptr;
     if (values_ == 2) {
@@ -339,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
                   "grad_y is not a contiguous matrix of x's shape");
   STD_TORCH_CHECK(kept.dim() == 3 && kept.size(0) == most_panels(experts.size(0) * experts.size(1), call.experts) &&
                       kept.size(1) == call.gate_up.rows && kept.size(2) == kPanel && kept.is_contiguous() &&
-                      float_type(kept, "kept") == (bf16 ? Type::kBFloat16 : Type::kFloat32),
+                      float_type(kept, "kept") == call.type(),
                   "kept is not what the forward pass returned");
 
   const auto like = [&](const Tensor& t, bool wanted) {

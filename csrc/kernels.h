@@ -29,6 +29,8 @@ constexpr int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
 enum class Activation : int { kSwiglu, kGeglu, kSwigluClamped, kGelu, kRelu };
 
+constexpr bool is_gated(Activation kind) { return kind != Activation::kGelu && kind != Activation::kRelu; }
+
 // Rows of numbers in memory, `stride` bytes apart. Quantised ones have a bfloat16 scale for each `group` columns.
 struct Matrix {
   const char* data;

@@ -41,6 +41,23 @@ Call make_call(const Tensor& x, const Tensor& experts, const Tensor& weights, co
           dropped};
 }
 
+void fill_with_bias(const Workspace& w, int panels, const Stack& stack, int64_t matrix, int64_t row, int at, int rows) {
+  float bias[kRows];
+  stack.copy_bias(bias, matrix, row, rows);
+  for (int p = 0; p < panels; ++p) {
+    for (int r = 0; r < rows; ++r) std::fill_n(w.tile(p) + (at + r) * kPanel, kPanel, bias[r]);
+  }
+}
+
+void store_assignments(const Call& call, const Plan& plan, const Item& item, const Workspace& w, float* rows_ND) {
+  for (int p = 0; p < item.panels; ++p) {
+    const Panel& panel = plan.panels[item.panel + p];
+    char* out[kPanel];
+    for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(rows_ND + (panel.first + c) * call.width);
+    call.kernels->store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
+  }
+}
+
 void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to) {
   const Panel& p = plan.panels[panel];
   const char* rows[kPanel];

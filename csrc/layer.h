@@ -26,6 +26,8 @@ struct Call {
   const Tensor& chosen;
   const std::optional<Tensor>& dropped;
 
+  // Of y, of what is kept, and of the products.
+  Type type() const { return bf16 ? Type::kBFloat16 : Type::kFloat32; }
   const char* x_row(int64_t token) const { return x + (first_token + token) * width * bytes_of(x_type); }
 };
 
@@ -60,6 +62,12 @@ std::vector<Item> items_of(const Plan& plan, int64_t rows, int64_t block, const 
 // What an item of `rows` rows costs for each value of its sum, in nanoseconds: a guess for `each`.
 constexpr double kItemCost = 0.01 * kRows * kPanel;
 
+// Fills rows `at` to `at + rows` of all tiles with the biases `row` to `row + rows` of one matrix.
+void fill_with_bias(const Workspace& w, int panels, const Stack& stack, int64_t matrix, int64_t row, int at, int rows);
+
+// Writes an item's tiles, transposed, to the rows that its assignments have in rows_ND.
+void store_assignments(const Call& call, const Plan& plan, const Item& item, const Workspace& w, float* rows_ND);
+
 // Makes a panel of the rows that its assignments' tokens have in `x`.
 void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to);
 
@@ -72,6 +80,9 @@ void sum_rows(const Call& call, const Plan& plan, const float* rows_ND, const fl
 
 // -------------------------------------------------------------------------------------------------------------------
 // Streaming.
+
+// A matrix with so few tokens streams.
+constexpr int64_t kFew = 8;
 
 // Vectors, prepared to meet the rows of a matrix like `m`.
 class Prepared {

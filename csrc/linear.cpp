@@ -10,9 +10,6 @@
 namespace handful {
 namespace {
 
-// So few tokens stream the weights.
-constexpr int64_t kFew = 8;
-
 void stream_tokens(const Stack& stack, const char* x, Type type, int64_t tokens, char* y) {
   const int64_t I = stack.width, O = stack.rows;
   const Prepared prepared(tokens, I, stack.first);
@@ -50,13 +47,7 @@ void multiply_tokens(const Stack& stack, const char* x, Type type, int64_t token
     const auto some_panels = static_cast<int>(std::min<int64_t>(Workspace::kGroup, panels - first));
     const Workspace& w = Workspace::mine();
     const Right right = {x_panels + first * units, units, some_panels, columns(first + some_panels - 1)};
-    if (stack.bias != nullptr) {
-      float bias[kRows];
-      stack.copy_bias(bias, 0, row, rows);
-      for (int p = 0; p < some_panels; ++p) {
-        for (int r = 0; r < rows; ++r) std::fill_n(w.tile(p) + r * kPanel, kPanel, bias[r]);
-      }
-    }
+    if (stack.bias != nullptr) fill_with_bias(w, some_panels, stack, 0, row, 0, rows);
     k.begin();
     multiply_block(k, w, rows, right, I, stack.bias != nullptr, [&](uint32_t* left, int64_t k0, int some) {
       k.pack_rows(left, stack.first, row, rows, k0, some);

@@ -70,8 +70,6 @@ Activation activation_of(const std::string& name) {
   return Activation::kRelu;
 }
 
-bool is_gated(Activation kind) { return kind != Activation::kGelu && kind != Activation::kRelu; }
-
 int64_t stored_columns(int64_t width, int64_t group) {
   const int64_t grid = std::max<int64_t>(group, 64);
   return (width + grid - 1) / grid * grid;

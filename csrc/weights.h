@@ -37,7 +37,6 @@ struct Stack {
 
 Type float_type(const Tensor& tensor, const char* name);
 Activation activation_of(const std::string& name);
-bool is_gated(Activation kind);
 
 // Checks everything: type, shape (count, rows, width), contiguity, the scales' and the bias's too. `count` 0: the
 // tensor has no first dimension, and is one matrix.

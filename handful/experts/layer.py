@@ -23,7 +23,8 @@ __all__ = ["BACKENDS", "Experts", "FeedForward"]
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """`native` for what its kernels take, `grouped` for everything else."""
-    return (native if experts.has_native and takes(x_TD, experts) else grouped)(x_TD, routing, experts)
+    taken = experts.has_native and takes(x_TD, experts.gate_up, experts.down)
+    return (native if taken else grouped)(x_TD, routing, experts)
 
 
 BACKENDS: dict[str, Callable[[Tensor, Routing, Experts], Tensor]] = {

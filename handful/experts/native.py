@@ -50,17 +50,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def takes(x_TD: Tensor, experts: Experts) -> bool:
-    """Whether the kernels can do this, where they are there: on CPU, in float32 and bfloat16."""
-    dtypes = (compute_dtype(x_TD), x_TD.dtype, experts.gate_up.dtype, experts.down.dtype)
-    return x_TD.device.type == "cpu" and all(dtype in DTYPES for dtype in dtypes)
+def takes(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels, where they are there, can multiply x and weights: on CPU, in float32 and bfloat16."""
+    dtypes = (compute_dtype(x), x.dtype, *(weight.dtype for weight in weights))
+    return x.device.type == "cpu" and all(dtype in DTYPES for dtype in dtypes)
 
 
 def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply the experts by the kernels. HandfulError where they are not there, or for a dtype they do not take."""
     if not experts.has_native:
         raise HandfulError(f"experts backend 'native': {native_error()}")
-    if not takes(x_TD, experts):
+    if not takes(x_TD, experts.gate_up, experts.down):
         raise ConfigError(
             f"experts backend 'native' was given x of {_name(x_TD)} and weights of {_name(experts.gate_up)}: "
             "it takes float32 and bfloat16 on cpu"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts.layer import BACKENDS, Experts, _first_rows, check_fits
-from handful.experts.native import DTYPES, available, compute_dtype, linear, quantized_experts
+from handful.experts.native import available, compute_dtype, linear, quantized_experts, takes
 from handful.experts.reference import activate
 from handful.machine import native_error
 from handful.quantize import Packed, check, check_format, error, pack, unpack
@@ -194,7 +194,7 @@ class QuantizedExperts(nn.Module):
         dtype = compute_dtype(x_TD)
         if self.backend == "native" and not self.has_native:
             raise HandfulError(f"experts backend 'native': {native_error()}")
-        if self.backend == "native" or (self.backend == "auto" and self.has_native and _takes(x_TD, dtype)):
+        if self.backend == "native" or (self.backend == "auto" and self.has_native and takes(x_TD)):
             packed = self.gate_up.value, self.down.value
             biases = _cast(self.gate_up_bias, dtype), _cast(self.down_bias, dtype)
             return quantized_experts(x_TD, routing, *packed, *biases, self.activation)
@@ -250,7 +250,7 @@ class QuantizedLinear(nn.Module):
         dtype = compute_dtype(x)
         if x.shape[-1:] != (self.in_features,):
             raise ConfigError(f"linear was given x of shape {tuple(x.shape)}: its last size must be {self.in_features}")
-        if self.has_native and _takes(x, dtype):
+        if self.has_native and takes(x):
             return linear(x.to(dtype), self.packed.value, _cast(self.bias, dtype))
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), unpack(self.packed.value, dtype), _cast(self.bias, dtype))
@@ -401,11 +401,6 @@ def _one(packed: Packed, expert: int) -> Packed:
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-
-
-def _takes(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels, where they are there, can multiply x in this dtype."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and dtype in DTYPES
 
 
 def _refuse_gradients(what: str, *inputs: Tensor) -> None:
