@@ -1,142 +1,30 @@
-"""The decoder: attention, block, KV cache, and a stack of them.
+"""The decoder: blocks of attention and a feed-forward network or an MoE, and a stack of them.
 
     tokens ─► embed ─► [ x + attention(norm x) ─► x + feed-forward or MoE (norm x) ] × layers ─► norm ─► head ─► logits
 
-Attention here is grouped-query attention. Another kind is another class with `Attention`'s signature, chosen in
-`make_attention`: nothing else knows which it is.
+Which kind of attention it is, `attention.py` alone knows.
 
-Legend: B batch · S new tokens · P cached tokens before them · T = B·S · D width · H heads · J key-value heads ·
-d head width · V vocabulary
+Legend: B batch · S new tokens · T = B·S · D width · V vocabulary
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from handful.attention import KVCache, KVCaches, RMSNorm, Span, make_attention
 from handful.config import ModelConfig
-from handful.errors import ConfigError
+from handful.errors import ConfigError, RoutingError
 from handful.experts import FeedForward
 from handful.moe import MoE
-from handful.routing import Routing
+from handful.routing import Choice, Routing
 from handful.text import Tokenizer
 
-__all__ = ["Attention", "Block", "Decoder", "KVCache"]
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the weight's dtype: under autocast the input is bfloat16 and the weight float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of past tokens, for every layer: what decoding one more token needs.
-
-    Room for `capacity` tokens is taken at once. `length` is how many are held; all sequences of the batch are as long.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (config.layers, batch, config.n_kv_heads, capacity, config.d_head)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
-
-    def append(self, layer: int, k_BJSd: Tensor, v_BJSd: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values after the `length` held ones; returns all of the layer's. The decoder, once all
-        layers have done this, moves `length` on."""
-        end = self.length + k_BJSd.shape[2]
-        self.keys[layer, :, :, self.length : end] = k_BJSd
-        self.values[layer, :, :, self.length : end] = v_BJSd
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE: x_BSD -> (B, S, D)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        H, J, d, D = config.heads, config.n_kv_heads, config.d_head, config.width
-        self.heads, self.kv_heads, self.head_dim = H, J, d
-        self.qk_norm = config.qk_norm
-        self.q = nn.Linear(D, H * d, bias=config.qkv_bias)
-        self.k = nn.Linear(D, J * d, bias=config.qkv_bias)
-        self.v = nn.Linear(D, J * d, bias=config.qkv_bias)
-        self.o = nn.Linear(H * d, D, bias=config.o_bias)
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            self.q_norm = RMSNorm(H * d if full else d, eps=config.norm_eps)
-            self.k_norm = RMSNorm(J * d if full else d, eps=config.norm_eps)
-
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
-        B, S, _ = x_BSD.shape
-        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
-        if self.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q_BSHd, k_BSJd = q.view(B, S, self.heads, self.head_dim), k.view(B, S, self.kv_heads, self.head_dim)
-        if self.qk_norm == "head":
-            q_BSHd, k_BSJd = self.q_norm(q_BSHd), self.k_norm(k_BSJd)
-        q_BHSd = rotate(q_BSHd, rope).transpose(1, 2)
-        k_BJSd = rotate(k_BSJd, rope).transpose(1, 2)
-        v_BJSd = v.view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
-        past = 0
-        if cache is not None:
-            past = cache.length
-            k_BJSd, v_BJSd = cache.append(layer, k_BJSd, v_BJSd)
-        # A single new token sees everything; new tokens after cached ones need the shifted triangle spelled out.
-        mask = None
-        if past and S > 1:
-            mask = torch.ones(S, past + S, dtype=torch.bool, device=x_BSD.device).tril(diagonal=past)
-        out_BHSd = F.scaled_dot_product_attention(
-            q_BHSd,
-            k_BJSd,
-            v_BJSd,
-            attn_mask=mask,
-            is_causal=not past and S > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        out: Tensor = self.o(out_BHSd.transpose(1, 2).reshape(B, S, -1))
-        return out
-
-
-def make_attention(config: ModelConfig) -> Attention:
-    """The attention that the config asks for; ConfigError names a kind that can be counted (`cost.py`) but not run."""
-    if config.mla is not None:
-        raise ConfigError("model.mla: multi-head latent attention can be counted but not run")
-    if config.sinks:
-        raise ConfigError("model.sinks = true: attention sinks can be counted but not run")
-    return Attention(config)
-
-
-def rope_table(config: ModelConfig, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (S, 1, r/2) float32, of the angles by which RoPE turns positions start..end (r: rotary_dim)."""
-    r = config.rotary_dim
-    inverse = config.rope_theta ** -(torch.arange(0, r, 2, device=device, dtype=torch.float32) / r)
-    angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * inverse
-    return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
-
-
-def rotate(x_BSHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + r/2) of each head's leading r dimensions (RoPE, arXiv:2104.09864, half-split)."""
-    cos, sin = (t.to(x_BSHd.dtype) for t in rope)
-    half = cos.shape[-1]
-    first, second, rest = x_BSHd.split([half, half, x_BSHd.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+__all__ = ["Block", "Decoder", "KVCache"]
 
 
 class Block(nn.Module):
@@ -144,9 +32,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
-        self.layer = layer
+        self.residual_scale = config.residual_scale
         self.attn_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attn = make_attention(config)
+        self.attn = make_attention(config, layer)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn: MoE | FeedForward
         if config.is_moe(layer) and config.router is not None:
@@ -164,14 +52,17 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.width, config.ffn, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None
+        self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, cache, self.layer)
+        x_BSD = x_BSD + self._scaled(self.attn(self.attn_norm(x_BSD), span))
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
-            y_BSD, routing = self.ffn(normed_BSD)
-            return x_BSD + y_BSD, routing
-        return x_BSD + self.ffn(normed_BSD), None
+            y_BSD, routing = self.ffn(normed_BSD, choice)
+            return x_BSD + self._scaled(y_BSD), routing
+        return x_BSD + self._scaled(self.ffn(normed_BSD)), None
+
+    def _scaled(self, y_BSD: Tensor) -> Tensor:
+        return y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale
 
 
 class Decoder(nn.Module):
@@ -197,7 +88,7 @@ class Decoder(nn.Module):
     def reset_parameters(self) -> None:
         """Normal weights scaled by fan-in, so that every width starts alike; what joins the stream, by depth too."""
         for name, p in self.named_parameters():
-            if name.endswith(("bias", "noise_weight")):
+            if name.endswith(("bias", "noise_weight", "sinks")):
                 p.zero_()
             elif p.dim() == 1:
                 p.fill_(1.0)
@@ -207,31 +98,71 @@ class Decoder(nn.Module):
                     std *= (2 * self.config.layers) ** -0.5
                 p.normal_(0.0, std)
 
-    def forward(self, tokens_BS: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
-        """Logits for every position, in the weights' dtype (autocast's under autocast). With a cache the tokens follow
-        those that it holds. ConfigError if they would not fit."""
-        x_BSD, routings = self.hidden(tokens_BS, cache)
-        return F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD), routings
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        cache: KVCache | KVCaches | None = None,
+        *,
+        padding_B: Tensor | None = None,
+        routing: Sequence[Choice | Routing] | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Logits for every position, in the weights' dtype (autocast's under autocast).
 
-    def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None) -> tuple[Tensor, list[Routing]]:
+        cache       the tokens follow those that it holds; `KVCaches`: of several sequences, whose tokens lie one after
+                    the other in a batch of one.
+        padding_B   how many tokens at the front of each sequence are padding, whose logits mean nothing. A cache
+                    remembers it from the call that it was empty for.
+        routing     the experts that every MoE layer is to take for these T = B·S tokens, in order: a recorded routing
+                    (`observe.Recording`), replayed. The weights are made anew from the scores, with gradients.
+
+        ConfigError if the tokens do not fit into the cache, RoutingError for a routing of other layers or tokens.
+        """
+        x_BSD, routings = self.hidden(tokens_BS, cache, padding_B=padding_B, routing=routing)
+        return self.logits(x_BSD), routings
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """The output layer: (..., D) of `hidden` -> (..., V)."""
+        out: Tensor = F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
+        return out
+
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        cache: KVCache | KVCaches | None = None,
+        *,
+        padding_B: Tensor | None = None,
+        routing: Sequence[Choice | Routing] | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
         """What the output layer is given, (B, S, D), and the routings: `forward` without the logits."""
         S = tokens_BS.shape[1]
-        past = 0 if cache is None else cache.length
-        if cache is not None and past + S > cache.capacity:
-            raise ConfigError(f"cache holds {past} tokens of at most {cache.capacity}: {S} more do not fit")
+        if cache is None:
+            span = Span.of(self.config, S, None, padding_B, tokens_BS.device)
+        else:
+            if padding_B is not None:
+                if isinstance(cache, KVCaches) or cache.length:
+                    raise ConfigError("padding_B: only with the first tokens of a cache, or without one")
+                cache.padding_B = padding_B
+            span = cache.span(self.config, S)
         x_BSD = self.embed(tokens_BS)
-        rope = rope_table(self.config, past, past + S, tokens_BS.device)
+        if self.config.embedding_scale != 1:
+            x_BSD = x_BSD * self.config.embedding_scale
+        if routing is not None and len(routing) != len(self.moe_layers):
+            raise RoutingError(f"routing is of {len(routing)} MoE layers: the model has {len(self.moe_layers)}")
+        replayed = iter(routing or ())
         routings = []
         for block in self.layers:
+            choice = next(replayed, None) if isinstance(block.ffn, MoE) else None
             if self.activation_checkpoint and self.training and cache is None:
-                x_BSD, routing = checkpoint(block, x_BSD, rope, None, use_reentrant=False)
+                x_BSD, made = checkpoint(block, x_BSD, span, choice, use_reentrant=False)
             else:
-                x_BSD, routing = block(x_BSD, rope, cache)
-            if routing is not None:
-                routings.append(routing)
+                x_BSD, made = block(x_BSD, span, choice)
+            if made is not None:
+                routings.append(made)
         if cache is not None:
-            cache.length += S
-        return self.norm(x_BSD), routings
+            cache.advance(S)
+        x_BSD = self.norm(x_BSD)
+        # The logits are divided by it; so is what they are made of, for all who make them.
+        return x_BSD if self.config.logits_scale == 1 else x_BSD / self.config.logits_scale, routings
 
     @property
     def output_weight(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from handful.config import Activation, BalanceConfig, MLAConfig, ModelConfig, RouterConfig, TrainConfig
+from handful.config import Activation, BalanceConfig, MLAConfig, ModelConfig, RopeScaling, RouterConfig, TrainConfig
 from handful.errors import ConfigError
 
 __all__ = ["PRESETS", "Preset", "preset", "small_model", "small_training"]
@@ -160,6 +160,8 @@ PRESETS: dict[str, Preset] = {
             shared_width=2048,
             dense_first=3,
             mla=MLAConfig(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128),
+            rope_adjacent=True,
+            rope_scaling=RopeScaling(kind="yarn", factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
             context=163840,
         ),
     ),
@@ -182,7 +184,10 @@ PRESETS: dict[str, Preset] = {
             qkv_bias=True,
             o_bias=True,
             sinks=True,
+            window=128,
+            full_layers=tuple(range(1, 24, 2)),
             rope_theta=150000.0,
+            rope_scaling=RopeScaling(kind="yarn", factor=32.0, original_context=4096, truncate=False),
             norm_eps=1e-5,
             context=131072,
         ),

@@ -18,12 +18,12 @@ PACKAGE = Path(handful.__file__).parent
 
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
-    ["errors", "config", "presets", "machine"],
-    ["routing", "loss", "cost", "checkpoint", "text", "documents", "data", "quantize"],
+    ["errors", "units", "config", "presets", "machine"],
+    ["routing", "loss", "count", "cost", "checkpoint", "text", "documents", "data", "quantize"],
     ["experts", "balance", "observe", "placement"],
-    ["moe", "model"],
-    ["families", "upcycle", "transformers"],
-    ["settings", "runs", "train", "engine", "report", "verify"],
+    ["attention", "moe", "model", "encoder_decoder", "evaluate"],
+    ["families", "memory", "upcycle", "transformers"],
+    ["runs", "settings", "watch", "train", "sampling", "engine", "ceilings", "plan", "trace", "report", "verify"],
     ["compare", "server"],
     ["console", "cli"],
     ["__main__"],

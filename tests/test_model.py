@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from handful.attention import KVCache, Span
 from handful.balance import z_loss
-from handful.config import MLAConfig, ModelConfig, RouterConfig
+from handful.config import ModelConfig, RouterConfig
 from handful.cost import cost
 from handful.errors import ConfigError
 from handful.experts import FeedForward
-from handful.model import Attention, Decoder, KVCache, rope_table, rotate
+from handful.model import Decoder
 from handful.moe import MoE, NotCausalWarning
 from handful.presets import PRESETS, small_model
 
@@ -63,156 +64,17 @@ def close(got: Tensor, want: Tensor, rel: float = 1e-12) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention.
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "multi-head": {"kv_heads": 4},
-    "grouped-query": {},
-    "one key-value head": {"kv_heads": 1},
-    "plain": {"qk_norm": "none"},
-    "full norm": {"qk_norm": "full"},
-    "biases": {"qkv_bias": True, "o_bias": True},
-    "partial rotary": {"head_dim": 8, "rotary_fraction": 0.5},
-    "wide heads": {"head_dim": 6, "qk_norm": "full"},
-}
-
-
-def slow_attention(attn: Attention, config: ModelConfig, x_SD: Tensor) -> Tensor:
-    """One sequence, head after head and position after position."""
-
-    def linear(layer: Any, x: Tensor) -> Tensor:
-        out: Tensor = layer.weight @ x + (0 if layer.bias is None else layer.bias)
-        return out
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / torch.sqrt((x * x).mean() + config.norm_eps) * weight
-
-    def turned(x_d: Tensor, position: int) -> Tensor:
-        out_d, r = x_d.clone(), config.rotary_dim
-        for i in range(r // 2):
-            angle = position * config.rope_theta ** (-2 * i / r)
-            a, b = x_d[i], x_d[i + r // 2]
-            out_d[i] = a * math.cos(angle) - b * math.sin(angle)
-            out_d[i + r // 2] = a * math.sin(angle) + b * math.cos(angle)
-        return out_d
-
-    H, J, d = config.heads, config.n_kv_heads, config.d_head
-    queries: list[list[Tensor]] = []
-    keys: list[list[Tensor]] = []
-    values: list[list[Tensor]] = []
-    for t, x_D in enumerate(x_SD):
-        q, k, v = linear(attn.q, x_D), linear(attn.k, x_D), linear(attn.v, x_D)
-        if config.qk_norm == "full":
-            q, k = norm(q, attn.q_norm.weight), norm(k, attn.k_norm.weight)
-        q_Hd, k_Jd = list(q.split(d)), list(k.split(d))
-        if config.qk_norm == "head":
-            q_Hd, k_Jd = [norm(h, attn.q_norm.weight) for h in q_Hd], [norm(h, attn.k_norm.weight) for h in k_Jd]
-        queries.append([turned(h, t) for h in q_Hd])
-        keys.append([turned(h, t) for h in k_Jd])
-        values.append(list(v.split(d)))
-    out = []
-    for t in range(len(x_SD)):
-        heads = []
-        for h in range(H):
-            j = h * J // H
-            scores = torch.stack([queries[t][h] @ keys[s][j] / math.sqrt(d) for s in range(t + 1)])
-            share = scores.exp() / scores.exp().sum()
-            heads.append(sum((share[s] * values[s][j] for s in range(t + 1)), torch.zeros(d, dtype=F64)))
-        out.append(linear(attn.o, torch.cat(heads)))
-    return torch.stack(out)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_attention_equals_a_plain_rewrite(name: str) -> None:
-    config = replace(SMALL, **{"head_dim": None, **SHAPES[name]})
-    attn = decoder(config).layers[0].attn
-    assert isinstance(attn, Attention)
-    x_BSD = torch.randn(2, 5, 8, dtype=F64)
-    got = attn(x_BSD, rope_table(config, 0, 5, torch.device("cpu")), None, 0)
-    for b in range(2):
-        close(got[b], slow_attention(attn, config, x_BSD[b]), rel=1e-6)  # RoPE's angles are float32
-
-
-def test_rotate_by_hand() -> None:
-    config = replace(SMALL, heads=1, kv_heads=1, head_dim=2)
-    cos, sin = rope_table(config, 0, 3, torch.device("cpu"))
-    assert cos.shape == (3, 1, 1)
-    x_BSHd = torch.tensor([1.0, 0.0]).expand(1, 3, 1, 2)  # turned by 0, 1 and 2 radians
-    want = [[1, 0], [0.5403023, 0.8414710], [-0.4161468, 0.9092974]]
-    close(rotate(x_BSHd, (cos, sin))[0, :, 0], torch.tensor(want), rel=1e-6)
-    up_BSHd = torch.tensor([0.0, 2.0]).expand(1, 3, 1, 2)
-    close(rotate(up_BSHd, (cos, sin))[0, 1, 0], torch.tensor([-1.6829420, 1.0806046]), rel=1e-6)
-
-
-def test_rotate_pairs_halves_and_leaves_the_rest() -> None:
-    config = replace(SMALL, head_dim=8, rotary_fraction=0.5)  # pairs (0, 2) and (1, 3); the second turns 1/10 as fast
-    rope = rope_table(config, 1, 2, torch.device("cpu"))
-    x_BSHd = torch.tensor([1.0, 1, 0, 0, 5, 6, 7, 8]).view(1, 1, 1, 8)
-    want = [0.5403023, 0.9950042, 0.8414710, 0.0998334, 5, 6, 7, 8]
-    close(rotate(x_BSHd, rope).flatten(), torch.tensor(want), rel=1e-6)
-
-
-def test_attention_depends_on_distance_alone() -> None:
-    attn: Any = decoder(SMALL).layers[0].attn
-    x_BSD = torch.randn(1, 6, 8, dtype=F64)
-    near = attn(x_BSD, rope_table(SMALL, 0, 6, torch.device("cpu")), None, 0)
-    far = attn(x_BSD, rope_table(SMALL, 20, 26, torch.device("cpu")), None, 0)
-    close(far, near, rel=1e-5)
-    # A single pair: <R_m q, R_n k> is the same for the same n - m, and another for another.
-    q, k = torch.randn(2, 1, 1, 1, 2, dtype=F64)
-
-    def product(m: int, n: int) -> float:
-        turned = [rotate(v, rope_table(SMALL, p, p + 1, torch.device("cpu"))) for v, p in ((q, m), (k, n))]
-        return float((turned[0] * turned[1]).sum())
-
-    assert product(3, 8) == pytest.approx(product(11, 16), rel=1e-5)
-    assert abs(product(3, 8) - product(3, 9)) > 1e-3
-
-
-def test_grouped_queries_are_repeated_heads() -> None:
-    config = replace(SMALL, qkv_bias=True)
-    grouped, full = decoder(config), decoder(replace(config, kv_heads=4))
-    state = grouped.state_dict()
-    for name, value in state.items():
-        if ".attn.k." in name or ".attn.v." in name:  # rows are J heads of d
-            state[name] = value.unflatten(0, (2, 2)).repeat_interleave(2, dim=0).flatten(0, 1)
-    full.load_state_dict(state)
-    batch = tokens(2, 7)
-    close(full(batch)[0], grouped(batch)[0])
-
-
-def test_what_can_be_counted_but_not_run() -> None:
-    mla = MLAConfig(q_rank=None, kv_rank=4, nope_dim=2, rope_dim=2, v_dim=2)
-    with pytest.raises(ConfigError, match=r"^model.mla: multi-head latent attention can be counted but not run$"):
-        Decoder(replace(SMALL, mla=mla))
-    with pytest.raises(ConfigError, match=r"^model.sinks = true: attention sinks can be counted but not run$"):
-        Decoder(replace(SMALL, sinks=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The KV cache.
-
-
-@pytest.mark.parametrize("chunks", [[4] + [1] * 5, [1] * 9, [3, 1, 2, 3], [9]], ids=str)
-@pytest.mark.parametrize("name", SHAPES)
-def test_cached_decoding_equals_the_full_pass(name: str, chunks: list[int]) -> None:
-    config = replace(SMALL, **{"head_dim": None, **SHAPES[name]})
-    model, batch = decoder(config), tokens(2, 9)
-    want, _ = model(batch)
-    cache = KVCache(config, 2, 9, dtype=F64)
-    parts = [model(part, cache)[0] for part in batch.split(chunks, dim=1)]
-    assert cache.length == cache.capacity == 9
-    close(torch.cat(parts, dim=1), want)
 
 
 def test_a_cache_that_is_full_refuses_and_stays_as_it_was() -> None:
     model, cache = decoder(SMALL), KVCache(SMALL, 1, 4, dtype=F64)
     model(tokens(1, 3), cache)
-    keys = cache.keys.clone()
+    held = cache.held[0].clone()
     with pytest.raises(ConfigError, match=r"^cache holds 3 tokens of at most 4: 2 more do not fit$"):
         model(tokens(1, 2), cache)
     assert cache.length == 3
-    assert cache.keys.equal(keys)
+    assert cache.held[0].equal(held)
     model(tokens(1, 1), cache)
     with pytest.raises(ConfigError, match="1 more do not fit"):
         model(tokens(1, 1), cache)
@@ -342,9 +204,9 @@ def test_a_block_adds_to_the_stream() -> None:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.norm_eps) * weight
 
     block: Any = model.layers[0]
-    rope = rope_table(config, 0, 5, torch.device("cpu"))
+    span = Span.of(config, 5, None, None, torch.device("cpu"))
     x_BSD = model.embed.weight[batch]
-    x_BSD = x_BSD + block.attn(norm(x_BSD, block.attn_norm.weight), rope, None, 0)
+    x_BSD = x_BSD + block.attn(norm(x_BSD, block.attn_norm.weight), span)
     x_BSD = x_BSD + block.ffn(norm(x_BSD, block.ffn_norm.weight))
     logits_BSV, routings = model(batch)
     close(logits_BSV, norm(x_BSD, model.norm.weight) @ model.embed.weight.T)
