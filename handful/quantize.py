@@ -1,9 +1,11 @@
-"""Weights in 8 or 4 bits: pack, unpack, error.
+"""Weights in 8 or 4 bits, and in MXFP4: pack, unpack, error.
 
 Symmetric, in groups along the inputs: the `group` neighbouring weights of a row share one scale, a bfloat16 number, and
 each is kept as a whole number q of ±127 (8 bits) or ±7 (4 bits) that stands for q · scale.
 
     weight (..., O, I)  ──►  codes (..., O, columns at 8 or 4 bits)  +  scales (..., O, columns / group)
+
+MXFP4 is how gpt-oss is published (OCP Microscaling Formats 1.0): 4-bit floats, and a power of two for 32 neighbours.
 
 Legend: O outputs · I inputs · C columns: the inputs, padded to whole groups and blocks · r rows of a slice
 """
@@ -12,15 +14,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from handful.errors import ConfigError
+from handful.errors import CheckpointError, ConfigError
 
-__all__ = ["Packed", "check", "check_format", "error", "pack", "unpack"]
+__all__ = [
+    "MX_GROUP",
+    "Mxfp4",
+    "Packed",
+    "check",
+    "check_format",
+    "error",
+    "pack",
+    "pack_mxfp4",
+    "pack_stack",
+    "unpack",
+    "unpack_mxfp4",
+]
 
 LARGEST = {8: 127, 4: 7}  # what q can be, either sign
 GROUPS = (32, 128)
@@ -28,6 +42,12 @@ BLOCK = 64  # columns that share 32 bytes at 4 bits; the padding is to whole blo
 # Weights up to here stay finite in float32 and bfloat16, whichever way their scale is rounded.
 LIMIT = 3.3e38
 SLICE = 1 << 20  # weights in float32 at a time
+
+MX_GROUP = 32  # weights that share a scale in MXFP4
+# What the lower three bits of a code stand for; the fourth is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_EXPONENT = 2  # of the largest
+E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +154,19 @@ def pack(weight: Tensor, bits: int = 4, group: int = 32, name: str = "weight") -
     return Packed(codes, scales, bits, group, inputs)
 
 
+def pack_stack(parts: Iterable[Tensor], count: int, bits: int = 4, group: int = 32, name: str = "weight") -> Packed:
+    """`pack` of `count` weights (O, I), stacked, that come one after the other and are never held together."""
+    codes = scales = torch.empty(0)
+    inputs = 0
+    for i, part in enumerate(parts):
+        one = pack(part, bits, group, f"{name}[{i}]")
+        if i == 0:
+            codes, scales = (t.new_empty(count, *t.shape) for t in (one.codes, one.scales))
+            inputs = one.inputs
+        codes[i], scales[i] = one.codes, one.scales
+    return Packed(codes, scales, bits, group, inputs)
+
+
 @torch.no_grad()
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight that the codes stand for, (..., O, I): q · scale in float32, then cast."""
@@ -144,7 +177,7 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def error(weight: Tensor, packed: Packed) -> float:
+def error(weight: Tensor, packed: Packed | Mxfp4) -> float:
     """‖unpacked − weight‖ / ‖weight‖; 0 for a weight of zeros. ConfigError if their shapes differ."""
     if tuple(weight.shape) != packed.shape:
         raise ConfigError(f"weight has shape {tuple(weight.shape)}: packed is of shape {packed.shape}")
@@ -157,8 +190,10 @@ def error(weight: Tensor, packed: Packed) -> float:
     return off / size if size else 0.0
 
 
-def _unpack_rows(packed: Packed, index: tuple[int | slice, ...]) -> Tensor:
+def _unpack_rows(packed: Packed | Mxfp4, index: tuple[int | slice, ...]) -> Tensor:
     """Some rows of a packed weight, float32 (r, I)."""
+    if isinstance(packed, Mxfp4):
+        return unpack_mxfp4(packed.blocks[index], packed.scales[index]).float()
     codes, scales_rg = packed.codes[index], packed.scales[index].float()
     q_rC = codes if packed.bits == 8 else _split(codes)
     q_rgn = q_rC.view(*scales_rg.shape, packed.group)
@@ -196,3 +231,87 @@ def _describe(tensor: Tensor) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MXFP4.
+
+
+@dataclass(frozen=True, eq=False)
+class Mxfp4:
+    """A weight of shape (..., O, I) in MXFP4, as checkpoints hold it.
+
+    blocks   uint8 (..., O, I / 32, 16): byte j holds the codes of weights 2j (low half) and 2j + 1 of its group. A code
+             is a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4 or 6.
+    scales   uint8 (..., O, I / 32): s stands for 2^(s - 127). 255 stands for no number.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's own: (..., O, I)."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * MX_GROUP)
+
+    @property
+    def nbytes(self) -> int:
+        """Of blocks and scales together."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+
+@torch.no_grad()
+def unpack_mxfp4(blocks: Tensor, scales: Tensor, name: str = "scales") -> Tensor:
+    """The weight that MXFP4 stands for, bfloat16 (..., O, I): every number that it can hold is one of bfloat16's.
+
+    blocks, scales as in `Mxfp4`. CheckpointError, by `name`, for a scale that is no number, or so large that a weight
+    is beyond bfloat16.
+    """
+    highest = int(scales.max()) if scales.numel() else 0
+    if highest == 255:
+        raise CheckpointError(f"{name} holds scale 255, which stands for no number")
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.bfloat16, device=blocks.device)
+    byte = torch.arange(256, device=blocks.device)
+    pairs = torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
+    # As bfloat16's own bits: 8 of exponent with the same bias before 7 of mantissa; 2^-127 has no exponent left.
+    bits = (scales.to(torch.int16) << 7).masked_fill_(scales == 0, 1 << 6)
+    scale = bits.view(torch.bfloat16).reshape(-1, 1)
+    groups = blocks.reshape(-1, MX_GROUP // 2)
+    out = torch.empty(len(groups), MX_GROUP, dtype=torch.bfloat16, device=blocks.device)
+    for first in range(0, len(groups), SLICE // MX_GROUP):
+        part = slice(first, first + SLICE // MX_GROUP)
+        torch.mul(pairs[groups[part].int()].flatten(1), scale[part], out=out[part])
+    if highest + E2M1_EXPONENT > 254 and not out.isfinite().all():
+        raise CheckpointError(f"{name} holds scale {highest}, with which a weight is beyond bfloat16")
+    return out.view(*scales.shape[:-1], scales.shape[-1] * MX_GROUP)
+
+
+@torch.no_grad()
+def pack_mxfp4(weight: Tensor, name: str = "weight") -> Mxfp4:
+    """A weight of any floating dtype, (..., O, I), in MXFP4, by the rule of OCP Microscaling Formats 1.0, section 6.3.
+
+    A group's scale is the power of two under its largest magnitude, over 4, the power of two in the largest code: what
+    is beyond 6 scales then is held as 6. Codes are the nearest, ties to the even one.
+
+    ConfigError, by `name`, for inputs that are no multiple of 32, or a weight that `check` refuses.
+    """
+    check(weight, name)
+    *lead, inputs = weight.shape
+    if inputs % MX_GROUP:
+        raise ConfigError(f"{name} has {inputs} inputs: MXFP4 needs a multiple of {MX_GROUP}")
+    blocks = torch.empty(*lead, inputs // MX_GROUP, MX_GROUP // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(*lead, inputs // MX_GROUP, dtype=torch.uint8, device=weight.device)
+    for index in _slices(tuple(weight.shape)):
+        w_rgn = weight[index].float().unflatten(-1, (-1, MX_GROUP))
+        # frexp: largest = m · 2^e with m from 0.5 to below 1. A group of zeros has the least scale.
+        power_rg = torch.frexp(w_rgn.abs().amax(-1)).exponent - 1 - E2M1_EXPONENT
+        power_rg = power_rg.masked_fill(w_rgn.abs().amax(-1) == 0, -E8M0_BIAS).clamp_(min=-E8M0_BIAS)
+        w_rgn = torch.ldexp(w_rgn, -power_rg.unsqueeze(-1))
+        code_rgn = torch.zeros_like(w_rgn, dtype=torch.uint8)
+        for low, (a, b) in enumerate(itertools.pairwise(E2M1)):
+            half = (a + b) / 2  # which goes to the even code
+            code_rgn += (w_rgn.abs() > half) if low % 2 == 0 else (w_rgn.abs() >= half)
+        code_rgn |= (w_rgn < 0).to(torch.uint8) << 3
+        blocks[index] = code_rgn[..., 0::2] | code_rgn[..., 1::2] << 4
+        scales[index] = (power_rg + E8M0_BIAS).to(torch.uint8)
+    return Mxfp4(blocks, scales)

@@ -26,7 +26,7 @@ from handful.config import BalanceConfig, ModelConfig, TrainConfig
 from handful.data import Data
 from handful.errors import CheckpointError, DataError
 from handful.families.convert import why_not_public
-from handful.families.io import find_config, find_folder, load, read_into, save
+from handful.families.io import find_config, find_folder, load, load_decoder, read_into, save
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model
 from handful.train import make_optimizer, train
@@ -137,7 +137,7 @@ def test_transformers_generates_what_we_generate(saved: Path, data: Data) -> Non
     prompt = data.tokenizer.encode("the router of an expert")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     out = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-    ours = list(generate_tokens(load(saved), prompt, 8, Sampling(temperature=0)))
+    ours = list(generate_tokens(load_decoder(saved), prompt, 8, Sampling(temperature=0)))
     assert ours == out[0, len(prompt) :].tolist()
 
 
@@ -243,8 +243,9 @@ def test_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[Any] = []
 
-    def download(name: str, allow_patterns: Any) -> str:
+    def download(name: str, allow_patterns: Any, ignore_patterns: Any) -> str:
         asked.append((name, allow_patterns))
+        assert ignore_patterns == ["*/*"]
         if name == "org/none":
             raise OSError("404: no such repository\nand a long story\nbesides")
         if name == "org/silent":
@@ -254,7 +255,7 @@ def test_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load("org/name").config == moe()
     assert find_config("org/name") == moe()
-    assert asked == [("org/name", ["*.json", "*.safetensors"]), ("org/name", "config.json")]
+    assert asked == [("org/name", ["*.json", "model*.safetensors"]), ("org/name", "config.json")]
     with pytest.raises(
         CheckpointError, match=r"^org/none: no such folder, and it cannot be downloaded: 404: no such repository$"
     ):

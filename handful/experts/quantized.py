@@ -35,7 +35,10 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedTensor",
+    "quantizable",
     "quantize_model",
+    "twin",
+    "weights_of",
 ]
 
 
@@ -276,6 +279,9 @@ def quantize_model(model: nn.Module, bits: int = 4, group: int = 32, skip: Seque
     check_format(bits, group)
     rows = _survey(model, skip)
     chosen = _choose(model, {row.name: row.reason for row in rows})
+    for path in chosen:
+        for key in weights_of(model.get_submodule(path)):
+            check(model.get_parameter(f"{path}.{key}"), f"{path}.{key}")
     places: dict[nn.Module, list[str]] = {}  # a module may stand in several
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
@@ -302,7 +308,32 @@ def quantize_model(model: nn.Module, bits: int = 4, group: int = 32, skip: Seque
     return QuantizationReport(bits=bits, group=group, tensors=tuple(rows))
 
 
-def _weights(module: nn.Module) -> tuple[str, ...]:
+def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
+    """The names of the modules that `quantize_model` would replace; it may be on the meta device. ConfigError as there,
+    but for values that cannot be quantised."""
+    return _choose(model, {row.name: row.reason for row in _survey(model, skip)})
+
+
+def twin(
+    module: nn.Module, packed: Mapping[str, Packed], biases: Mapping[str, Tensor], dtype: torch.dtype
+) -> QuantizedExperts | QuantizedLinear:
+    """The twin of an Experts or nn.Linear that may be on the meta device, of weights that are packed already.
+
+    packed, biases   by the module's own names. dtype: what the packed weights were of.
+    """
+    if isinstance(module, Experts):
+        return QuantizedExperts(
+            packed["gate_up"],
+            packed["down"],
+            activation=module.activation,
+            gate_up_bias=biases.get("gate_up_bias"),
+            down_bias=biases.get("down_bias"),
+            backend=module.backend,
+        ).train(module.training)
+    return QuantizedLinear(packed["weight"], biases.get("bias"), dtype=dtype).train(module.training)
+
+
+def weights_of(module: nn.Module) -> tuple[str, ...]:
     """The names of the weights by which a module is quantised; of its own class alone, not of a subclass."""
     return {Experts: ("gate_up", "down"), nn.Linear: ("weight",)}.get(type(module), ())
 
@@ -329,13 +360,13 @@ def _survey(model: nn.Module, skip: Sequence[str]) -> list[QuantizedTensor]:
         reason: str | None = None
         if isinstance(module, PackedWeight):
             reason = "quantised already"
-        elif key in _weights(module) and any(_matches(name, pattern) for name in names[which] for pattern in skip):
+        elif key in weights_of(module) and any(_matches(name, pattern) for name in names[which] for pattern in skip):
             reason = "skipped, as asked"
         elif len(owners[which]) > 1:
             reason = f"tied: also {names[which][1]}"
         elif key.endswith("bias"):
             reason = "bias"
-        elif key not in _weights(module):
+        elif key not in weights_of(module):
             reason = f"of {type(module).__name__}, which stays as it is"
             if tensor is output:
                 reason += "; it is the output layer too"
@@ -352,7 +383,7 @@ def _choose(model: nn.Module, reasons: Mapping[str, str | None]) -> list[str]:
     """The modules to be replaced. ConfigError for one that cannot be."""
     chosen = []
     for path, module in model.named_modules():
-        names = [f"{path}.{key}" if path else key for key in _weights(module)]
+        names = [f"{path}.{key}" if path else key for key in weights_of(module)]
         # A name that is not there is a second name of a tied weight.
         left = [name for name in names if reasons.get(name, "tied") is not None]
         if len(left) == len(names):
@@ -363,8 +394,6 @@ def _choose(model: nn.Module, reasons: Mapping[str, str | None]) -> list[str]:
         if not path:
             kind = type(module).__name__
             raise ConfigError(f"model is itself of {kind}, with nothing to put its twin into: Quantized{kind}.pack it")
-        for name in names:
-            check(model.get_parameter(name), name)
         chosen.append(path)
     return chosen
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from handful import checkpoint
-from handful.config import ModelConfig
-from handful.errors import CheckpointError
-from handful.families import config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf
+from handful.config import EncoderDecoderConfig, ModelConfig
+from handful.count import Counted
+from handful.encoder_decoder import EncoderDecoder
+from handful.errors import CheckpointError, ConfigError
+from handful.experts.quantized import PackedWeight
+from handful.families import config_from_hf, config_to_hf, switch_transformers, tensors_from_hf, tensors_to_hf
+from handful.families.fill import Progress, fill
+from handful.families.pricing import count_from_hf
 from handful.model import Decoder
+from handful.quantize import check_format
 from handful.text import Tokenizer, load_tokenizer
 
-__all__ = ["checkpoint_files", "find_config", "find_folder", "load", "read_into", "save"]
+LAYERS = 10_000  # no model has a tenth of them
+
+__all__ = ["checkpoint_files", "find_config", "find_folder", "load", "load_decoder", "read_into", "save"]
 
 
 def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
     """The checkpoint folder of a run folder, a checkpoint folder or `org/name`, which is downloaded if it is not local
-    (or `only` one file of it).
+    (or `only` one file of it). What huggingface_hub's cache holds is not fetched again, and offline it is all there is.
 
     CheckpointError if it is none of these.
     """
@@ -35,58 +45,130 @@ def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=only or ["*.json", "*.safetensors"]))
+        # Not the same weights again in another form, which some keep in folders or as consolidated.safetensors.
+        wanted = only or ["*.json", "model*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # of many kinds: no network, no such name, no access, …
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{name}: no such folder, and it cannot be downloaded: {reason}") from None
 
 
-def find_config(model: str | Path) -> ModelConfig:
+def find_config(model: str | Path) -> ModelConfig | EncoderDecoderConfig | Counted:
     """The config of a `config.json`, a run or checkpoint folder, or `org/name`, of which only that file is fetched.
 
-    It is for `cost`: the family may be one that can be counted but not run.
+    It is for `cost`: a model that can be counted but not run is given as what it is made of.
     """
     path = Path(model)
     file = path if path.is_file() else find_folder(model, only="config.json") / "config.json"
-    return config_from_hf(checkpoint.read_json(file), count_only=True)
+    return count_from_hf(_read_config(file))
 
 
 def load(
-    path_or_repo: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", backend: str = "auto"
-) -> Decoder:
-    """A decoder from a run folder, a Hugging Face checkpoint folder or `org/name`, in evaluation mode.
+    path_or_repo: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    quantize: int | None = None,
+    group: int = 32,
+    progress: Progress | None = None,
+) -> Decoder | EncoderDecoder:
+    """A decoder (or the encoder-decoder that it is) from a run folder, a Hugging Face checkpoint folder or `org/name`,
+    in evaluation mode.
 
     dtype     of the weights; None keeps the checkpoint's.
     backend   who multiplies the experts (see `handful.experts`).
+    quantize  4 or 8: hold the weights in as many bits, in groups of `group`, as `quantize_model` does, and pack them
+              while they are read: memory for the model in its own dtype is never needed.
+    progress  is told (bytes done, bytes in all) after every tensor.
 
-    The checkpoint's tokenizer, if it has one, is `model.tokenizer`. CheckpointError, with nothing half-loaded, for a
-    family that is not there or tensors that are missing, too many or of a wrong shape.
+    The checkpoint's tokenizer, if it has one, is `model.tokenizer`. Memory beyond the model is one of its tensors.
+    CheckpointError, with nothing half-loaded, for a family that is not there or tensors that are missing, too many or
+    of a wrong shape or dtype: all are checked before any is read. ConfigError for a wrong setting.
     """
+    if quantize is not None:
+        check_format(quantize, group)
     folder = find_folder(path_or_repo)
-    config = config_from_hf(checkpoint.read_json(folder / "config.json"))
-    with torch.device("meta"):
-        model = Decoder(config, backend=backend)
-    model.load_state_dict(tensors_from_hf(config, checkpoint.read_tensors(folder)), strict=True, assign=True)
+    values = _read_config(folder / "config.json")
+    model: Decoder | EncoderDecoder
+    state: Mapping[str, Tensor]
+    if switch_transformers.is_encoder_decoder(values):
+        shape = switch_transformers.config_from_hf(values)
+        state = switch_transformers.tensors_from_hf(shape, checkpoint.read_tensors(folder))
+        with torch.device("meta"):
+            model = EncoderDecoder(shape, backend=backend)
+    else:
+        config = config_from_hf(values)
+        tensors = checkpoint.read_tensors(folder)
+        if config.layers > len(tensors):
+            raise CheckpointError(f"config.json: {config.layers} layers: the checkpoint has {len(tensors)} tensors")
+        state = tensors_from_hf(config, tensors)
+        with torch.device("meta"):
+            model = Decoder(config, backend=backend)
+    tokenizer = None
     if (folder / "tokenizer.json").exists():
-        model.tokenizer = load_tokenizer(folder)
-    # The module does the conversion: its routers keep their balance bias in float32.
-    return model.to(device=device, dtype=dtype).eval()
+        # Only training on text needs a tokenizer that can write any: T5's cannot.
+        tokenizer = load_tokenizer(folder, any_text=isinstance(model, Decoder))
+    fill(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
+    model.tokenizer = tokenizer
+    return model.eval()
 
 
-def save(model: Decoder, path: str | Path) -> None:
-    """Write a decoder as a Hugging Face checkpoint folder, which appears whole or not at all."""
-    checkpoint.write_folder(path, checkpoint_files(model, model.tokenizer))
+def load_decoder(path_or_repo: str | Path, **options: Any) -> Decoder:
+    """`load` where only a decoder will do. ConfigError for a model of another kind."""
+    found = load(path_or_repo, **options)
+    if not isinstance(found, Decoder):
+        raise ConfigError(f"{path_or_repo}: is an encoder-decoder: a decoder is needed")
+    return found
 
 
-def checkpoint_files(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """File name -> content of the checkpoint folder of a decoder."""
-    config = {**config_to_hf(model.config), "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
-    if tokenizer is not None:
-        config |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
-    tensors = tensors_to_hf(model.config, {name: t.detach() for name, t in model.state_dict().items()})
-    return {"config.json": config, "model.safetensors": tensors, **(tokenizer.files() if tokenizer else {})}
+def _read_config(file: Path) -> dict[str, Any]:
+    """A config.json's values. CheckpointError for numbers with which the rest would take hours or mean nothing."""
+    values = checkpoint.read_json(file)
+    left = [values]
+    while left:
+        table = left.pop()
+        for key, value in table.items():
+            if isinstance(value, int) and value > (LAYERS if key.endswith("layers") else 1 << 63):
+                most = f"at most {LAYERS}" if key.endswith("layers") else "no size is as large"
+                raise CheckpointError(f"{file}: {key} = {str(value)[:40]}: {most}")
+            left += [value] if isinstance(value, dict) else []
+    return values
+
+
+def save(model: Decoder | EncoderDecoder, path: str | Path, *, max_shard_bytes: int = checkpoint.SHARD) -> None:
+    """Write a model as a Hugging Face checkpoint folder, which appears whole or not at all.
+
+    max_shard_bytes   of tensors in one file; a larger model is written in several, with an index.
+
+    CheckpointError for a quantised model, or if the disk refuses; ConfigError for a limit below 1.
+    """
+    checkpoint.write_folder(path, checkpoint_files(model, model.tokenizer, max_shard_bytes))
+
+
+def checkpoint_files(
+    model: Decoder | EncoderDecoder, tokenizer: Tokenizer | None, max_shard_bytes: int = checkpoint.SHARD
+) -> dict[str, Any]:
+    """File name -> content of the checkpoint folder of a model: tensors as views, or made when they are written."""
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise CheckpointError("a quantised model cannot be saved: save it before, and load it with quantize = 4 or 8")
+    state = {name: t.detach() for name, t in model.state_dict().items()}
+    tensors: Mapping[str, Tensor]
+    if isinstance(model, EncoderDecoder):
+        config = switch_transformers.config_to_hf(model.config)
+        tensors = switch_transformers.tensors_to_hf(model.config, state)
+    else:
+        config, tensors = config_to_hf(model.config), tensors_to_hf(model.config, state)
+        if tokenizer is not None:
+            config |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    config |= {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    weights = checkpoint.shards(tensors, max_shard_bytes)
+    return {"config.json": config, **weights, **(tokenizer.files() if tokenizer else {})}
 
 
 def read_into(model: Decoder, folder: Path) -> None:
-    """Read a checkpoint folder's weights into a decoder of the same shape."""
-    model.load_state_dict(tensors_from_hf(model.config, checkpoint.read_tensors(folder)), strict=True)
+    """Read a checkpoint folder's weights into a decoder of the same shape, one tensor at a time."""
+    state = checkpoint.Tensors.of(tensors_from_hf(model.config, checkpoint.read_tensors(folder)))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            state.entry(name).fill(tensor, None)
