@@ -1,6 +1,7 @@
 """What a model costs, from its config alone: parameters, FLOPs per token, bytes, and traffic between ranks.
 
 Nothing is allocated and torch is not needed, so a model of a trillion parameters is priced as fast as a small one.
+`count.py` says what a model is made of; here it is added up.
 
 What is counted, and how (docs/cost.md works an example):
 
@@ -9,86 +10,29 @@ What is counted, and how (docs/cost.md works an example):
                   norms, softmax, RoPE, the look-up of the input embedding. Training is 3 x forward: a backward pass
                   multiplies twice, for the gradient of the input and of the weights.
     context       in training and prefill a token attends to the mean causal position, (S + 1) / 2 tokens; in decode
-                  to the full context S.
+                  to the full context S. A window leaves the latest of them.
     bytes         weights and cache at a dtype; training as AdamW holds it, in float32.
     traffic       what one token sends and receives when the experts sit on R ranks and load is even.
 
-Legend: D model width · F an expert's hidden width · E experts · K experts per token · V vocabulary · H heads ·
-J key-value heads · d head width · S context · R ranks
+Legend: D model width · E experts · K experts per token · S context · R ranks
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import comb
 from typing import Any
 
-from handful.config import MLAConfig, ModelConfig, RouterConfig
+from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
+from handful.count import Attention, Counted, Pass, Weights, count, count_encoder_decoder
 from handful.errors import ConfigError
 
 __all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Traffic", "cost"]
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One layer's pieces. Matrices are what a token is multiplied by; vectors (biases, sinks) only add to what is held.
-
-
-def attention_matrices(config: ModelConfig) -> int:
-    """Query, key, value and output projections of one layer."""
-    D, H, J, d = config.width, config.heads, config.n_kv_heads, config.d_head
-    if config.mla is None:
-        return D * (H + 2 * J) * d + H * d * D
-    m = config.mla
-    query = H * (m.nope_dim + m.rope_dim)
-    queries = D * query if m.q_rank is None else D * m.q_rank + m.q_rank * query
-    compress = D * (m.kv_rank + m.rope_dim)  # what the cache holds: a latent, and one key with position for all heads
-    expand = m.kv_rank * H * (m.nope_dim + m.v_dim)
-    return queries + compress + expand + H * m.v_dim * D
-
-
-def attention_vectors(config: ModelConfig) -> int:
-    """Biases of the projections, and a sink per head."""
-    qkv = (config.heads + 2 * config.n_kv_heads) * config.d_head
-    return config.qkv_bias * qkv + config.o_bias * config.width + config.sinks * config.heads
-
-
-def norm_vectors(config: ModelConfig) -> int:
-    """One layer's RMSNorm weights: before attention, before the feed-forward part, and attention's own."""
-    own = {"none": 0, "head": 2 * config.d_head, "full": (config.heads + config.n_kv_heads) * config.d_head}
-    latent = 0 if config.mla is None else (config.mla.q_rank or 0) + config.mla.kv_rank
-    return 2 * config.width + own[config.qk_norm] + latent
-
-
-def ffn_matrices(config: ModelConfig, hidden: int) -> int:
-    """A feed-forward network of that hidden width: gate, up and down, or up and down alone."""
-    return (3 if config.gated else 2) * config.width * hidden
-
-
-def expert_vectors(config: ModelConfig) -> int:
-    """The biases of one routed expert, after its first matrices and after its last."""
-    return config.expert_bias * ((2 if config.gated else 1) * config.expert_width + config.width)
-
-
-def router_matrices(config: ModelConfig, router: RouterConfig) -> int:
-    """The scores' map, and with noisy top-k a second one for the size of the noise."""
-    return config.width * router.experts * (2 if router.noisy_top_k else 1)
-
-
-def router_vectors(router: RouterConfig) -> int:
-    return router.experts * (router.logits_bias + router.balance_bias)
-
-
-def shared_matrices(config: ModelConfig) -> int:
-    """The shared experts are one wider expert; its gate is one row."""
-    return ffn_matrices(config, config.shared_width) + config.shared_gate * config.width
-
-
-def moe_layers(config: ModelConfig) -> int:
-    return sum(config.is_moe(layer) for layer in range(config.layers))
+# Bytes of a number of the cache and of what is sent; and of a weight, but for those that a format packs.
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2, "mxfp4": 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,16 +41,19 @@ def moe_layers(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parameters by part. `head` is 0 when the output layer is the input embedding (tied)."""
+    """Parameters by part. `head` is 0 when the output layer is the input embedding (tied); `state_space` are Mamba's,
+    `streams` those of hyper-connections."""
 
-    embeddings: int
-    attention: int
-    routers: int
-    routed_experts: int
-    shared_experts: int
-    dense_ffn: int
-    norms: int
-    head: int
+    embeddings: int = 0
+    attention: int = 0
+    state_space: int = 0
+    routers: int = 0
+    routed_experts: int = 0
+    shared_experts: int = 0
+    dense_ffn: int = 0
+    streams: int = 0
+    norms: int = 0
+    head: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,31 +72,16 @@ class Parameters:
     parts: Parts
 
 
-def parameters(config: ModelConfig, *, active: bool = False) -> Parameters:
+def parameters(model: Counted, *, active: bool = False) -> Parameters:
     """All parameters, or those that one token uses: K of the E experts and everything else."""
-    table = config.vocab * config.width
-    moe = moe_layers(config)
-    routers = routed = shared = 0
-    if config.router is not None:
-        experts = config.router.top_k if active else config.router.experts
-        expert = ffn_matrices(config, config.expert_width) + expert_vectors(config)
-        routed = moe * experts * expert
-        routers = moe * (router_matrices(config, config.router) + router_vectors(config.router))
-        shared = moe * shared_matrices(config)
-    parts = Parts(
-        embeddings=table,
-        attention=config.layers * (attention_matrices(config) + attention_vectors(config)),
-        routers=routers,
-        routed_experts=routed,
-        shared_experts=shared,
-        dense_ffn=(config.layers - moe) * ffn_matrices(config, config.ffn),
-        norms=config.layers * norm_vectors(config) + config.width,
-        head=0 if config.tied else table,
-    )
-    everything = sum(dataclasses.astuple(parts))
+    held: dict[str, int] = defaultdict(int)
+    for weights in model.weights:
+        held[weights.part] += weights.numbers(active=active)
+    parts = Parts(**held)
+    everything = sum(held.values())
     return Parameters(
         incl_all_embeddings=everything,
-        excl_input_embedding=everything if config.tied else everything - parts.embeddings,
+        excl_input_embedding=everything if model.tied else everything - parts.embeddings,
         excl_embeddings=everything - parts.embeddings - parts.head,
         parts=parts,
     )
@@ -168,37 +100,37 @@ class Flops:
     decode: int
 
 
-def matrix_flops(config: ModelConfig, *, training: bool = False) -> int:
-    """Forward FLOPs per token in matrices: 2 x the active ones. The noise of noisy top-k is only for training."""
-    moe = moe_layers(config)
-    matrices = config.layers * attention_matrices(config) + (config.layers - moe) * ffn_matrices(config, config.ffn)
-    if config.router is not None:
-        router = config.router if training else dataclasses.replace(config.router, noisy_top_k=False)
-        routed = router.top_k * ffn_matrices(config, config.expert_width)
-        matrices += moe * (routed + router_matrices(config, router) + shared_matrices(config))
-    return 2 * (matrices + config.vocab * config.width)
+def matrix_flops(model: Counted, when: Pass) -> int:
+    """Forward FLOPs per token in matrices, 2 x the active ones; and in a recurrence, as many for any token."""
+    numbers = sum(w.layers * w.active * w.multiplied for w in model.weights if when in w.passes)
+    return 2 * numbers + (0 if model.state is None else model.state.flops)
 
 
-def score_flops(config: ModelConfig) -> int:
-    """FLOPs of one token attending to one: a score (q · k) and a weighted value, for every head of every layer."""
-    per_head = 2 * config.d_head if config.mla is None else config.mla.nope_dim + config.mla.rope_dim + config.mla.v_dim
-    return config.layers * config.heads * 2 * per_head
+def attended_flops(attention: Attention, when: Pass, context: int) -> int:
+    """FLOPs per token of attending, in all of its layers; in training and prefill of the mean token, rounded down."""
+    if when not in attention.passes:
+        return 0
+    if when == "decode":
+        return attention.layers * attention.decode_flops * held_tokens(attention, context)
+    if not attention.causal:
+        return attention.layers * attention.flops * context
+    # Token t of 1 … S attends to t / every tokens, rounded down, until these are as many as the window.
+    near, every = held_tokens(attention, context), attention.every
+    pairs = every * near * (near - 1) // 2 + (context - near * every + 1) * near
+    return attention.layers * attention.flops * pairs // context
 
 
-def latent_score_flops(config: ModelConfig, mla: MLAConfig) -> int:
-    """The same in MLA's decode, which stays in the cache's latent space: the expansion is folded into query and output,
-    where it costs what the projection cost."""
-    return config.layers * config.heads * 2 * ((mla.kv_rank + mla.rope_dim) + mla.kv_rank)
+def held_tokens(attention: Attention, context: int) -> int:
+    """To how many the last token of the context attends."""
+    tokens = context // attention.every
+    return tokens if attention.window is None else min(attention.window, tokens)
 
 
-def flops(config: ModelConfig, context: int) -> Flops:
-    attended = score_flops(config) * (context + 1) // 2  # exact: the factor is even
-    last = score_flops(config) if config.mla is None else latent_score_flops(config, config.mla)
-    return Flops(
-        training=3 * (matrix_flops(config, training=True) + attended),
-        prefill=matrix_flops(config) + attended,
-        decode=matrix_flops(config) + last * context,
-    )
+def flops(model: Counted, context: int) -> Flops:
+    def forward(when: Pass) -> int:
+        return matrix_flops(model, when) + sum(attended_flops(each, when, context) for each in model.attention)
+
+    return Flops(training=3 * forward("training"), prefill=forward("prefill"), decode=forward("decode"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,9 +141,12 @@ def flops(config: ModelConfig, context: int) -> Flops:
 class Bytes:
     """Bytes held.
 
-    weights                all parameters at the dtype: what inference holds besides its cache.
+    weights                all parameters at the dtype: what inference holds besides its cache. With int8 and int4 the
+                           matrices that `quantize_model` packs in groups of 32, with mxfp4 the routed experts'; the
+                           rest in bfloat16, as are cache and traffic.
     cache_per_token        keys and values of one token in all layers at the dtype (MLA: the compressed ones).
-    cache                  of one sequence at the full context.
+    cache                  of one sequence at the full context; a layer with a window holds that many tokens.
+    state                  what recurrences keep of a sequence of any length, at the dtype.
     training               AdamW in float32: weights, their gradients, and two moments.
     training_weights, training_gradients, training_moments
                            its three parts. The balance bias is a weight without gradient or moments.
@@ -220,28 +155,41 @@ class Bytes:
     weights: int
     cache_per_token: int
     cache: int
+    state: int
     training: int
     training_weights: int
     training_gradients: int
     training_moments: int
 
 
-def cache_values(config: ModelConfig) -> int:
-    """Numbers that one cached token takes in all layers."""
-    if config.mla is not None:
-        return config.layers * (config.mla.kv_rank + config.mla.rope_dim)
-    return config.layers * 2 * config.n_kv_heads * config.d_head
+def held_bytes(weights: Weights, dtype: str) -> int:
+    """Bytes of weights at a dtype or in a packed format."""
+    number, packed = BYTES[dtype], dtype in ("int8", "int4") and weights.packed
+    if dtype == "mxfp4":
+        packed = weights.part == "routed_experts"
+    each = [
+        outputs * (packed_row(inputs, dtype) if packed else inputs * number) for outputs, inputs in weights.matrices
+    ]
+    return weights.layers * weights.copies * (sum(each) + weights.vectors * number)
 
 
-def byte_counts(config: ModelConfig, context: int, dtype: str) -> Bytes:
-    held = parameters(config).incl_all_embeddings
-    untrained = moe_layers(config) * config.router.experts if config.router and config.router.balance_bias else 0
-    trained = held - untrained
-    per_token = cache_values(config) * BYTES[dtype]
+def packed_row(inputs: int, dtype: str) -> int:
+    """Bytes of one row of a packed matrix."""
+    if dtype == "mxfp4":  # 32 numbers of 4 bits share a scale of 8 (OCP Microscaling)
+        return 17 * -(-inputs // 32)
+    # Ours (quantize.py): whole blocks of 64 numbers, and 32 share a scale of 16 bits.
+    return ((64 if dtype == "int8" else 32) + 2 * 2) * -(-inputs // 64)
+
+
+def byte_counts(model: Counted, context: int, dtype: str) -> Bytes:
+    held = parameters(model).incl_all_embeddings
+    trained = held - sum(w.layers * w.copies * w.untrained for w in model.weights)
+    number = BYTES[dtype]
     return Bytes(
-        weights=held * BYTES[dtype],
-        cache_per_token=per_token,
-        cache=per_token * context,
+        weights=sum(held_bytes(weights, dtype) for weights in model.weights),
+        cache_per_token=number * sum(a.layers * a.cached // a.every for a in model.attention),
+        cache=number * sum(a.layers * a.cached * held_tokens(a, context) for a in model.attention),
+        state=0 if model.state is None else number * model.state.numbers,
         training=4 * held + 4 * trained + 8 * trained,
         training_weights=4 * held,
         training_gradients=4 * trained,
@@ -290,29 +238,37 @@ def ranks_per_token(router: RouterConfig, ranks: int) -> float:
     """
     per_group = router.experts // router.groups
     reach = per_group * router.top_groups
-    choices = comb(router.groups, router.top_groups)
+    draws = comb(router.groups, router.top_groups) * comb(reach, router.top_k)
+    held: defaultdict[int, Counter[int]] = defaultdict(Counter)  # rank -> group -> how many experts
+    for expert in range(router.experts):
+        held[expert * ranks // router.experts][expert // per_group] += 1
+    # Ranks with as many experts of as many groups are missed alike.
+    alike = Counter(tuple(sorted(groups.values())) for groups in held.values())
     expected = 0.0
-    for rank in range(ranks):
-        here = [expert * ranks // router.experts == rank for expert in range(router.experts)]
-        # ways[g, m]: how many choices of g groups hold m of this rank's experts.
+    for groups, times in alike.items():
+        # ways[g, m]: how many choices of g groups hold m of such a rank's experts. Most groups hold none.
+        others = router.groups - len(groups)
         ways: defaultdict[tuple[int, int], int] = defaultdict(int, {(0, 0): 1})
-        for group in range(router.groups):
-            mine = sum(here[group * per_group : (group + 1) * per_group])
-            for (g, m), count in list(ways.items()):
-                ways[g + 1, m + mine] += count
-        missed = sum(count * comb(reach - m, router.top_k) for (g, m), count in ways.items() if g == router.top_groups)
-        expected += 1 - missed / (choices * comb(reach, router.top_k))
+        for mine in groups:
+            for (g, m), choices in list(ways.items()):
+                if g < router.top_groups:
+                    ways[g + 1, m + mine] += choices
+        missed = sum(
+            choices * comb(others, router.top_groups - g) * comb(reach - m, router.top_k)
+            for (g, m), choices in ways.items()
+        )
+        expected += times * (1 - missed / draws)
     return expected
 
 
-def communication(config: ModelConfig, ranks: int, dtype: str) -> Communication:
-    layers = moe_layers(config)
+def communication(model: Counted, ranks: int, dtype: str) -> Communication:
+    layers = model.moe_layers
     remote = (ranks - 1) / ranks
-    reached = 0.0 if config.router is None else ranks_per_token(config.router, ranks)
-    top_k = 0 if config.router is None else config.router.top_k
+    reached = 0.0 if model.router is None else 1.0 if ranks == 1 else ranks_per_token(model.router, ranks)
+    top_k = 0 if model.router is None else model.router.top_k
 
     def traffic(copies: float) -> Traffic:
-        layer = 2 * copies * remote * config.width * BYTES[dtype]  # 2: dispatch and combine
+        layer = 2 * copies * remote * model.sent * BYTES[dtype]  # 2: dispatch and combine
         return Traffic(layer=layer, forward=layers * layer, training=2 * layers * layer)
 
     return Communication(
@@ -365,16 +321,31 @@ class Cost:
         return dataclasses.asdict(self)
 
 
-def cost(config: ModelConfig, *, context: int | None = None, ranks: int = 1, dtype: str = "bfloat16") -> Cost:
+def cost(
+    model: ModelConfig | EncoderDecoderConfig | Counted,
+    *,
+    context: int | None = None,
+    ranks: int = 1,
+    dtype: str = "bfloat16",
+) -> Cost:
     """Price a model.
 
-    context   tokens of a sequence, for attention's FLOPs and the cache; None: the config's.
+    model     a config, or what a family that has none was counted as (`families.count_from_hf`).
+    context   tokens of a sequence, for attention's FLOPs and the cache; None: the model's own. Of an encoder-decoder,
+              tokens of the source and of the target.
     ranks     over how many devices the routed experts are spread.
-    dtype     of weights, cache and traffic: "float32", "bfloat16" or "float16".
+    dtype     of weights, cache and traffic: "float32", "bfloat16" or "float16"; or how the weights are packed, "int8",
+              "int4" or "mxfp4" (see `Bytes`).
 
-    ConfigError for a context or a number of ranks below 1, or another dtype.
+    ConfigError for a context or a number of ranks below 1, no context where the model has none, or another dtype.
     """
-    context = config.context if context is None else context
+    if isinstance(model, ModelConfig):
+        model = count(model)
+    elif isinstance(model, EncoderDecoderConfig):
+        model = count_encoder_decoder(model)
+    context = model.context if context is None else context
+    if context is None:
+        raise ConfigError("context = None: give one, for this model names none")
     if context < 1:
         raise ConfigError(f"context = {context}: at least 1")
     if ranks < 1:
@@ -385,9 +356,9 @@ def cost(config: ModelConfig, *, context: int | None = None, ranks: int = 1, dty
         context=context,
         dtype=dtype,
         ranks=ranks,
-        total_parameters=parameters(config),
-        active_parameters=parameters(config, active=True),
-        flops=flops(config, context),
-        bytes=byte_counts(config, context, dtype),
-        communication=communication(config, ranks, dtype),
+        total_parameters=parameters(model),
+        active_parameters=parameters(model, active=True),
+        flops=flops(model, context),
+        bytes=byte_counts(model, context, dtype),
+        communication=communication(model, ranks, dtype),
     )

@@ -17,15 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from handful.config import MLAConfig, ModelConfig, RouterConfig
-from handful.cost import Cost, cost, ranks_per_token
-from handful.errors import ConfigError
-from handful.families import config_from_hf
+from handful.config import EncoderDecoderConfig, MLAConfig, ModelConfig, RouterConfig
+from handful.cost import Cost, Parts, cost, matrix_flops, ranks_per_token
+from handful.count import count
+from handful.encoder_decoder import EncoderDecoder
+from handful.errors import CheckpointError, ConfigError
+from handful.experts.quantized import quantize_model
+from handful.families.pricing import count_from_hf
 from handful.model import Decoder
 from handful.presets import PRESETS
 
 MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "models.json").read_text())
-CONFIGS = {entry["name"]: config_from_hf(entry["config"], count_only=True) for entry in MODELS}
+INCOMPLETE = "google/switch-large-128"  # a record of its experts alone
+CONFIGS = {entry["name"]: count_from_hf(entry["config"]) for entry in MODELS if entry["name"] != INCOMPLETE}
 
 # Every part is there, and no two of its sizes are equal.
 SMALL = ModelConfig(
@@ -55,16 +59,56 @@ SMALL = ModelConfig(
 # Parameters.
 
 
-@pytest.mark.parametrize("entry", MODELS, ids=[entry["name"] for entry in MODELS])
+EXACT = [entry for entry in MODELS if "exact" in entry]
+
+
+@pytest.mark.parametrize("entry", EXACT, ids=[entry["name"] for entry in EXACT])
 def test_published_counts_to_the_digit(entry: dict[str, Any]) -> None:
     price = cost(CONFIGS[entry["name"]])
-    assert {
+    found = {
         "total": price.total,
         "active_incl_all_embeddings": price.active,
         "active_excl_input_embedding": price.active_parameters.excl_input_embedding,
         "total_excl_embeddings": price.total_parameters.excl_embeddings,
         "active_excl_embeddings": price.active_parameters.excl_embeddings,
-    } == entry["exact"]
+    }
+    # Some records count the MoE layers alone; those of DeepSeek-V4 without the balance biases, which 3 layers lack.
+    total, active = moe_parts(price.total_parameters.parts), moe_parts(price.active_parameters.parts)
+    found |= {"routed_and_shared_experts_plus_router": total, "active_experts_plus_router": active}
+    biases = (entry["config"].get("num_hidden_layers", 0) - 3) * entry["config"].get("n_routed_experts", 0)
+    found |= {"moe_ffn_only": total - biases, "active_moe_ffn_only": active - biases}
+    assert {name: found[name] for name in entry["exact"]} == entry["exact"]
+
+
+def moe_parts(parts: Parts) -> int:
+    return parts.routers + parts.routed_experts + parts.shared_experts
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 31.6, 3.2),
+        ("deepseek-ai/DeepSeek-V4-Flash", 284, 13),
+        ("ai21labs/Jamba-v0.1", 52, 12),
+        ("microsoft/Phi-3.5-MoE-instruct", 42, 6.6),
+    ],
+)
+def test_published_round_numbers(name: str, total: float, active: float) -> None:
+    """Active counts are published without the input embedding, and rounded in any direction."""
+    price = cost(CONFIGS[name])
+    assert price.total / 1e9 == pytest.approx(total, rel=0.01)
+    assert price.active_parameters.excl_input_embedding / 1e9 == pytest.approx(active, rel=0.025)
+
+
+def test_switch_large_with_the_shape_of_t5_large() -> None:
+    """Its record has the experts alone, and is refused by the first field that is missing; the model has 26 billion."""
+    values = next(entry["config"] for entry in MODELS if entry["name"] == INCOMPLETE)
+    with pytest.raises(CheckpointError, match=r"^config\.json: vocab_size is missing$"):
+        count_from_hf(values)
+    base = next(entry["config"] for entry in MODELS if entry["name"] == "google/switch-base-8")
+    large = {"d_model": 1024, "d_ff": 4096, "num_heads": 16, "num_layers": 24, "num_decoder_layers": 24}
+    sparse = {"num_sparse_encoder_layers": 12, "num_sparse_decoder_layers": 12}
+    assert round(cost(count_from_hf({**base, **values, **large, **sparse})).total / 1e9) == 26
 
 
 @pytest.mark.parametrize(
@@ -89,6 +133,8 @@ def test_parts_by_hand() -> None:
     assert dataclasses.asdict(parts) == {
         "embeddings": 11 * 8,
         "attention": 3 * attention,
+        "state_space": 0,
+        "streams": 0,
         "routers": 2 * (5 * 8 + 5 + 5),  # map, its bias, the balance bias
         "routed_experts": 2 * 5 * expert,
         "shared_experts": 2 * (3 * 8 * 7 + 8),  # with its gate
@@ -124,13 +170,25 @@ def runnable_configs(draw: st.DrawFn) -> ModelConfig:
     experts = draw(st.integers(1, 5))
     layers = draw(st.integers(1, 3))
     flag = st.booleans()
+    latent = draw(flag)
+    attention: dict[str, Any] = {
+        "head_dim": draw(st.sampled_from([2, 6])),
+        "qk_norm": draw(st.sampled_from(["none", "head", "full"])),
+        "qkv_bias": draw(flag),
+        "o_bias": draw(flag),
+        "sinks": draw(flag),
+    }
+    if latent:
+        sizes = st.integers(1, 5)
+        q_rank = draw(st.none() | sizes)
+        mla = MLAConfig(q_rank=q_rank, kv_rank=draw(sizes), nope_dim=draw(sizes), rope_dim=2, v_dim=draw(sizes))
+        attention = {"mla": mla}
     return ModelConfig(
         vocab=draw(st.integers(1, 9)),
         width=draw(st.integers(1, 7)),
         layers=layers,
         heads=draw(st.sampled_from([2, 4])),
         kv_heads=draw(st.sampled_from([1, 2])),
-        head_dim=draw(st.sampled_from([2, 6])),
         ffn=draw(st.integers(1, 9)),
         router=RouterConfig(
             experts=experts,
@@ -147,10 +205,8 @@ def runnable_configs(draw: st.DrawFn) -> ModelConfig:
         dense_first=draw(st.integers(0, layers - 1)),
         activation=draw(st.sampled_from(["swiglu", "geglu", "relu", "gelu", "swiglu_clamped"])),
         expert_bias=draw(flag),
-        qk_norm=draw(st.sampled_from(["none", "head", "full"])),
-        qkv_bias=draw(flag),
-        o_bias=draw(flag),
         tied=draw(flag),
+        **attention,
     )
 
 
@@ -172,9 +228,15 @@ def test_prefill_is_what_torch_counts(config: ModelConfig, tokens: int) -> None:
     model = Decoder(config, backend="reference").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long))
-    matrices = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    # Attention is one operation or, for latents and sinks, batched products.
+    counts = counter.get_flop_counts()["Global"]
+    matrices = sum(n for op, n in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
+    assert matrix_flops(count(config), "prefill") * tokens == matrices
     # The first token attends to itself, the second to two, ...: a score and a weighted value, 2 FLOPs for each number.
-    attended = config.layers * config.heads * config.d_head * 4 * sum(range(1, tokens + 1))
+    per_head = 4 * config.d_head
+    if config.mla is not None:
+        per_head = 2 * (config.mla.nope_dim + config.mla.rope_dim + config.mla.v_dim)
+    attended = config.layers * config.heads * per_head * sum(range(1, tokens + 1))
     assert cost(config, context=tokens).flops.prefill * tokens == matrices + attended
 
 
@@ -186,6 +248,64 @@ def test_attention_by_hand() -> None:
     assert at_nine.decode - bare.decode == 8 * one_more_token
     assert at_nine.prefill - bare.prefill == 4 * one_more_token  # the mean position of nine is the fifth
     assert at_nine.training == 3 * at_nine.prefill
+
+
+@pytest.mark.parametrize(
+    ("window", "full", "context"), [(3, (), 8), (3, (1,), 8), (8, (0,), 8), (99, (), 8), (1, (), 5)]
+)
+def test_windows_by_brute_force(window: int, full: tuple[int, ...], context: int) -> None:
+    config = dataclasses.replace(SMALL, window=window, full_layers=full)
+    price, matrices = cost(config, context=context), matrix_flops(count(config), "prefill")
+    one = 2 * 2 * 4 * 6  # FLOPs x (score, value) x head width x heads
+    seen = [[t if layer in full else min(t, window) for t in range(1, context + 1)] for layer in range(3)]
+    assert price.flops.prefill == matrices + sum(one * sum(layer) // context for layer in seen)
+    assert price.flops.decode == matrices + sum(one * layer[-1] for layer in seen)
+    assert price.bytes.cache == sum(2 * 2 * 4 * 2 * layer[-1] for layer in seen)  # bytes x (key, value) x width x heads
+    assert price.bytes.cache_per_token == 3 * 2 * 2 * 4 * 2
+
+
+SWITCH = EncoderDecoderConfig(
+    vocab=11, width=6, encoder_layers=2, decoder_layers=3, heads=2, head_dim=4, ffn=7, buckets=8, max_distance=9,
+    router=RouterConfig(experts=5, top_k=2, logits_bias=True),
+)  # fmt: skip
+
+
+def test_an_encoder_decoder_by_hand() -> None:
+    """One MoE layer in each stack (the second); a token is one of the source and one of the target."""
+    price = cost(SWITCH, context=10)
+    projection, expert, router = 6 * 8, 2 * 6 * 7, 5 * 6
+    total, active = price.total_parameters.parts, price.active_parameters.parts
+    assert total.attention == (2 * 4 + 3 * 8) * projection + 2 * 8 * 2  # with the tables of relative positions
+    assert (total.dense_ffn, total.routed_experts, active.routed_experts) == (3 * expert, 10 * expert, 4 * expert)
+    assert (total.routers, total.norms, total.embeddings) == (2 * (router + 5), (2 * 2 + 3 * 3 + 2) * 6, 11 * 6)
+    # The source passes the encoder and is made keys and values of; it attends to all of itself.
+    source = 2 * (2 * 4 * projection + expert + 2 * expert + router + 3 * 2 * projection)
+    target = 2 * (3 * 6 * projection + 2 * expert + 2 * expert + router + 11 * 6)
+    one = 2 * 2 * 4 * 2  # FLOPs x (score, value) x head width x heads
+    assert price.flops.prefill == source + one * 2 * 10
+    assert price.flops.decode == target + one * 3 * (10 + 10)  # itself, and the source
+    assert price.flops.training == 3 * (source + target + one * (2 * 10 + 3 * 5.5 + 3 * 10))
+    assert price.bytes.cache == 10 * 3 * (2 + 2) * 8 * 2  # a key and a value of both, 8 numbers, 2 bytes
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_an_encoder_decoder_holds_its_total(data: st.DataObject) -> None:
+    sizes = st.integers(1, 5)
+    experts = data.draw(sizes)
+    config = dataclasses.replace(
+        SWITCH,
+        encoder_layers=data.draw(sizes),
+        decoder_layers=data.draw(sizes),
+        encoder_moe_every=1,
+        decoder_moe_every=data.draw(st.integers(0, 3)),
+        router=RouterConfig(experts=experts, top_k=1, logits_bias=data.draw(st.booleans())),
+        activation=data.draw(st.sampled_from(["relu", "gelu", "swiglu", "geglu"])),
+        tied=data.draw(st.booleans()),
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = EncoderDecoder(config).state_dict()
+    assert cost(config).total == sum(tensor.numel() for tensor in state.values())
 
 
 @pytest.mark.parametrize(("name", "billions"), [("v3", 250), ("v2", 155)])
@@ -253,6 +373,25 @@ def test_weights_and_training_by_hand() -> None:
     assert held.training == 16 * total - 12 * balance_bias
 
 
+@settings(max_examples=15, deadline=None)
+@given(runnable_configs(), st.sampled_from([8, 4]))
+def test_packed_weights_are_what_quantize_model_holds(config: ModelConfig, bits: int) -> None:
+    model = Decoder(config, backend="reference").bfloat16()
+    report = quantize_model(model, bits=bits)
+    extra = 2 * sum(row.bytes_after // 4 for row in report.tensors if row.name.endswith("router.balance_bias"))
+    assert cost(config, dtype=f"int{bits}").bytes.weights == report.bytes_after - extra  # which stays in float32
+    assert cost(config, dtype=f"int{bits}").bytes.cache == cost(config).bytes.cache
+
+
+def test_mxfp4_packs_the_experts_of_gpt_oss() -> None:
+    model = PRESETS["gpt-oss"].model
+    assert model is not None
+    parts = cost(model).total_parameters.parts
+    biases = 24 * 32 * (2 * 2880 + 2880)
+    saved = (parts.routed_experts - biases) * (16 - 4.25) / 8  # 4 bits, and a scale of 8 for 32 numbers
+    assert cost(model, dtype="mxfp4").bytes.weights == 2 * cost(model).total - saved
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Traffic.
 
@@ -317,7 +456,7 @@ def test_defaults_and_plain_values() -> None:
     [
         ({"context": 0}, "context = 0: at least 1"),
         ({"ranks": 0}, "ranks = 0: at least 1"),
-        ({"dtype": "int3"}, "dtype = 'int3': one of float32, bfloat16, float16"),
+        ({"dtype": "int3"}, "dtype = 'int3': one of float32, bfloat16, float16, int8, int4, mxfp4"),
     ],
 )
 def test_wrong_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
