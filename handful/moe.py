@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Experts, FeedForward
-from handful.routing import Routing
+from handful.routing import Choice, Routing
 
 __all__ = ["MoE", "NotCausalWarning", "Router"]
 
@@ -49,7 +49,8 @@ class Router(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(E) if config.balance_bias else None)
         if config.choice == "expert":
             warnings.warn("expert choice looks at later tokens: not causal", NotCausalWarning, stacklevel=2)
-        if config.drop_order == "choice" and (config.capacity_factor or config.eval_capacity_factor):
+        limited = config.capacity_factor or config.eval_capacity_factor or config.sequence_capacity
+        if config.drop_order == "choice" and limited:
             warnings.warn(
                 "drop_order = 'choice' lets a later token's first choice push out an earlier token: not causal",
                 NotCausalWarning,
@@ -64,13 +65,22 @@ class Router(nn.Module):
             self.balance_bias = bias.to(self.balance_bias.device)
         return self
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, sequence: int | None = None, *, choice: Choice | Routing | None = None) -> Routing:
+        """Route T tokens.
+
+        sequence   how many tokens in a row are one sequence, whose share of an expert `sequence_capacity` limits; None:
+                   all T are.
+        choice     the experts to take, and what to drop, whatever the scores say. The weights are made from the scores
+                   as ever, with their gradients: the same router gives the same weights.
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+            if choice is not None:
+                return self._chosen(logits_TE, scores_TE, choice)
             if self.config.choice == "expert":
                 return self._experts_choose(logits_TE, scores_TE)
-            return self._tokens_choose(logits_TE, scores_TE)
+            return self._tokens_choose(logits_TE, scores_TE, sequence)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         noisy = self.training
@@ -83,7 +93,7 @@ class Router(nn.Module):
             logits_TE = logits_TE + torch.randn_like(logits_TE) * size_TE
         return logits_TE
 
-    def _tokens_choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Routing:
+    def _tokens_choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int | None) -> Routing:
         cfg = self.config
         # Selection has no gradient: only the weights of what was chosen do.
         with torch.no_grad():
@@ -91,27 +101,50 @@ class Router(nn.Module):
             if cfg.top_groups < cfg.groups:
                 select_TE = _limit_groups(select_TE, cfg.groups, cfg.top_groups, cfg.group_score)
             experts_TK = select_TE.topk(cfg.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if cfg.normalize:
-            # Sigmoid scores can all be next to nothing; softmax's chosen ones sum to at least 1/E.
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        dropped_TK = self._drop(experts_TK, weights_TK)
+        weights_TK = self._weights(scores_TE.gather(1, experts_TK))
+        dropped_TK = self._drop(experts_TK, weights_TK, sequence)
         return Routing(logits_TE, scores_TE, experts_TK, weights_TK * cfg.scale, dropped_TK)
 
+    def _weights(self, weights_TK: Tensor) -> Tensor:
+        # Sigmoid scores can all be next to nothing; softmax's chosen ones sum to at least 1/E.
+        return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) if self.config.normalize else weights_TK
+
+    def _chosen(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice | Routing) -> Routing:
+        T, E = scores_TE.shape
+        experts_TK = choice.experts_TK.to(device=scores_TE.device, dtype=torch.int64)
+        K = E if self.config.choice == "expert" else self.config.top_k
+        if experts_TK.shape != (T, K):
+            raise RoutingError(f"choice.experts_TK has shape {tuple(experts_TK.shape)}: it must be {(T, K)}")
+        low, high = (int(bound) for bound in experts_TK.aminmax()) if T else (0, 0)
+        if low < 0 or high >= E:
+            raise RoutingError(f"choice names expert {low if low < 0 else high}: there are {E}, counted from 0")
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.config.choice == "expert" and choice.dropped_TK is not None:
+            weights_TK = weights_TK.masked_fill(choice.dropped_TK, 0)
+        return Routing(
+            logits_TE, scores_TE, experts_TK, self._weights(weights_TK) * self.config.scale, choice.dropped_TK
+        )
+
     @torch.no_grad()
-    def _drop(self, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+    def _drop(self, experts_TK: Tensor, weights_TK: Tensor, sequence: int | None) -> Tensor | None:
         cfg = self.config
         dropped_TK = None
         if cfg.random_second and self.training:
             dropped_TK = torch.zeros_like(experts_TK, dtype=torch.bool)
             dropped_TK[:, 1] = torch.rand_like(weights_TK[:, 1]) > 2 * weights_TK[:, 1]
         factor = cfg.capacity_factor if self.training else cfg.eval_capacity_factor
-        if factor is None:
-            return dropped_TK
         T, K = experts_TK.shape
-        # Rounded first: 1.1 · 25 · 4 / 10 is 11.000000000000002 to a computer, and its ceiling would be 12.
-        capacity = math.ceil(round(factor * T * K / cfg.experts, 6))
-        full_TK = _over_capacity(experts_TK, dropped_TK, cfg.experts, capacity, cfg.drop_order == "choice")
+        queue_TK, capacity = experts_TK, cfg.sequence_capacity
+        if capacity is not None:
+            # Every sequence has a queue of its own before each expert.
+            first_T = torch.arange(T, device=experts_TK.device) // (sequence or T) * cfg.experts
+            queue_TK = experts_TK + first_T.unsqueeze(1)
+        elif factor is not None:
+            # Rounded first: 1.1 · 25 · 4 / 10 is 11.000000000000002 to a computer, and its ceiling would be 12.
+            capacity = math.ceil(round(factor * T * K / cfg.experts, 6))
+        else:
+            return dropped_TK
+        full_TK = _over_capacity(queue_TK, dropped_TK, capacity, cfg.drop_order == "choice")
         return full_TK if dropped_TK is None else full_TK | dropped_TK
 
     def _experts_choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Routing:
@@ -120,9 +153,7 @@ class Router(nn.Module):
         capacity = min(T, max(1, round(T * cfg.top_k / E)))
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
         chosen_TE.scatter_(0, scores_TE.detach().topk(capacity, dim=0).indices, True)
-        weights_TE = scores_TE * chosen_TE
-        if cfg.normalize:
-            weights_TE = weights_TE / (weights_TE.sum(-1, keepdim=True) + 1e-20)
+        weights_TE = self._weights(scores_TE * chosen_TE)
         experts_TE = torch.arange(E, device=scores_TE.device).expand(T, E)
         return Routing(logits_TE, scores_TE, experts_TE, weights_TE * cfg.scale, ~chosen_TE)
 
@@ -136,25 +167,23 @@ def _limit_groups(select_TE: Tensor, groups: int, top_groups: int, score: str) -
     return select_TGe.masked_fill(~best_TG.unsqueeze(-1), -math.inf).flatten(1)
 
 
-def _over_capacity(
-    experts_TK: Tensor, dropped_TK: Tensor | None, experts: int, capacity: int, choices_first: bool
-) -> Tensor:
-    """True for the assignments that come after their expert's first `capacity` ones.
+def _over_capacity(queue_TK: Tensor, dropped_TK: Tensor | None, capacity: int, choices_first: bool) -> Tensor:
+    """True for the assignments that come after the first `capacity` ones of their queue.
 
     They are served token by token, or, with `choices_first`, all first choices before any second. Assignments in
     `dropped_TK` take no place.
     """
-    queue_N = experts_TK.t().flatten() if choices_first else experts_TK.flatten()
+    queue_N = queue_TK.t().flatten() if choices_first else queue_TK.flatten()
     if dropped_TK is not None:
-        # An extra expert's queue holds those that are already out.
+        # An extra queue holds those that are already out.
         out_N = dropped_TK.t().flatten() if choices_first else dropped_TK.flatten()
-        queue_N = queue_N.masked_fill(out_N, experts)
+        queue_N = queue_N.masked_fill(out_N, -1)
     sorted_N, order_N = queue_N.sort(stable=True)
-    start_N = torch.searchsorted(sorted_N, sorted_N)  # where each assignment's expert begins in the sorted queue
+    start_N = torch.searchsorted(sorted_N, sorted_N)  # where each assignment's queue begins among the sorted ones
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - start_N
     full_N = place_N >= capacity
-    return full_N.view(experts_TK.t().shape).t() if choices_first else full_N.view(experts_TK.shape)
+    return full_N.view(queue_TK.t().shape).t() if choices_first else full_N.view(queue_TK.shape)
 
 
 class MoE(nn.Module):
@@ -168,7 +197,8 @@ class MoE(nn.Module):
     shared_gate    multiply their output by a learned sigmoid gate.
     backend        who multiplies: "auto", "native", "grouped" or "reference" (see `handful.experts`).
 
-    The Routing's T tokens are x's leading dimensions, flattened. Add `handful.balance` losses of it to your own loss.
+    The Routing's T tokens are x's leading dimensions, flattened; the last of them is a sequence's tokens. Add
+    `handful.balance` losses of it to your own loss.
     """
 
     def __init__(
@@ -191,12 +221,13 @@ class MoE(nn.Module):
         self.shared = FeedForward(width, shared_hidden, activation) if shared_hidden else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, choice: Choice | Routing | None = None) -> tuple[Tensor, Routing]:
+        """y and the routing; `choice` as in `Router.forward`."""
         width = self.router.weight.shape[1]
         if x.shape[-1] != width:
             raise RoutingError(f"MoE input has width {x.shape[-1]}: it must be {width}")
         x_TD = x.reshape(-1, width)
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, x.shape[-2] if x.dim() > 1 else None, choice=choice)
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from handful.errors import RoutingError
 
-__all__ = ["Plan", "Routing"]
+__all__ = ["Choice", "Plan", "Routing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The experts of T tokens, chosen before: what a router is told to choose again (`observe.Recording`).
+
+    experts_TK   the chosen experts.
+    dropped_TK   True where an assignment was not computed; None: all were.
+    """
+
+    experts_TK: Tensor
+    dropped_TK: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 A tokenizer here is a `tokenizer.json` of the Hugging Face kind that can write any byte: byte-level BPE (GPT-2, OLMoE,
 Qwen, DeepSeek, gpt-oss, and those trained here) or BPE with byte fallback (Mixtral). So no text is out of reach, and
-the bytes that a token stands for can be counted. What is trained here gives every text back exactly.
+the bytes that a token stands for can be counted. What is trained here gives every text back exactly. T5's kind, which
+has no tokens for some characters, is taken where one says so.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     return Tokenizer(inner, END_OF_TEXT)
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
+def load_tokenizer(source: str | Path, *, any_text: bool = True) -> Tokenizer:
     """Load a tokenizer from a `tokenizer.json`, a folder that holds one, or a model `org/name` on the Hugging Face Hub.
 
     The end-of-text token is the `eos_token` of the `tokenizer_config.json` beside it, or else the first of the usual
-    names that the tokenizer knows. DataError when there is no such file, it is malformed, or it cannot write any byte.
+    names that the tokenizer knows. DataError when there is no such file, it is malformed, or it cannot write any byte
+    (with `any_text=False` it need not: T5's, which reads a character that it does not know as "<unk>").
     """
     path = Path(source)
     if os.path.exists(path):
@@ -74,7 +76,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     try:
         inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         config = json.loads(settings.read_text(encoding="utf-8")) if settings and settings.is_file() else {}
-        return Tokenizer(inner, _end_of_text(inner, config))
+        return Tokenizer(inner, _end_of_text(inner, config), any_text=any_text)
     except DataError as error:
         raise DataError(f"tokenizer {str(source)!r}: {error}") from None
     except OSError as error:
@@ -137,7 +139,7 @@ def _bytes_of_byte_fallback(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
-def _decoding(inner: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], int]:
+def _decoding(inner: tokenizers.Tokenizer, any_text: bool) -> tuple[Callable[[str], bytes], int]:
     """How a token's name becomes its bytes, and how many spaces at the start of a text the decoder takes away."""
     decoder = json.loads(inner.to_str())["decoder"] or {"type": None}
     steps: list[dict[str, Any]] = decoder.get("decoders", [decoder])
@@ -147,6 +149,8 @@ def _decoding(inner: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes], int]
     if "ByteFallback" in kinds:
         # SentencePiece puts a space before a text, and this takes it away again.
         return _bytes_of_byte_fallback, sum(step["start"] for step in steps if step["type"] == "Strip")
+    if kinds == ["Metaspace"] and not any_text:
+        return _bytes_of_byte_fallback, 1
     raise DataError(f"decoder {kinds}: a byte-level or byte-fallback one is needed, which can write any text")
 
 
@@ -158,7 +162,7 @@ class Tokenizer:
     fingerprint    a hash of the content and of eos: the same for the same tokenizer, wherever it was loaded from.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, eos: str) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, eos: str, *, any_text: bool = True) -> None:
         # A file may carry the cutting and padding of the work it was last used for. Here a text is always whole.
         inner.no_truncation()
         inner.no_padding()
@@ -173,7 +177,7 @@ class Tokenizer:
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = hashlib.sha256(f"{eos}\n{inner.to_str()}".encode()).hexdigest()[:32]
 
-        self._to_bytes, self._strip = _decoding(inner)
+        self._to_bytes, self._strip = _decoding(inner, any_text)
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos={self.eos!r}, fingerprint={self.fingerprint!r})"

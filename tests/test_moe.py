@@ -342,6 +342,59 @@ def test_an_expert_drops_what_is_over_capacity_and_no_more(
         assert bool(routing.dropped_TK[t, k]) == (places[int(routing.experts_TK[t, k])] < 0)
 
 
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans())
+def test_sequence_capacity_is_counted_in_each_sequence(
+    sequences: int, length: int, experts: int, capacity: int, by_choice: bool, training: bool
+) -> None:
+    order: Any = "choice" if by_choice else "token"
+    top_k = min(2, experts)
+    config = RouterConfig(experts=experts, top_k=top_k, sequence_capacity=capacity, drop_order=order)
+    random = torch.Generator().manual_seed(sequences + 10 * length + 100 * capacity)
+    logits_TE = torch.randn(sequences * length, experts, generator=random, dtype=F64)
+    routing = given_logits(config).train(training)(logits_TE, length)
+    assert routing.dropped_TK is not None
+    for start in range(0, sequences * length, length):
+        tokens = range(start, start + length)
+        slots = [(t, k) for k in range(top_k) for t in tokens] if by_choice else None
+        places = [capacity] * experts
+        for t, k in slots or [(t, k) for t in tokens for k in range(top_k)]:
+            places[int(routing.experts_TK[t, k])] -= 1
+            assert bool(routing.dropped_TK[t, k]) == (places[int(routing.experts_TK[t, k])] < 0)
+
+
+def test_the_layer_knows_where_sequences_end() -> None:
+    config = RouterConfig(experts=2, top_k=1, normalize=False, sequence_capacity=2)
+    moe = MoE(2, 3, config)
+    with torch.no_grad():
+        moe.router.weight.copy_(torch.eye(2))
+    x_BSD = torch.tensor([[[1.0, 0.0]] * 3, [[1.0, 0.0]] * 3])
+    y_BSD, routing = moe(x_BSD)
+    assert routing.dropped_TK is not None
+    assert routing.dropped_TK.flatten().tolist() == [False, False, True] * 2
+    assert y_BSD[:, 2].abs().max() == 0
+    assert y_BSD[:, :2].abs().min() > 0
+    _, flat = moe(x_BSD.flatten(0, 1))  # one sequence
+    assert flat.dropped_TK.flatten().tolist() == [False, False, True, True, True, True]
+    _, one = moe(x_BSD[0, 0])
+    assert one.dropped_TK.flatten().tolist() == [False]
+    for empty in (x_BSD[:0], x_BSD[:, :0]):
+        assert moe(empty)[0].shape == empty.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_capacity": 0}, "router.sequence_capacity = 0: at least 1, or none for dropless"),
+        ({"sequence_capacity": 3, "capacity_factor": 1.0}, "capacity_factor = 1.0: none with sequence_capacity = 3"),
+        ({"sequence_capacity": 3, "eval_capacity_factor": 1.0}, "eval_capacity_factor = 1.0: none with sequence_cap"),
+        ({"sequence_capacity": 3, "choice": "expert"}, "sequence_capacity = 3: none with choice = 'expert'"),
+    ],
+)
+def test_a_wrong_sequence_capacity_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RouterConfig(experts=4, top_k=2, **changes)
+
+
 def test_nothing_is_dropped_when_the_capacity_suffices() -> None:
     config = RouterConfig(experts=5, top_k=2, eval_capacity_factor=2.5)  # 2.5 = E / K: room for every token
     routing = route(config, preferring([[0, 1]] * 7, 5))
@@ -368,6 +421,7 @@ def test_what_is_not_causal_warns() -> None:
         RouterConfig(experts=4, top_k=2, choice="expert"),
         RouterConfig(experts=4, top_k=2, capacity_factor=1.0, drop_order="choice"),
         RouterConfig(experts=4, top_k=2, eval_capacity_factor=1.0, drop_order="choice"),
+        RouterConfig(experts=4, top_k=2, sequence_capacity=1, drop_order="choice"),
     ):
         with pytest.warns(NotCausalWarning, match="not causal"):
             Router(4, config)
