@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import re
@@ -20,20 +21,21 @@ from torch import Tensor
 
 from handful.checkpoint import read_json, read_tensors
 from handful.config import ModelConfig, RouterConfig
+from handful.cost import cost
 from handful.errors import CheckpointError, ConfigError
 from handful.families import (
     config_from_hf,
     config_to_hf,
-    load,
     save,
     tensors_from_hf,
     tensors_to_hf,
     why_not_public,
 )
 from handful.families.convert import RUN, TRAINING_ONLY
-from handful.families.counted import COUNTED
+from handful.families.elsewhere import PLUGGABLE
 from handful.families.family import has_dense
 from handful.families.io import find_config
+from handful.families.io import load_decoder as load
 from handful.model import Decoder
 from handful.presets import PRESETS
 
@@ -41,7 +43,11 @@ transformers: Any = importlib.import_module("transformers")  # its types know le
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-MODELS = json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+MODELS = [
+    entry
+    for entry in json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+    if entry["config"]["model_type"] != "switch_transformers"  # no decoder
+]
 
 VOCAB = 61
 SHAPE: dict[str, Any] = {
@@ -217,7 +223,6 @@ CASES: dict[str, tuple[Any, ModelConfig]] = {
         ModelConfig(**OURS, ffn=20, qkv_bias=True, o_bias=True, norm_eps=1e-3, tied=False),
     ),
 }
-FAMILIES = {family.model_type: family for family in (*RUN, *COUNTED)}
 TOKENS = torch.randint(VOCAB, (2, 19), generator=torch.Generator().manual_seed(0))
 
 # The first DeepSeek family is not in transformers: its tensors are tested by name alone.
@@ -354,8 +359,7 @@ def test_ours_is_the_last_resort(tmp_path: Path) -> None:
 def test_published_configs(entry: dict[str, Any]) -> None:
     """Those that are run are written as their own family again; the others say why they are not run."""
     values = entry["config"]
-    family = FAMILIES[values["model_type"]]
-    if family in RUN:
+    if values["model_type"] in {family.model_type for family in RUN}:
         config = config_from_hf(values)
         assert config_to_hf(config)["model_type"] == values["model_type"]
         assert config_from_hf(config_to_hf(config)) == config
@@ -365,11 +369,11 @@ def test_published_configs(entry: dict[str, Any]) -> None:
 
 
 def test_a_counted_model_is_found_by_its_config_file(tmp_path: Path) -> None:
-    entry = next(entry for entry in MODELS if entry["name"] == "openai/gpt-oss-20b")
+    entry = next(entry for entry in MODELS if entry["name"] == "ai21labs/Jamba-v0.1")
     (tmp_path / "config.json").write_text(json.dumps(entry["config"]))
     for source in (tmp_path, tmp_path / "config.json"):
-        assert find_config(source) == PRESETS["gpt-oss"].model
-    with pytest.raises(CheckpointError, match="'gpt_oss': can be counted but not run: it has attention sinks"):
+        assert cost(find_config(source)).total == entry["exact"]["total"]
+    with pytest.raises(CheckpointError, match="'jamba': can be counted but not run: it has Mamba layers"):
         load(tmp_path)
 
 
@@ -390,8 +394,8 @@ def test_llama4_is_counted_inside_its_multimodal_config() -> None:
         ("olmoe", "olmoe"),
         ("qwen3", "qwen3_moe"),
         ("deepseek-moe", "deepseek"),
-        ("deepseek-v3", "handful"),
-        ("gpt-oss", "handful"),
+        ("deepseek-v3", "deepseek_v3"),
+        ("gpt-oss", "gpt_oss"),
     ],
 )
 def test_family_of_a_preset(preset: str, family: str) -> None:
@@ -523,21 +527,46 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("qwen3", {"rope_scaling": YARN}, "rope_scaling = .*'yarn'.*: only plain RoPE"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = .*'linear'.*: only plain RoPE"),
-        ("mixtral", {"rope_parameters": {"rope_theta": 1e6, **YARN}}, "rope_parameters = .*: only plain RoPE"),
-        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters = .*: only plain"),
+        (
+            "qwen3",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling = .*: rope_type must be default, ",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear"}},
+            "llama: model.rope_scaling.factor: needed and not given",
+        ),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor = 0.5: at least 1"),
+        ("mixtral", {"rope_parameters": {"rope_theta": 1e6, **YARN, "beta": 3}}, "rope_parameters.beta = 3: not known"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters = .*: must be one for",
+        ),
         ("qwen3", {"rope_parameters": "default"}, "rope_parameters = 'default': must be an object"),
         ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: this family turns whole heads"),
         ("llama", {"rotary_dim": 4}, "rotary_dim = 4: this family turns whole heads"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0: only None is supported"),
         ("llama", {"mlp_bias": True}, "mlp_bias = True: only False is supported"),
-        ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096: only full attention"),
-        ("qwen3", {"sliding_window": 8, "use_sliding_window": True}, "sliding_window = 8: only full attention"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types = .*: only full attention"),
+        ("llama", {"sliding_window": 4096}, "sliding_window = 4096: this family has only full attention"),
+        ("olmoe", {"layer_types": ["sliding_attention"] * 3}, "layer_types = .*: this family has only full attention"),
+        (
+            "mixtral",
+            {"sliding_window": 8, "layer_types": ["full_attention"] * 3},
+            "must be sliding_attention with a wi",
+        ),
+        ("mixtral", {"sliding_window": -8}, "model.window = -8: at least 1"),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 3},
+            "layer_types = .*: must be full_attention with a window of",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must name all 3 layers"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types = .*: must be full_attention with"),
         ("qwen3_moe", {"hidden_act": "relu2"}, "hidden_act = 'relu2': must be 'silu' or 'gelu'"),
         ("qwen3_moe", {"mlp_only_layers": [0, 2]}, r"mlp_only_layers = \[0, 2\]: only the first layers"),
-        ("qwen3_moe", {"quantization_config": {"bits": 4}}, "quantization_config = .*: not known for qwen3_moe"),
+        ("qwen3_moe", {"quantization_config": {"bits": 4}}, "quantization_config = .*: quant_method must be .fp8."),
         ("qwen3_moe", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0: not known"),
         ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts = 0: at least 1"),
         ("glm4_moe", {"n_group": 4}, "config.json of glm4_moe: router.groups = 4: a divisor of experts = 6"),
@@ -546,7 +575,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("llama", {"hidden_size": "wide"}, "config.json of llama: model.width = 'wide': of type int"),
         ("llama", {"rope_parameters": None, "rope_theta": {}}, "config.json of llama: model.rope_theta = {}: of type"),
         ("qwen3_moe", {"decoder_sparse_step": 0, "mlp_only_layers": [0, 2]}, "decoder_sparse_step = 0, .*: malformed"),
-        ("llama", {"num_attention_heads": 5}, "model.(kv_heads|heads) = .*: a divisor of"),
+        ("llama", {"num_attention_heads": 5}, "hidden_size = 24: must be a multiple of the 5 heads"),
         ("llama", {"model_type": "mamba"}, "model_type = 'mamba': must be one of qwen3_moe, olmoe"),
         ("llama", {"model_type": None}, "model_type = None: must be one of"),
     ],
@@ -640,3 +669,196 @@ def test_the_number_of_experts_does_not_slow_a_plan() -> None:
     state = tensors_to_hf(config, Decoder(config).state_dict())
     assert len(state) == 300 * 3 + 10
     assert math.prod(tensors_from_hf(config, state)["layers.0.ffn.experts.down"].shape) == 300 * 24 * 12
+
+
+def test_the_plug_in_is_offered_where_it_works() -> None:
+    """To the families whose experts transformers lets others compute, and to no other."""
+    models = Path(transformers.__file__).parent / "models"
+    marked = {file.parent.name for file in models.glob("*/modeling_*.py") if "\n@use_experts_impl" in file.read_text()}
+    assert marked - {family.model_type for family in RUN} == PLUGGABLE
+    offer = "; transformers runs it, with our experts after `import handful.transformers`"
+    for model_type, offered in (
+        ("ernie4_5_moe", True),
+        ("jamba", True),
+        ("qwen3_next", True),
+        ("dbrx", False),
+        ("x", False),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            config_from_hf({"model_type": model_type})
+        assert str(caught.value).endswith(offer) == offered
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As their makers publish them.
+
+
+@torch.no_grad()
+def test_gpt_oss_as_published_with_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Random codes and scales; transformers' own unpacking of them makes the model that ours is held against."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    shape = SHAPE | {"hidden_size": 64}
+    config = transformers.GptOssConfig(
+        **shape, head_dim=8, intermediate_size=32, num_local_experts=3, num_experts_per_tok=2, sliding_window=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.load_state_dict(random_state(model.state_dict()))
+    state = dict(model.state_dict())
+    generator = torch.Generator().manual_seed(2)
+    for layer, (name, columns) in itertools.product(range(3), (("gate_up_proj", 64), ("down_proj", 32))):
+        key = f"model.layers.{layer}.mlp.experts.{name}"
+        rows, groups = state[key].shape[2], columns // 32
+        blocks = torch.randint(256, (3, rows, groups, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 126, (3, rows, groups), dtype=torch.uint8, generator=generator)
+        state[key].copy_(convert_moe_packed_tensors(blocks, scales))
+        del state[key]
+        state |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    model.save_pretrained(tmp_path)  # for its config.json
+    save_file(state, tmp_path / "model.safetensors")
+    values = read_json(tmp_path / "config.json")
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    published = {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": left},
+        "experts_per_token": 2,
+        "initial_context_length": 4096,
+        "swiglu_limit": 7.0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values | published))
+    assert {p.dtype for p in load(tmp_path).parameters()} == {torch.bfloat16}
+    assert distance(ours(load(tmp_path, dtype=torch.float32)), model.float()(TOKENS).logits) < 1e-5
+    # What is saved is unquantised, and says so.
+    save(load(tmp_path, dtype=torch.float32), tmp_path / "plain")
+    assert "quantization_config" not in read_json(tmp_path / "plain" / "config.json")
+    assert theirs(tmp_path / "plain").equal(model.float()(TOKENS).logits)
+    with pytest.raises(CheckpointError, match=r"quantization_config = .*: quant_method must be 'mxfp4'"):
+        config_from_hf(values | {"quantization_config": {"quant_method": "gptq"}})
+
+
+def test_kimi_k2_is_deepseek_v3(folders: dict[str, Path]) -> None:
+    """Kimi-K2's published config.json, its sizes made smaller."""
+    values = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
+        "model_type": "kimi_k2",
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "ep_size": 1,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "kv_lora_rank": 6,
+        "max_position_embeddings": 131072,
+        "moe_intermediate_size": 12,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "num_nextn_predict_layers": 0,
+        "pretraining_tp": 1,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 4,
+        "vocab_size": VOCAB,
+    }
+    config = config_from_hf(values)
+    assert config.mla is not None
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.kind, config.rope_scaling.factor, config.rope_theta) == ("yarn", 32.0, 50000.0)
+    assert config.router == RouterConfig(experts=6, top_k=2, score="sigmoid", scale=2.827, balance_bias=True)
+    written = config_to_hf(config)
+    assert written["model_type"] == "deepseek_v3"
+    assert config_from_hf(written) == config
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def float8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix as float8 codes and scales of 128 x 128 blocks, and what the two stand for."""
+    rows, columns = weight.shape
+    codes, scales = torch.empty_like(weight), torch.empty(-(-rows // 128), -(-columns // 128))
+    back = torch.empty_like(weight)
+    for i, j in itertools.product(range(len(scales)), range(scales.shape[1])):
+        block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+        scales[i, j] = weight[block].abs().max() / 448
+        codes[block] = (weight[block] / scales[i, j]).to(torch.float8_e4m3fn).float()
+        back[block] = codes[block] * scales[i, j]
+    return codes.to(torch.float8_e4m3fn), scales, back
+
+
+@torch.no_grad()
+def test_deepseek_v3_as_published_in_float8(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(
+        **SHAPE | {"hidden_size": 136, "num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=130,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=40,
+        intermediate_size=20,
+        moe_intermediate_size=132,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(random_state(model.state_dict()))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in state if "_proj" in name]:
+        state[name], state[f"{name}_scale_inv"], back = float8(state[name])
+        state[f"back {name}"] = back
+    plain = {name: state.pop(f"back {name}", tensor) for name, tensor in list(state.items()) if "back" not in name}
+    plain = {name: tensor for name, tensor in plain.items() if not name.endswith("_scale_inv")}
+    (tmp_path / "plain").mkdir()
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plain" / "config.json").write_text((tmp_path / "config.json").read_text())
+    save_file(state, tmp_path / "model.safetensors")
+    values = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": FP8}))
+    assert distance(ours(load(tmp_path, dtype=torch.float32)), theirs(tmp_path / "plain")) < 1e-5
+    down = load(tmp_path).state_dict()["layers.1.ffn.experts.down"]
+    assert down[2].equal(plain["model.layers.1.mlp.experts.2.down_proj.weight"].to(torch.bfloat16))
+    # What does not fit together is named.
+    key = "model.layers.1.mlp.experts.2.down_proj.weight_scale_inv"
+    for change, message in (
+        ({}, f"tensor '{key}' is missing, and '.*' is torch.float8_e4m3fn"),
+        ({key: torch.ones(1, 1)}, rf"tensor '{key}' has shape \[1, 1\], torch.float32: must be \[2, 2\]"),
+    ):
+        save_file({**{n: t for n, t in state.items() if n != key}, **change}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+    for quantized, message in (
+        ({"quant_method": "awq"}, "quant_method must be 'fp8'"),
+        (FP8 | {"weight_block_size": None}, r"weight_block_size = None: must be \[128, 128\]"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            config_from_hf(values | {"quantization_config": quantized})

@@ -12,13 +12,31 @@ from typing import Any
 
 from torch import Tensor
 
-from handful.checkpoint import check_tensors
+from handful.checkpoint import Tensors, check_tensors
 from handful.config import ModelConfig, RouterConfig, from_dict, to_dict
 from handful.errors import CheckpointError, ConfigError, HandfulError
-from handful.families import deepseek, glm4_moe, llama, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from handful.families import (
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    granitemoe,
+    llama,
+    minimax_m2,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from handful.families.counted import COUNTED
+from handful.families.elsewhere import hint
 from handful.families.family import Family, has_dense
-from handful.families.rows import setting
+from handful.families.fp8 import unscaled
+from handful.families.hybrids import HYBRIDS
+from handful.families.rows import refusal, setting
 from handful.families.weights import from_public, shapes, to_public
 
 __all__ = [
@@ -33,7 +51,23 @@ __all__ = [
 
 # Those that our decoder runs. A config is written as the first whose maths it has.
 RUN: tuple[Family, ...] = tuple(
-    module.FAMILY for module in (qwen3_moe, olmoe, mixtral, qwen2_moe, glm4_moe, minimax_m2, deepseek, qwen3, llama)
+    module.FAMILY
+    for module in (
+        qwen3_moe,
+        olmoe,
+        mixtral,
+        qwen2_moe,
+        glm4_moe,
+        minimax_m2,
+        granitemoe,
+        deepseek,
+        deepseek_v2,
+        deepseek_v3,
+        gpt_oss,
+        qwen3,
+        llama,
+        mistral,
+    )
 )
 OURS = "handful"
 
@@ -98,10 +132,14 @@ def why_not_public(config: ModelConfig) -> str | None:
 def _family(values: Mapping[str, Any]) -> Family:
     model_type = values.get("model_type")
     for family in (*RUN, *COUNTED):
-        if family.model_type == model_type:
+        if model_type == family.model_type or model_type in family.also:
             return family
+    if isinstance(model_type, str) and model_type in HYBRIDS:
+        lacks = HYBRIDS[model_type][1]
+        raise refusal("model_type", model_type, f"can be counted but not run: it has {lacks}{hint(model_type)}")
     names = ", ".join(family.model_type for family in RUN)
-    raise CheckpointError(f"config.json: model_type = {model_type!r}: must be one of {names}, {OURS}")
+    known = f"must be one of {names}, {OURS}"
+    raise refusal("model_type", model_type, f"{known}{hint(model_type) if isinstance(model_type, str) else ''}")
 
 
 def _choose(config: ModelConfig) -> tuple[Family | None, str]:
@@ -138,7 +176,7 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
 # Tensors.
 
 
-def tensors_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A decoder's state_dict under the names of `config_to_hf`'s family. Views: nothing is copied.
 
     CheckpointError if the state is not this config's.
@@ -146,11 +184,11 @@ def tensors_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
     family, _ = _choose(config)
     if family is None:
         check_tensors(shapes(config), state, source="the model")
-        return dict(state)
+        return state
     return to_public(config, family.names[0], state)
 
 
-def tensors_from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A checkpoint's tensors, under any family's names or ours, as a decoder's state_dict, in their dtypes.
 
     The config says what each must be, so the names alone tell the families' layouts apart: experts one tensor each, or
@@ -160,6 +198,7 @@ def tensors_from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[
     family, _ = _choose(config)
     if family is None or "embed.weight" in tensors:
         check_tensors(shapes(config), tensors)
-        return dict(tensors)
+        return tensors
+    tensors = unscaled(Tensors.of(tensors))
     tables = [table for other in (family, *RUN) for table in other.names]
     return from_public(config, tables, tensors, later_tokens=family.later_tokens)

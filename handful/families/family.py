@@ -8,7 +8,9 @@ from typing import Any
 
 from handful.config import ModelConfig, from_dict
 from handful.errors import CheckpointError, ConfigError
+from handful.families.elsewhere import hint
 from handful.families.rows import Row, Values, refusal
+from handful.families.weights import Names
 
 __all__ = ["Family", "has_dense"]
 
@@ -24,10 +26,13 @@ NO_MATHS = frozenset(
         "bos_token_id",
         "dtype",
         "eos_token_id",
+        "ep_size",
         "handful",
+        "initial_context_length",
         "initializer_range",
         "is_llama_config",
         "model_type",
+        "num_mtp_layers",
         "num_nextn_predict_layers",
         "output_router_logits",
         "pad_token_id",
@@ -49,6 +54,7 @@ class Family:
     """A public family.
 
     model_type, architecture   what its config.json calls it, and the class that transformers loads it into.
+    also                       other names of the same maths, read but not written.
     rows                       its config.
     names                      its tensors (`weights.py`). The first table is written; the others are read too.
     dense                      it has no router.
@@ -59,7 +65,8 @@ class Family:
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
-    names: tuple[dict[str, tuple[str, ...]], ...] = ()
+    names: tuple[Names, ...] = ()
+    also: tuple[str, ...] = ()
     dense: bool = False
     later_tokens: bool = False
     counted_only: str = ""
@@ -68,7 +75,8 @@ class Family:
         """A config.json's values as our config. CheckpointError names a field that is missing, malformed or, unless
         only counting, one whose maths our decoder does not have."""
         if self.counted_only and not count_only:
-            raise refusal("model_type", self.model_type, f"can be counted but not run: it has {self.counted_only}")
+            lacks = f"it has {self.counted_only}{hint(self.model_type)}"
+            raise refusal("model_type", self.model_type, f"can be counted but not run: {lacks}")
         nested: dict[str, Any] = {}
         for row in self.rows:
             try:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import AttentionBias, FullAttention, HeadNorm, Rope
 from handful.families.family import Family
-from handful.families.rows import (
-    DECODER,
-    Activation,
-    AttentionBias,
-    Field,
-    FullAttention,
-    Groups,
-    HeadNorm,
-    Implied,
-    Rope,
-    SharedExperts,
-)
+from handful.families.fp8 import BLOCK
+from handful.families.rows import DECODER, Activation, Field, Groups, Implied, Quantized, SharedExperts
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -37,6 +28,7 @@ FAMILY = Family(
         SharedExperts(optional=False),
         Field("first_k_dense_replace", "dense_first", default=1),
         Field("intermediate_size", "ffn"),
+        Quantized("fp8", (BLOCK, BLOCK)),
         Implied("router.score", "sigmoid"),
         Implied("router.balance_bias", True),
     ),

@@ -1,9 +1,10 @@
-"""Llama (arXiv:2302.13971, arXiv:2307.09288), dense. Llama 3.1 and later scale RoPE, which is refused."""
+"""Llama (arXiv:2302.13971, arXiv:2307.09288), dense. Llama 3.1 and later scale RoPE."""
 
 from __future__ import annotations
 
+from handful.families.attention_rows import AttentionBias, FullAttention, Rope, WholeHeads
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, AttentionBias, Field, FullAttention, Only, Rope
+from handful.families.rows import DECODER, Activation, Field, Only
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
 FAMILY = Family(
@@ -11,6 +12,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     rows=(
         *DECODER,
+        WholeHeads(),
         Rope(),
         Activation(),
         AttentionBias(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import FullAttention, Rope
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, FullAttention, Implied, Only, Rope
+from handful.families.fp8 import BLOCK
+from handful.families.rows import DECODER, Activation, Field, Implied, Only, Quantized
 from handful.families.weights import DECODER_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -24,6 +26,7 @@ FAMILY = Family(
         Only("use_routing_bias", True, counts=True),
         Only("shared_intermediate_size", 0, counts=True),
         Implied("qk_norm", "full"),
+        Quantized("fp8", (BLOCK, BLOCK)),
         Implied("router.score", "sigmoid"),
         Implied("router.normalize", True),
         Implied("router.balance_bias", True),

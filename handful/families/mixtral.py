@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import Rope, Window
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, FullAttention, Implied, Rope
+from handful.families.rows import DECODER, Activation, Field, Implied
 from handful.families.weights import DECODER_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -13,7 +14,7 @@ FAMILY = Family(
         *DECODER,
         Rope(theta=1e6),
         Activation(),
-        FullAttention(),
+        Window(),
         Field("head_dim", "head_dim", default=None),
         Field("num_local_experts", "router.experts", also="num_experts"),
         Field("num_experts_per_tok", "router.top_k"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import AttentionBias, FullAttention, Rope
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, AttentionBias, Field, FullAttention, Implied, Only, Rope
+from handful.families.rows import DECODER, Activation, Field, Implied, Only
 from handful.families.weights import DECODER_NAMES, FUSED, moe_names
 
 FAMILY = Family(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import Rope, Window
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, FullAttention, Implied, Rope, SparseLayers
+from handful.families.rows import DECODER, Activation, Field, Implied, SparseLayers, Values, get
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
+
+
+def _slides(layer: int, values: Values) -> bool:
+    return layer % 2 == 0 and layer < get(values, "max_window_layers", 28)
+
 
 FAMILY = Family(
     model_type="qwen2_moe",
@@ -13,7 +19,7 @@ FAMILY = Family(
         *DECODER,
         Rope(),
         Activation(),
-        FullAttention(switch=True),
+        Window(switch=True, slides=_slides),
         SparseLayers(),
         Field("qkv_bias", "qkv_bias", default=True),
         Field("num_experts", "router.experts", also="num_local_experts"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import AttentionBias, Rope, Window
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, AttentionBias, Field, FullAttention, Implied, Rope
+from handful.families.rows import DECODER, Activation, Field, Implied, get
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
 FAMILY = Family(
@@ -14,7 +15,7 @@ FAMILY = Family(
         Rope(),
         Activation(),
         AttentionBias(),
-        FullAttention(switch=True),
+        Window(switch=True, slides=lambda layer, values: layer >= get(values, "max_window_layers", 28)),
         Field("head_dim", "head_dim", default=128),
         Field("intermediate_size", "ffn"),
         Implied("qk_norm", "head"),

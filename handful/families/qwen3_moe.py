@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from handful.families.attention_rows import AttentionBias, Rope, Window
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, AttentionBias, Field, FullAttention, Implied, Rope, SparseLayers
+from handful.families.fp8 import BLOCK
+from handful.families.rows import DECODER, Activation, Field, Implied, Quantized, SparseLayers
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -14,7 +16,7 @@ FAMILY = Family(
         Rope(),
         Activation(),
         AttentionBias(),
-        FullAttention(switch=True),
+        Window(switch=True),
         SparseLayers(),
         Field("head_dim", "head_dim", default=None),
         Field("num_experts", "router.experts", also="num_local_experts"),
@@ -22,6 +24,7 @@ FAMILY = Family(
         Field("norm_topk_prob", "router.normalize", default=False),
         Field("moe_intermediate_size", "expert_width"),
         Field("intermediate_size", "ffn"),
+        Quantized("fp8", (BLOCK, BLOCK)),
         Implied("qk_norm", "head"),
     ),
     names=(DECODER_NAMES | DENSE_NAMES | moe_names(), FUSED),

@@ -23,19 +23,17 @@ from handful.errors import CheckpointError
 __all__ = [
     "DECODER",
     "Activation",
-    "AttentionBias",
     "Field",
-    "FullAttention",
     "Groups",
-    "HeadNorm",
     "Implied",
     "Inside",
     "Only",
-    "Rope",
+    "Quantized",
     "Row",
     "SharedExperts",
     "SparseLayers",
     "Values",
+    "get",
     "refusal",
     "setting",
 ]
@@ -45,7 +43,7 @@ REQUIRED = object()
 
 
 def setting(config: ModelConfig, path: str) -> Any:
-    """The value of a setting; None for a router's in a dense model."""
+    """The value of a setting; None for one of a part (router, mla) that the model does not have."""
     value: Any = config
     for name in path.split("."):
         value = None if value is None else getattr(value, name)
@@ -143,55 +141,6 @@ class Only(Row):
 
 
 @dataclass(frozen=True)
-class Rope(Row):
-    """RoPE's base, and with `partial` the share of a head that it turns. Scaled forms, YaRN and others, are refused.
-
-    Transformers 5 keeps all of it in `rope_parameters`; before, it was `rope_theta`, `rope_scaling` and
-    `partial_rotary_factor`. Both are read; the older form, which every version reads, is written.
-    """
-
-    theta: float = 10000.0
-    partial: float | None = None
-
-    keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_dim")
-
-    def _parameters(self, values: Values) -> tuple[str, Values]:
-        key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-        found = get(values, key, {})
-        if not isinstance(found, Mapping):
-            raise refusal(key, found, "must be an object")
-        return key, {**{key: values[key] for key in ("rope_theta", "partial_rotary_factor") if key in values}, **found}
-
-    def read(self, values: Values) -> dict[str, Any]:
-        _, rope = self._parameters(values)
-        out = {"rope_theta": get(rope, "rope_theta", self.theta)}
-        if self.partial is not None:
-            share = self.partial
-            if values.get("rotary_dim") is not None:  # MiniMax-M2's published form
-                share = values["rotary_dim"] / get(values, "head_dim")
-            out["rotary_fraction"] = get(rope, "partial_rotary_factor", share)
-        return out
-
-    def check(self, values: Values) -> None:
-        key, rope = self._parameters(values)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        by_layer = any(isinstance(value, Mapping) for value in get(values, key, {}).values())
-        if kind != "default" or by_layer:
-            raise refusal(key, values[key], "only plain RoPE is supported")
-        share = {
-            "partial_rotary_factor": get(rope, "partial_rotary_factor", 1.0),
-            "rotary_dim": values.get("rotary_dim"),
-        }
-        for name, value in share.items():
-            if self.partial is None and value not in (None, 1.0):
-                raise refusal(name, value, "this family turns whole heads")
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        share = {} if self.partial is None else {"partial_rotary_factor": config.rotary_fraction}
-        return {"rope_theta": config.rope_theta, **share}
-
-
-@dataclass(frozen=True)
 class Activation(Row):
     """The gated activation, named after what the gate goes through."""
 
@@ -208,47 +157,23 @@ class Activation(Row):
 
 
 @dataclass(frozen=True)
-class FullAttention(Row):
-    """Sliding windows are refused. With `switch`, the family has one only where `use_sliding_window` says so."""
+class Quantized(Row):
+    """How the family is published, quantised: the tensors say the rest themselves, and become plain ones when read."""
 
-    switch: bool = False
+    method: str
+    blocks: tuple[int, ...] | None = None
 
-    keys = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+    keys = ("quantization_config",)
 
     def check(self, values: Values) -> None:
-        if get(values, "use_sliding_window", not self.switch) and values.get("sliding_window"):
-            raise refusal("sliding_window", values["sliding_window"], "only full attention is supported")
-        if set(get(values, "layer_types", [])) - {"full_attention"}:
-            raise refusal("layer_types", values["layer_types"], "only full attention is supported")
-
-
-@dataclass(frozen=True)
-class AttentionBias(Row):
-    """One field for the biases of query, key and value, and in most families of the output too."""
-
-    output: bool = True
-
-    keys = ("attention_bias",)
-
-    def read(self, values: Values) -> dict[str, Any]:
-        bias = get(values, "attention_bias", False)
-        return {"qkv_bias": bias, "o_bias": bias and self.output}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {"attention_bias": config.qkv_bias}
-
-
-@dataclass(frozen=True)
-class HeadNorm(Row):
-    """A switch for QK-norm per head."""
-
-    keys = ("use_qk_norm",)
-
-    def read(self, values: Values) -> dict[str, Any]:
-        return {"qk_norm": "head" if get(values, "use_qk_norm", False) else "none"}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {"use_qk_norm": config.qk_norm == "head"}
+        found = get(values, "quantization_config", None)
+        if not found:
+            return
+        if not isinstance(found, Mapping) or found.get("quant_method") != self.method:
+            raise refusal("quantization_config", found, f"quant_method must be {self.method!r}")
+        blocks = found.get("weight_block_size")
+        if self.blocks is not None and blocks != list(self.blocks):
+            raise refusal("quantization_config.weight_block_size", blocks, f"must be {list(self.blocks)}")
 
 
 @dataclass(frozen=True)
@@ -281,6 +206,8 @@ class SharedExperts(Row):
 
     def read(self, values: Values) -> dict[str, Any]:
         count = get(values, self.key, 0)
+        if not isinstance(count, int):
+            raise refusal(self.key, count, "must be a whole number")
         if not count and not self.optional:
             raise refusal(self.key, count, "at least 1 in this family")
         return {"shared_width": count * get(values, "moe_intermediate_size")}

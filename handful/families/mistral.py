@@ -1,0 +1,23 @@
+"""Mistral (arXiv:2310.06825), dense: Llama with a sliding window in every layer, or without one."""
+
+from __future__ import annotations
+
+from handful.families.attention_rows import Rope, Window
+from handful.families.family import Family
+from handful.families.rows import DECODER, Activation, Field
+from handful.families.weights import DECODER_NAMES, DENSE_NAMES
+
+FAMILY = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    rows=(
+        *DECODER,
+        Rope(),
+        Activation(),
+        Window(default=4096),
+        Field("head_dim", "head_dim", default=None),
+        Field("intermediate_size", "ffn"),
+    ),
+    names=(DECODER_NAMES | DENSE_NAMES,),
+    dense=True,
+)
