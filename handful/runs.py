@@ -1,18 +1,23 @@
 """A run's folder: what was asked, what happened, and checkpoints to go on from.
 
     RUN/run.json                      the model, the training settings and the data
+    RUN/lock                          held by the process that trains it
     RUN/events.jsonl                  what happened, one JSON object a line
     RUN/checkpoints/step-000500/      a Hugging Face checkpoint, and beside it the optimizer's state
     RUN/model -> checkpoints/step-…   the last one
 
 A checkpoint appears whole or not at all, and the link moves after it; so a run that is killed at any moment goes on
-from the last checkpoint. The last two are kept.
+from the last checkpoint. The last two are kept. A run that goes on from another model keeps that one as its checkpoint
+of step 0, written before run.json, so it needs nothing outside its folder either.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,32 @@ from handful.families.io import checkpoint_files, read_into
 from handful.model import Decoder
 from handful.text import Tokenizer
 
-__all__ = ["Run"]
+__all__ = ["Run", "check_free", "read_asked", "read_events"]
 
 KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ASKED = {"model": (), "train": ("dtype", "steps"), "data": ("origin", "fingerprint")}  # what every run.json has
+
+
+def check_free(folder: Path) -> None:
+    """ConfigError if the folder holds a run."""
+    if (folder / "run.json").exists():
+        raise ConfigError(f"out = {str(folder)!r}: holds a run; go on with it by --resume, or name another folder")
+
+
+def read_asked(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder. ConfigError if it holds no run, CheckpointError if the file is damaged."""
+    file = folder / "run.json"
+    if not file.exists():
+        raise ConfigError(f"out = {str(folder)!r}: holds no run to resume")
+    asked = checkpoint.read_json(file)
+    for section, names in ASKED.items():
+        if not isinstance(asked.get(section), dict):
+            raise CheckpointError(f"{file}: damaged: {section} = {asked.get(section)!r}: an object of settings")
+        for name in names:
+            if name not in asked[section]:
+                raise CheckpointError(f"{file}: damaged: {section}.{name} is missing")
+    return asked
 
 
 class Run:
@@ -39,29 +66,55 @@ class Run:
         self.folder = folder
         self.resumed = resumed
         self._events = folder / "events.jsonl"
+        self._has_start = False
 
     @classmethod
     def open(cls, folder: Path, *, resume: bool) -> Run:
         """Use a new folder, or with `resume` one that holds a run. ConfigError for the other two cases."""
-        holds_run = (folder / "run.json").exists()
-        if holds_run and not resume:
-            raise ConfigError(f"out = {str(folder)!r}: holds a run; go on with it by --resume, or name another folder")
-        if resume and not holds_run:
-            raise ConfigError(f"out = {str(folder)!r}: holds no run to resume")
+        if resume:
+            read_asked(folder)
+        else:
+            check_free(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out = {str(folder)!r}: {error.strerror}") from None
         return cls(folder, resumed=resume and _last_checkpoint(folder) is not None)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the run for this process alone; the system lets go of it when the process ends, however it does.
+
+        ConfigError if another one has it.
+        """
+        try:
+            file = open(self.folder / "lock", "a")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"out = {str(self.folder)!r}: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"out = {str(self.folder)!r}: another process is training this run") from None
+            yield
+
     def last(self) -> Path | None:
         """The last whole checkpoint, if there is one."""
         return _last_checkpoint(self.folder)
 
-    def begin(self, config: ModelConfig, settings: TrainConfig, data: Data) -> None:
-        """Write down what was asked; forget the events of an attempt that reached no checkpoint."""
+    def begin(
+        self, config: ModelConfig, settings: TrainConfig, data: Data, only: str = "all", *, started: bool = False
+    ) -> None:
+        """Write down what was asked; forget the events of an attempt that reached no checkpoint.
+
+        started   the run goes on from a model, which its checkpoint of step 0 holds already.
+        """
+        if not started:  # an attempt that did may have left its own
+            shutil.rmtree(self._step(0), ignore_errors=True)
         asked = {
             "handful": __version__,
+            "only": only,
+            "started": started,
             "model": to_dict(config),
             "train": to_dict(settings),
             "data": {**data.summary(), "origin": data.origin, "fingerprint": data.fingerprint},
@@ -69,9 +122,9 @@ class Run:
         checkpoint.write_file(self.folder / "run.json", asked)
         self._events.unlink(missing_ok=True)
 
-    def check(self, config: ModelConfig, settings: TrainConfig, data: Data) -> str:
+    def check(self, config: ModelConfig, settings: TrainConfig, data: Data, only: str = "all") -> str:
         """The dtype that the run began with. ConfigError names the first setting that differs from the run's own."""
-        asked = checkpoint.read_json(self.folder / "run.json")
+        asked = read_asked(self.folder)
         dtype = str(asked["train"]["dtype"])
         given = {"model": to_dict(config), "train": {**to_dict(settings), "dtype": dtype}}
         for section, values in given.items():
@@ -79,6 +132,10 @@ class Run:
                 if asked[section].get(name) != value:
                     has = asked[section].get(name)
                     raise ConfigError(f"{section}.{name} = {value!r}: the run in {self.folder} has {has!r}")
+        if asked.get("only", "all") != only:
+            raise ConfigError(f"only = {only!r}: the run in {self.folder} has {asked.get('only', 'all')!r}")
+        if asked.get("started") and not self.resumed:
+            raise CheckpointError(f"{self.folder}: its checkpoints are gone, and with them the model it began from")
         if asked["data"]["fingerprint"] != data.fingerprint:
             raise ConfigError(f"data: not the text, or not the tokenizer, of the run in {self.folder}")
         if settings.dtype not in ("auto", dtype):
@@ -86,8 +143,8 @@ class Run:
         return dtype
 
     def write(self, event: dict[str, Any]) -> None:
-        """Append an event; a resumed run has its start already. CheckpointError if the disk refuses."""
-        if event["event"] == "start" and self.resumed:
+        """Append an event; a resumed run mostly has its start already. CheckpointError if the disk refuses."""
+        if event["event"] == "start" and self._has_start:
             return
         try:
             with open(self._events, "a", encoding="utf-8") as file:
@@ -108,12 +165,9 @@ class Run:
         tokenizer: Tokenizer,
     ) -> Path:
         """Write a checkpoint, point RUN/model at it, remove all but the last two. Returns its folder."""
-        path = self.folder / "checkpoints" / f"step-{step:06d}"
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in model.named_parameters():
-            for moment in MOMENTS:
-                if moment in optimizer.state[parameter]:
-                    state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        path = self._step(step)
+        held = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
+        state = {f"{m}.{name}": values[m] for name, values in held.items() for m in MOMENTS if m in values}
         files = checkpoint_files(model, tokenizer)
         trainer = {"handful": __version__, "step": step, "seconds": seconds}
         checkpoint.write_folder(path, {**files, "trainer.safetensors": state, "trainer.json": trainer})
@@ -133,20 +187,26 @@ class Run:
         trainer = checkpoint.read_json(path / "trainer.json")
         read_into(model, path)
         state = checkpoint.read_tensors(path / "trainer.safetensors")
-        expected = {f"{m}.{n}": tuple(p.shape) for n, p in model.named_parameters() for m in MOMENTS}
+        # A run that went on from a model has made no step at its checkpoint of step 0.
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad} if trainer["step"] else {}
+        expected = {f"{m}.{n}": tuple(p.shape) for n, p in trained.items() for m in MOMENTS}
         checkpoint.check_tensors(expected, state)
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.items():
             at = parameter.device
             moments = {m: state[f"{m}.{name}"].to(at, copy=True) for m in MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(trainer["step"]), device=at), **moments}
         step = int(trainer["step"])
         after = ("interrupted", "end")
         kept = [e for e in self.events() if e.get("step", 0) <= step and e["event"] not in after]
-        if not any(e["event"] == "checkpoint" and e["step"] == step for e in kept):
+        self._has_start = any(e["event"] == "start" for e in kept)
+        if step and not any(e["event"] == "checkpoint" and e["step"] == step for e in kept):
             kept.append({"event": "checkpoint", "step": step, "path": str(path)})
         checkpoint.write_file(self._events, "".join(json.dumps(e) + "\n" for e in kept))
         self._point(path)
         return step, float(trainer["seconds"])
+
+    def _step(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
 
     def _point(self, path: Path) -> None:
         checkpoint.point(self.folder / "model", Path("checkpoints") / path.name)

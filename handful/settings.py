@@ -12,7 +12,8 @@
     [train]                     # TrainConfig's fields, and `tokens` in place of `steps`
     steps = 1000
 
-An option given on the command line counts before the file, the file before the preset.
+An option given on the command line counts before the file, the file before the preset. A training that goes on from a
+model has that model's shape and tokenizer, so neither may be given then.
 """
 
 from __future__ import annotations
@@ -20,30 +21,47 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from handful import checkpoint
 from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, from_dict, read_toml, to_dict
 from handful.data import Data, load_data
 from handful.errors import ConfigError
-from handful.presets import ACTIVE_WIDTH, Preset, preset, small_model, small_training
+from handful.families import config_from_hf
+from handful.families.io import find_folder
+from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, preset, small_model, small_training
+from handful.runs import read_asked
 
-__all__ = ["Asked", "balance_of", "resumed_settings", "training_settings"]
+__all__ = ["Asked", "Only", "balance_like", "balance_of", "resumed_settings", "training_settings"]
+
+Only = Literal["all", "experts", "routers"]  # what is trained; shared experts are experts
 
 BALANCE_WEIGHT = 0.01
 BIAS_RATE = 0.001  # u in the loss-free paper's experiments
 SECTIONS = {"router", "balance", "data", "model", "train"}
 DATA_KEYS: dict[str, type] = {"source": str, "tokenizer": str, "vocab": int}
+START_LR = 3e-4  # going on from a trained model: a tenth of a new one's
+# The presets whose balance a public family was trained with; DeepSeek-V2's is near DeepSeekMoE's.
+FAMILY_PRESETS = {
+    "mixtral": "mixtral", "olmoe": "olmoe", "qwen3_moe": "qwen3", "deepseek": "deepseek-moe",
+    "deepseek_v2": "deepseek-moe", "gpt_oss": "gpt-oss",
+}  # fmt: skip
 LENGTH = {"tokens", "steps"}  # two ways to say it: an option replaces whichever the file has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to train. The model waits for its vocabulary, which the tokenizer decides."""
+    """What to train. The model waits for its vocabulary, which the tokenizer decides.
+
+    start   the checkpoint folder of the model to go on from; None for a new model, and for a run that is resumed.
+    only    what is trained.
+    """
 
     origin: Mapping[str, Any]
     model: Callable[[int], ModelConfig]
     train: TrainConfig
+    start: Path | None = None
+    only: Only = "all"
 
     def load_data(self, progress: Callable[[str], None] | None = None) -> Data:
         """The text and its tokens."""
@@ -61,21 +79,53 @@ def balance_of(kind: str, like: Preset | None) -> BalanceConfig:
     return from_dict(BalanceConfig, {"loss": kind, "weight": weight}, "train.balance")
 
 
+def balance_like(source: str | Path, folder: Path, config: ModelConfig) -> BalanceConfig:
+    """The balance to go on with: the run's own where `source` is a run folder, or else that of the family whose
+    config.json `folder` holds: the loss-free bias where the router has one, its preset's loss, or Switch's at 0.01."""
+    if config.router is None:
+        return BalanceConfig()
+    if (Path(source) / "run.json").exists():
+        asked = read_asked(Path(source))
+        if asked.get("only") != "experts":  # such a run had nothing to balance
+            return from_dict(TrainConfig, asked["train"], "train").balance
+    if config.router.balance_bias:
+        return PRESETS["deepseek-v3"].balance
+    name = FAMILY_PRESETS.get(checkpoint.read_json(folder / "config.json").get("model_type", ""))
+    return PRESETS[name].balance if name else BalanceConfig(loss="switch", weight=BALANCE_WEIGHT)
+
+
 def resumed_settings(folder: Path) -> Asked:
-    """What the run in a folder was asked for. ConfigError if it holds none."""
-    if not (folder / "run.json").exists():
-        raise ConfigError(f"out = {str(folder)!r}: holds no run to resume")
-    asked = checkpoint.read_json(folder / "run.json")
+    """What the run in a folder was asked for. ConfigError if it holds none, CheckpointError if run.json is damaged."""
+    asked = read_asked(folder)
     model = from_dict(ModelConfig, asked["model"])
+    # The model that a run began from may be gone: its tokenizer is in every checkpoint.
+    own = {"tokenizer": str(folder / "model")} if asked.get("started") else {}
     return Asked(
-        origin=asked["data"]["origin"], model=lambda vocab: model, train=from_dict(TrainConfig, asked["train"])
-    )
+        origin={**asked["data"]["origin"], **own}, model=lambda vocab: model,
+        train=from_dict(TrainConfig, asked["train"]), only=_only(asked.get("only", "all")),
+    )  # fmt: skip
+
+
+def _only(name: str) -> Only:
+    for known in get_args(Only):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(f"only = {name!r}: one of {', '.join(get_args(Only))}")
 
 
 def training_settings(
-    file: Path | None, router: str | None, balance: str | None, given: Mapping[str, Mapping[str, Any]]
+    file: Path | None,
+    router: str | None,
+    balance: str | None,
+    given: Mapping[str, Mapping[str, Any]],
+    *,
+    start: str | None = None,
+    only: str | None = None,
 ) -> Asked:
-    """Join a TOML file (or None) with options. `given` has the sections data, model and train; None is not given."""
+    """Join a TOML file (or None) with options. `given` has the sections data, model and train; None is not given.
+
+    start   a run folder, a checkpoint folder or org/name to go on from; only, what to train of it.
+    """
     written = read_toml(file) if file is not None else {}
     unknown = sorted(written.keys() - SECTIONS)
     if unknown:
@@ -101,6 +151,13 @@ def training_settings(
         train.pop("balance", None)
     elif "balance" in written and "balance" in train:
         raise ConfigError(f"{file}: balance, train.balance: give one of them")
+    trained = _only(only or "all")
+    if start is not None:
+        own = [*model, *(["router"] if router or "router" in written else []), *sorted(origin.keys() - {"source"})]
+        if own:
+            raise ConfigError(f"{own[0]}: the model that --from names has its own")
+        kind = _typed("balance", balance or written.get("balance", ""), str)
+        return _going_on(start, origin, train, kind, trained)
     name = _typed("router", router or written.get("router", ""), str)
     kind = _typed("balance", balance or written.get("balance", ""), str)
     dense = name == "none"
@@ -110,20 +167,39 @@ def training_settings(
     context = max(settings.context, _typed("model.context", model.get("context", 0), int))
     return Asked(
         origin=origin, model=lambda vocab: _model(vocab, {**model, "context": context}, like, dense, needs_bias),
-        train=settings,
+        train=settings, only=trained,
+    )  # fmt: skip
+
+
+def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: str, only: Only) -> Asked:
+    folder = find_folder(start)
+    config = config_from_hf(checkpoint.read_json(folder / "config.json"))
+    if not (folder / "tokenizer.json").exists():
+        raise ConfigError(f"from = {start!r}: it has no tokenizer.json, which the text is read by")
+    balance = BalanceConfig() if only == "experts" else balance_like(start, folder, config)
+    if kind and kind != balance.loss:
+        asked = balance_of(kind, None)
+        balance = replace(asked, weight=balance.weight) if asked.weight and balance.weight else asked
+    base = small_training(dtype="auto", lr=START_LR, balance=balance)
+    base = replace(base, context=min(base.context, config.context))
+    return Asked(
+        origin={**origin, "tokenizer": str(folder)}, model=lambda vocab: config,
+        train=_laid_over(base, values, config.router is None), start=folder, only=only,
     )  # fmt: skip
 
 
 def _train(values: dict[str, Any], like: Preset | None, balance: BalanceConfig | None, dense: bool) -> TrainConfig:
+    base = small_training(like, dtype="auto", **({"balance": BalanceConfig()} if dense else {}))
+    return _laid_over(base if balance is None else replace(base, balance=balance), values, dense)
+
+
+def _laid_over(base: TrainConfig, values: dict[str, Any], dense: bool) -> TrainConfig:
     values = dict(values)
     tokens = values.pop("tokens", None)
     if tokens is not None and "steps" in values:
         raise ConfigError("train.tokens, train.steps: give one of them")
     if tokens is not None and _typed("train.tokens", tokens, int) < 1:
         raise ConfigError(f"train.tokens = {tokens}: at least 1")
-    base = small_training(like, dtype="auto", **({"balance": BalanceConfig()} if dense else {}))
-    if balance is not None:
-        base = replace(base, balance=balance)
     settings = from_dict(TrainConfig, to_dict(base) | values)
     if tokens is not None:
         settings = replace(settings, steps=max(1, tokens // settings.tokens_per_step))

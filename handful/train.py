@@ -15,35 +15,38 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from handful.balance import balance_loss, step_load, update_bias, z_loss
-from handful.config import ModelConfig, TrainConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, bits_per_byte, heldout_batches
 from handful.errors import ConfigError, TrainingError
-from handful.loss import linear_cross_entropy
+from handful.evaluate import autocast, batch_loss, evaluate
+from handful.families.weights import shapes
 from handful.model import Decoder
-from handful.observe import collapsed, dropped, stats
+from handful.observe import dropped
 from handful.routing import Routing
 from handful.runs import Run
+from handful.settings import Only
+from handful.watch import CollapseWatch, Event, Sink, routing_event
 
-__all__ = ["Event", "evaluate", "lr_at", "pick_dtype", "tensorboard", "train"]
+__all__ = ["Event", "evaluate", "lr_at", "pick_dtype", "train"]
 
-Event = dict[str, Any]
-Sink = Callable[[Event], None]  # somewhere that events go
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 ROUTING_EVERY = 10  # steps whose load is summed up in one routing event
-COLLAPSED_WINDOWS = 3  # routing events in a row that make a warning
+
+# What `only` leaves to be trained, by the parts of a layer.
+TRAINED: dict[str, tuple[str, ...]] = {"experts": (".ffn.experts.", ".ffn.shared."), "routers": (".ffn.router.",)}
 
 
 def lr_at(step: int, settings: TrainConfig) -> float:
@@ -62,17 +65,24 @@ def lr_at(step: int, settings: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, none on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW on the parameters that require gradients; weight decay on matrices, none on norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def pick_dtype(
-    config: ModelConfig, settings: TrainConfig, backend: str = "auto", device: str = "cpu"
+    config: ModelConfig,
+    settings: TrainConfig,
+    backend: str = "auto",
+    device: str = "cpu",
+    model: Decoder | None = None,
 ) -> tuple[Dtype, str]:
     """(dtype, reason): settings.dtype, or with "auto" the quicker on this machine for this model's steps.
+
+    model   one to time; None makes one. Its weights stay as they are.
 
     bfloat16 (autocast) must be clearly quicker, by a fifth, so that noise does not decide and float32 breaks ties.
     """
@@ -81,12 +91,12 @@ def pick_dtype(
     seconds = {}
     shape = (settings.batch // settings.accumulate, settings.context + 1)
     tokens_BS = torch.randint(config.vocab, shape, device=device)
-    model = Decoder(config, backend=backend).to(device)
+    model = model or Decoder(config, backend=backend).to(device)
     for dtype in ("float32", "bfloat16"):
         best = math.inf
         for _ in range(4):
             start = time.perf_counter()
-            loss, _ = _losses(model, tokens_BS[:, :-1], tokens_BS[:, 1:], dtype)
+            loss, _ = batch_loss(model, tokens_BS[:, :-1], tokens_BS[:, 1:], dtype)
             loss.backward()
             loss.item()  # waits for a GPU, whose queue runs in order
             best = min(best, time.perf_counter() - start)
@@ -97,106 +107,140 @@ def pick_dtype(
     return quicker, f"measured {times}"
 
 
-def _autocast(like: Tensor, dtype: str) -> torch.autocast:
-    return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def _losses(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> tuple[Tensor, list[Routing]]:
-    with _autocast(inputs_BS, dtype):
-        x_BSD, routings = model.hidden(inputs_BS)
-        return linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, targets_BS.flatten()), routings
-
-
-@torch.no_grad()
-def evaluate(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], dtype: str = "float32") -> float:
-    """Mean loss in nats per token over held-out batches, the model in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    device = model.embed.weight.device
-    total, tokens = 0.0, 0
-    for inputs_BS, targets_BS in batches:
-        loss, _ = _losses(model, inputs_BS.to(device), targets_BS.to(device), dtype)
-        total += float(loss) * targets_BS.numel()
-        tokens += targets_BS.numel()
-    model.train(was_training)
-    return total / tokens
-
-
 def train(
-    config: ModelConfig,
+    model: ModelConfig | Decoder,
     settings: TrainConfig,
     data: Data,
     out: str | Path | None = None,
     *,
+    only: Only = "all",
     resume: bool = False,
     device: str = "cpu",
     backend: str = "auto",
     sinks: Iterable[Sink] = (),
 ) -> Iterator[Event]:
-    """Train a model from its config; yields events until the end.
+    """Train a model; yields events until the end.
 
+    model    a config, for a new model; or a decoder to go on from, which is trained in place, in float32. `data` must
+             be in its tokenizer's tokens.
     out      the run folder: events, checkpoints and RUN/model, the last checkpoint as a Hugging Face folder. None
              keeps nothing. A folder that holds a run is refused unless `resume`.
-    resume   go on from the run's last checkpoint; the settings must be the run's own.
+    only     train all parameters; or only the experts, shared ones too; or only the routers. The others get no
+             gradient, and no room in the optimizer.
+    resume   go on from the run's last checkpoint; config, settings and `only` must be the run's own.
+    backend  who multiplies the experts of a new model.
 
     Ctrl-C finishes the step, saves a checkpoint and ends the stream with an "interrupted" event. TrainingError when a
     loss or gradient is not finite: the last checkpoint stays as it was.
     """
-    if config.vocab != data.tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {data.tokenizer.vocab_size}")
-    if config.router is not None and config.router.top_k == 1 < config.router.experts and config.router.normalize:
-        raise ConfigError(
-            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
-            "the text reaches the router"
-        )
-    if settings.balance.bias_rate and config.router is not None and not config.router.balance_bias:
-        rate = settings.balance.bias_rate
-        raise ConfigError(f"train.balance.bias_rate = {rate}: needs model.router.balance_bias = true")
+    config = model.config if isinstance(model, Decoder) else model
+    start = model if isinstance(model, Decoder) and not resume else None
+    _check(config, settings, data, only, start, resume)
     # These two refuse a text that is too short, so they stand before anything is written or timed.
     batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
     heldout_bytes = data.evaluated_bytes_per_token(settings.context, settings.eval_tokens)
     run = Run.open(Path(out), resume=resume) if out is not None else None
-    if run is not None and resume:
-        dtype, reason = cast(Dtype, run.check(config, settings, data)), "as the run began"
-    else:
-        dtype, reason = pick_dtype(config, settings, backend, device)
-    settings = replace(settings, dtype=dtype)
-    try:
-        for event in _events(config, settings, data, batches, heldout_bytes, run, reason, device, backend):
-            if run is not None:
-                run.write(event)
-            for sink in sinks:
-                sink(event)
-            yield event
-    except FloatingPointError as error:
-        kept = f"the last good checkpoint is {run.last()}" if run and run.last() else "there is no checkpoint"
-        raise TrainingError(f"{error}; {kept}") from None
+    with run.locked() if run is not None else nullcontext():
+        if start is not None:
+            start = start.float().to(device)
+            _train_only(start, only)
+        if run is not None and resume:
+            dtype, reason = cast(Dtype, run.check(config, settings, data, only)), "as the run began"
+        else:
+            dtype, reason = pick_dtype(config, settings, backend, device, start)
+        job = _Job(
+            config=config, settings=replace(settings, dtype=dtype), data=data, batches=batches,
+            heldout_bytes=heldout_bytes, dtype_reason=reason, device=device, backend=backend, start=start, only=only,
+            run=run,
+        )  # fmt: skip
+        try:
+            for event in _events(job):
+                if run is not None:
+                    run.write(event)
+                for sink in sinks:
+                    sink(event)
+                yield event
+        except FloatingPointError as error:
+            kept = f"the last good checkpoint is {run.last()}" if run and run.last() else "there is no checkpoint"
+            raise TrainingError(f"{error}; {kept}") from None
 
 
-def _events(
-    config: ModelConfig,
-    settings: TrainConfig,
-    data: Data,
-    batches: Batches,
-    heldout_bytes: float,
-    run: Run | None,
-    reason: str,
-    device: str,
-    backend: str,
-) -> Iterator[Event]:
+def _check(
+    config: ModelConfig, settings: TrainConfig, data: Data, only: str, start: Decoder | None, resume: bool
+) -> None:
+    """ConfigError for what does not go together."""
+    has = data.tokenizer.vocab_size
+    # Public models have rows to spare; a model of ours has a row for each token.
+    if config.vocab < has or (config.vocab > has and start is None and not resume):
+        raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {has}")
+    if only not in get_args(Only):
+        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(Only))}")
+    router, balance = config.router, settings.balance
+    if only != "all" and router is None:
+        raise ConfigError(f"only = {only!r}: 'all' for a dense model")
+    if only == "experts" and balance != BalanceConfig():
+        raise ConfigError("train.balance: none with only = 'experts', which leaves the routers as they are")
+    if only != "experts" and router is not None and router.top_k == 1 < router.experts and router.normalize:
+        raise ConfigError(
+            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
+            "the text reaches the router"
+        )
+    if balance.bias_rate and router is not None and not router.balance_bias:
+        raise ConfigError(f"train.balance.bias_rate = {balance.bias_rate}: needs model.router.balance_bias = true")
+    if start is None:
+        return
+    if start.tokenizer is not None and start.tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise ConfigError("data: its tokenizer is not the model's")
+    if settings.context > config.context:
+        raise ConfigError(f"train.context = {settings.context}: at most {config.context}, the model's")
+    if start.state_dict().keys() != shapes(config).keys():
+        raise ConfigError("model: its weights are quantised, and cannot be trained")
+
+
+def _train_only(model: nn.Module, only: str) -> None:
+    """Let gradients reach what is trained, and nothing else."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(only == "all" or any(part in name for part in TRAINED[only]))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Job:
+    """A training that may begin: what was asked, checked, and what was found out. `start` is None for a new model."""
+
+    config: ModelConfig
+    settings: TrainConfig
+    data: Data
+    batches: Batches
+    heldout_bytes: float
+    dtype_reason: str
+    device: str
+    backend: str
+    start: Decoder | None
+    only: Only
+    run: Run | None
+
+
+def _events(job: _Job) -> Iterator[Event]:
+    config, settings, data, run = job.config, job.settings, job.data, job.run
     _seed(settings.seed)
-    model = Decoder(config, backend=backend).to(device)
+    model = job.start
+    if model is None:
+        model = Decoder(config, backend=job.backend).to(job.device)
+        _train_only(model, job.only)
     model.activation_checkpoint = settings.activation_checkpoint
     optimizer = make_optimizer(model, settings)
     step, seconds = 0, 0.0
-    watch = _CollapseWatch(config)
+    watch = CollapseWatch(config)
     if run is not None and run.resumed:
         step, seconds = run.restore(model, optimizer)
         for event in run.events():
             if event["event"] == "routing":
                 watch.see(event)
     elif run is not None:
-        run.begin(config, settings, data)
+        if job.start is not None:
+            # Before run.json: from then on the folder alone is enough to go on.
+            run.save(0, 0.0, model, optimizer, data.tokenizer)
+        run.begin(config, settings, data, job.only, started=job.start is not None)
     price = cost(config, context=settings.context)
     yield {
         "event": "start",
@@ -205,13 +249,14 @@ def _events(
         "data": data.summary(),
         "parameters": {"total": price.total, "active": price.active},
         "train_flops_per_token": price.train_flops,
+        "only": job.only,
         "dtype": settings.dtype,
-        "dtype_reason": reason,
+        "dtype_reason": job.dtype_reason,
         "threads": torch.get_num_threads(),
-        "device": device,
+        "device": job.device,
         "step": step,
     }
-    stepper = _Stepper(config, settings, model, optimizer, device)
+    stepper = _Stepper(config, settings, model, optimizer, job.device)
     evaluation: Event | None = None
     window: list[tuple[Tensor, list[float]]] = []
 
@@ -226,13 +271,13 @@ def _events(
             "tokens": step * settings.tokens_per_step,
             "seconds": seconds,
             "loss": loss,
-            "bits_per_byte": bits_per_byte(loss, heldout_bytes),
+            "bits_per_byte": bits_per_byte(loss, job.heldout_bytes),
         }
 
     with _interrupts() as interrupted:
         while step < settings.steps:
             began = time.perf_counter()
-            done = stepper.step(step, *batches.at(step))
+            done = stepper.step(step, *job.batches.at(step))
             seconds += time.perf_counter() - began
             step += 1
             tokens = step * settings.tokens_per_step
@@ -250,7 +295,7 @@ def _events(
                 window.append((done.load_LE, done.dropped_L))
                 # A checkpoint ends a window early: a resumed run would not have what came before it.
                 if save or _every(ROUTING_EVERY, step):
-                    routing = _routing_event(window, step, tokens)
+                    routing = routing_event(window, step, tokens)
                     window = []
                     yield routing
                     yield from watch.see(routing)
@@ -322,7 +367,7 @@ class _Stepper:
         seen: list[list[Routing]] = []
         for i, (x_BS, y_BS) in enumerate(micro):
             self._seed(step, i)
-            loss, routings = _losses(self.model, x_BS, y_BS, cfg.dtype)
+            loss, routings = batch_loss(self.model, x_BS, y_BS, cfg.dtype)
             parts = {"loss": loss}
             if routings and balance.loss != "none":
                 parts["balance_loss"] = balance_loss(balance, routings, len(x_BS), load_LE)
@@ -372,7 +417,7 @@ class _Stepper:
         with torch.no_grad():
             for i, (x_BS, _) in enumerate(micro):
                 self._seed(step, i)
-                with _autocast(x_BS, self.settings.dtype):
+                with autocast(x_BS, self.settings.dtype):
                     seen.append(self.model.hidden(x_BS)[1])
         return step_load(seen)
 
@@ -388,65 +433,6 @@ def _detached(routing: Routing) -> Routing:
         scores_TE=routing.scores_TE.detach(),
         weights_TK=routing.weights_TK.detach(),
     )
-
-
-def _routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: int) -> Event:
-    load_LE = torch.stack([load for load, _ in window]).sum(0)
-    dropped_L = [sum(layer) / len(layer) for layer in zip(*(d for _, d in window), strict=True)]
-    return {"event": "routing", "step": step, "tokens": tokens, **vars(stats(load_LE, dropped_L))}
-
-
-class _CollapseWatch:
-    """Says of a layer that its routing has collapsed, once each time, when it has been so for three routing events.
-
-    The first steps of a run often look collapsed until the balance takes hold.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.top_k = config.router.top_k if config.router else 0
-        self.in_a_row = {i: 0 for i in range(config.layers) if config.is_moe(i)}
-
-    def see(self, routing: Event) -> list[Event]:
-        """The warnings that a routing event calls for."""
-        found = []
-        for layer, load_E in zip(self.in_a_row, routing["load"], strict=True):
-            why = collapsed(torch.tensor(load_E), self.top_k)
-            self.in_a_row[layer] = self.in_a_row[layer] + 1 if why else 0
-            if self.in_a_row[layer] == COLLAPSED_WINDOWS:
-                message = f"routing collapsed in layer {layer}: {why}"
-                found.append({"event": "warning", "step": routing["step"], "layer": layer, "message": message})
-        return found
-
-
-@contextmanager
-def tensorboard(folder: Path) -> Iterator[Sink]:
-    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        yield lambda event: None
-        return
-    writer: SummaryWriter | None = None
-
-    def sink(event: Event) -> None:
-        nonlocal writer
-        # Made at the first event: a run that is refused leaves nothing behind.
-        writer = writer or SummaryWriter(str(folder / "tensorboard"))
-        step = event.get("step", 0)
-        if event["event"] in ("step", "eval"):
-            for name, value in event.items():
-                if isinstance(value, float):
-                    writer.add_scalar(f"{event['event']}/{name}", value, step)
-        elif event["event"] == "routing":
-            for name in ("max_vio", "dead", "entropy", "dropped"):
-                for layer, value in enumerate(event[name]):
-                    writer.add_scalar(f"routing/{name}/{layer}", value, step)
-
-    try:
-        yield sink
-    finally:
-        if writer is not None:
-            writer.close()
 
 
 @contextmanager

@@ -10,22 +10,30 @@ import pytest
 from tiny import dense, moe, tiny_data, training
 
 from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
-from handful.errors import ConfigError
+from handful.errors import CheckpointError, ConfigError
+from handful.families.io import save
 from handful.model import Decoder
 from handful.presets import ACTIVE_WIDTH, PRESETS, small_model, small_training
 from handful.runs import Run
-from handful.settings import BALANCE_WEIGHT, BIAS_RATE, Asked, balance_of, resumed_settings, training_settings
+from handful.settings import BALANCE_WEIGHT, BIAS_RATE, START_LR, Asked, balance_of, resumed_settings, training_settings
 
 VOCAB = 60
 
 
 def asked(
-    folder: Path, text: str = "", *, router: str | None = None, balance: str | None = None, **given: dict[str, Any]
+    folder: Path,
+    text: str = "",
+    *,
+    router: str | None = None,
+    balance: str | None = None,
+    start: str | None = None,
+    only: str | None = None,
+    **given: dict[str, Any],
 ) -> Asked:
     """What a file of that text and those options ask for; an empty text is no file."""
     file = folder / "settings.toml"
     file.write_text(text, encoding="utf-8")
-    return training_settings(file if text else None, router, balance, given)
+    return training_settings(file if text else None, router, balance, given, start=start, only=only)
 
 
 def model_of(folder: Path, text: str = "", **options: Any) -> ModelConfig:
@@ -272,6 +280,77 @@ def test_a_wrong_option_and_a_missing_file(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Going on from a model.
+
+
+def saved(folder: Path, router: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A checkpoint folder with a tokenizer."""
+    model = Decoder(moe(router, **changes))
+    model.tokenizer = tiny_data(folder).tokenizer
+    save(model, folder / "model")
+    return folder / "model"
+
+
+def test_going_on_takes_the_models_shape_and_tokenizer(tmp_path: Path) -> None:
+    start = saved(tmp_path)
+    found = asked(tmp_path, start=str(start), only="experts", train={"steps": 3}, data={"source": "a.txt"})
+    assert found.model(0) == moe()
+    assert (found.start, found.only) == (start, "experts")
+    assert found.origin == {"source": "a.txt", "tokenizer": str(start)}
+    assert (found.train.steps, found.train.lr, found.train.context) == (3, START_LR, 32)  # the model's own context
+    assert found.train.balance == BalanceConfig()  # the routers stay as they are
+    text = 'balance = "sequence"\n[train]\nlr = 0.5\ncontext = 8\n[data]\nsource = "b.txt"'
+    other = asked(tmp_path, text, start=str(start))
+    assert (other.train.lr, other.train.context, other.only) == (0.5, 8, "all")
+    assert other.train.balance == BalanceConfig(loss="sequence", weight=0.001)  # Qwen3's weight
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "balance"),
+    [
+        ({}, {"qk_norm": "none"}, PRESETS["mixtral"].balance),
+        ({}, {"qk_norm": "head"}, PRESETS["qwen3"].balance),
+        ({"normalize": False}, {"qk_norm": "full"}, PRESETS["olmoe"].balance),
+        ({"score": "sigmoid", "balance_bias": True}, {"qk_norm": "full"}, PRESETS["deepseek-v3"].balance),
+        ({}, {"activation": "relu"}, BalanceConfig(loss="switch", weight=BALANCE_WEIGHT)),
+    ],
+)
+def test_the_balance_is_the_familys(
+    router: dict[str, Any], changes: dict[str, Any], balance: BalanceConfig, tmp_path: Path
+) -> None:
+    start = saved(tmp_path, router, **changes)
+    assert asked(tmp_path, start=str(start)).train.balance == balance
+    none = asked(tmp_path, start=str(start), balance="none")
+    assert none.train.balance == BalanceConfig()
+
+
+def test_a_runs_balance_is_its_own(tmp_path: Path) -> None:
+    saved(tmp_path)
+    own = BalanceConfig(loss="gshard", weight=0.125)
+    Run.open(tmp_path, resume=False).begin(moe(), training(balance=own), tiny_data(tmp_path))
+    assert asked(tmp_path, start=str(tmp_path)).train.balance == own
+    # Of a run that trained its experts alone there is nothing to learn.
+    (tmp_path / "run.json").unlink()
+    Run.open(tmp_path, resume=False).begin(moe(), training(), tiny_data(tmp_path), "experts")
+    assert asked(tmp_path, start=str(tmp_path)).train.balance == PRESETS["qwen3"].balance
+
+
+def test_what_a_model_has_is_not_given_again(tmp_path: Path) -> None:
+    start: Any = str(saved(tmp_path))
+    own = "the model that --from names has its own"
+    assert refused(tmp_path, start=start, model={"width": 8}) == f"width: {own}"
+    assert refused(tmp_path, "[model]\nlayers = 1", start=start) == f"layers: {own}"
+    assert refused(tmp_path, start=start, router="olmoe") == f"router: {own}"
+    assert refused(tmp_path, 'router = "olmoe"', start=start) == f"router: {own}"
+    assert refused(tmp_path, start=start, data={"tokenizer": "x"}) == f"tokenizer: {own}"
+    assert refused(tmp_path, "[data]\nvocab = 300", start=start) == f"vocab: {own}"
+    only: Any = "gates"
+    assert refused(tmp_path, only=only) == "only = 'gates': one of all, experts, routers"
+    (tmp_path / "model/tokenizer.json").unlink()
+    assert refused(tmp_path, start=start) == f"from = {start!r}: it has no tokenizer.json, which the text is read by"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A run that goes on.
 
 
@@ -295,6 +374,35 @@ def test_the_text_of_a_run_is_the_text_that_was_asked_for(tmp_path: Path, monkey
     again = resumed_settings(tmp_path / "run").load_data(lines.append)
     assert (again.fingerprint, again.origin) == (data.fingerprint, data.origin)
     assert lines
+
+
+def test_a_run_that_began_from_a_model_reads_its_own_tokenizer(tmp_path: Path) -> None:
+    data, run = tiny_data(tmp_path), Run.open(tmp_path / "run", resume=False)
+    run.begin(moe(), training(), data, "routers", started=True)
+    found = resumed_settings(tmp_path / "run")
+    assert found.origin == {**data.origin, "tokenizer": str(tmp_path / "run/model")}
+    assert (found.start, found.only) == (None, "routers")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "damaged: model = None: an object of settings"),
+        (
+            '{"model": {}, "train": {"dtype": "float32", "steps": 1}, "data": {"origin": {}}}',
+            "damaged: data.fingerprint",
+        ),
+        ('{"model": {}, "train": [], "data": {}}', "damaged: train = []: an object of settings"),
+        ('{"mod', "not JSON"),
+    ],
+)
+def test_a_damaged_run_is_one_line(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    for read in (lambda: resumed_settings(tmp_path), lambda: Run.open(tmp_path, resume=True)):
+        with pytest.raises(CheckpointError) as caught:
+            read()
+        assert f"{tmp_path / 'run.json'}: {message}" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_no_run_to_resume(tmp_path: Path) -> None:

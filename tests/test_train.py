@@ -27,13 +27,17 @@ from torch import Tensor
 
 from handful import checkpoint, report
 from handful.balance import global_loss, z_loss
-from handful.config import BalanceConfig, ModelConfig, TrainConfig
+from handful.config import BalanceConfig, ModelConfig, TrainConfig, from_dict
 from handful.data import Batches, Data, heldout_batches, load_data
-from handful.errors import ConfigError, DataError, TrainingError
-from handful.families.io import load
+from handful.errors import CheckpointError, ConfigError, DataError, TrainingError
+from handful.evaluate import evaluate
+from handful.experts.quantized import quantize_model
+from handful.families.io import load, save
 from handful.model import Decoder
 from handful.runs import Run
-from handful.train import _Stepper, evaluate, lr_at, make_optimizer, pick_dtype, tensorboard, train
+from handful.train import _Stepper, lr_at, make_optimizer, pick_dtype, train
+from handful.upcycle import upcycle
+from handful.watch import tensorboard
 
 module: Any = sys.modules["handful.train"]  # `handful.train` is the function
 
@@ -304,13 +308,14 @@ def test_activation_checkpointing_changes_no_loss(data: Data, monkeypatch: pytes
     real = model_module.checkpoint
 
     def counted(block: Any, *args: Any, **kwargs: Any) -> Any:
-        blocks.append(block.layer)
+        blocks.append(id(block))
         return real(block, *args, **kwargs)
 
     monkeypatch.setattr(model_module, "checkpoint", counted)
     again = list(train(moe(NOISY), training(activation_checkpoint=True), data))
     assert losses(again) == losses(plain)
-    assert blocks == [0, 1] * 6  # in training, not in evaluation
+    assert len(set(blocks)) == 2
+    assert blocks == blocks[:2] * 6  # in training, not in evaluation
 
 
 # Where a graph is cut, torch itself looks at activations' .grad, and warns itself of it.
@@ -342,7 +347,7 @@ def test_pick_dtype() -> None:
 @pytest.mark.parametrize(("speed", "taken"), [(0.8, "bfloat16"), (0.9, "float32"), (2.0, "float32")])
 def test_bfloat16_must_be_a_fifth_quicker(speed: float, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
-    real = module._losses
+    real = module.batch_loss
 
     def timed(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> Any:
         nonlocal clock
@@ -350,7 +355,7 @@ def test_bfloat16_must_be_a_fifth_quicker(speed: float, taken: str, monkeypatch:
         assert inputs_BS.shape == (2, 16)  # a micro-batch
         return real(model, inputs_BS, targets_BS, dtype)
 
-    monkeypatch.setattr(module, "_losses", timed)
+    monkeypatch.setattr(module, "batch_loss", timed)
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     dtype, reason = pick_dtype(dense(layers=1), training(dtype="auto", accumulate=2))
     assert dtype == taken
@@ -469,7 +474,8 @@ def test_a_bad_gradient_is_named(name: str, data: Data, tmp_path: Path, monkeypa
 def test_a_bad_loss_is_named(
     part: str, function: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, training_calls = getattr(module, function), 0
+    owner = sys.modules["handful.evaluate"] if part == "loss" else module
+    real, training_calls = getattr(owner, function), 0
 
     def broken(*args: Any) -> Tensor:
         nonlocal training_calls
@@ -478,7 +484,7 @@ def test_a_bad_loss_is_named(
         # Two MoE layers make two z-losses a micro-batch, and two micro-batches a step.
         return out * math.inf if training_calls > (14 if part == "z_loss" else 7) else out
 
-    monkeypatch.setattr(module, function, broken)
+    monkeypatch.setattr(owner, function, broken)
     balance = BalanceConfig(loss="switch", weight=0.1, z_weight=0.1)
     stream = train(moe(), training(accumulate=2, balance=balance), data, tmp_path / "run")
     check_last_good(tmp_path / "run", stream, rf"^step 4: {part} is inf \(micro-batch 2 of 2\); ", [])
@@ -737,12 +743,9 @@ def test_sigkill_again_and_again(tmp_path: Path) -> None:
     resume = [*command, "--resume", "--out", str(run)]
     folder = run / "checkpoints"
 
-    def steps_done() -> int:
-        return max((int(p.name[5:]) for p in folder.glob("step-*")), default=0)
-
     moments: list[Callable[[], bool]] = [
-        lambda: steps_done() >= 3 and any(folder.glob(".new-*")),
-        lambda: steps_done() >= 12,
+        lambda: steps_done(run) >= 3 and any(folder.glob(".new-*")),
+        lambda: steps_done(run) >= 12,
     ]
     reached = 0
     for number, moment in enumerate(moments):
@@ -755,16 +758,235 @@ def test_sigkill_again_and_again(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert reached < steps_done() < 40
-        reached = steps_done()
+        assert reached < steps_done(run) < 40
+        reached = steps_done(run)
     subprocess.run(resume, env=environment, check=True, capture_output=True)
 
     asked = checkpoint.read_json(run / "run.json")
     data = load_data(str(text), vocab=300, cache=tmp_path / "cache")
-    model, settings = load(run).config, training(**asked["train"] | {"balance": NOISY_BALANCE})
+    model, settings = from_dict(ModelConfig, asked["model"]), training(**asked["train"] | {"balance": NOISY_BALANCE})
     assert dataclasses.asdict(settings) == asked["train"]
-    list(train(dataclasses.replace(model, context=asked["model"]["context"]), settings, data, tmp_path / "whole"))
+    list(train(model, settings, data, tmp_path / "whole"))
     check_same(run, tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on from a model.
+
+
+def trained_dense(data: Data, **changes: Any) -> Decoder:
+    torch.manual_seed(2)
+    model = Decoder(dense(**changes))
+    model.tokenizer = data.tokenizer
+    return model.eval()
+
+
+def mixture(data: Data) -> Decoder:
+    return upcycle(trained_dense(data), "granular", experts=3, top_k=1, slices=2)
+
+
+def test_it_goes_on_from_the_models_weights(data: Data) -> None:
+    model = mixture(data)
+    settings = training(steps=1, lr=1e-9, warmup=0.0, weight_decay=0.0)
+    before = evaluate(model, heldout_batches(data.heldout, 4, 16, 128))
+    events = list(train(model, settings, data))
+    assert events[-1]["loss"] == pytest.approx(before, rel=1e-6)
+    longer = list(train(model, training(steps=20, lr=1e-2), data))
+    assert longer[-1]["loss"] < before  # in place: the same object
+    assert evaluate(model, heldout_batches(data.heldout, 4, 16, 128)) == pytest.approx(longer[-1]["loss"], rel=1e-6)
+    # The rows of a copy's slices began equal; the text itself told them apart.
+    rows_ED = model.moe_layers[0].router.weight
+    assert not torch.equal(rows_ED[0], rows_ED[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "grouped", "auto"])
+@pytest.mark.parametrize("only", ["all", "experts", "routers"])
+def test_only_some_is_trained(only: Any, backend: str, data: Data, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = Decoder(moe({"logits_bias": True}, shared_width=8), backend=backend)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    list(train(model, training(steps=2), data, tmp_path / "run", only=only))
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    parts = {"all": ("",), "experts": (".ffn.experts.", ".ffn.shared."), "routers": (".ffn.router.",)}[only]
+    assert changed == {name for name in before if any(part in name for part in parts)}
+    # Moments of what is trained, and no others.
+    moments = checkpoint.read_tensors(tmp_path / "run/checkpoints/step-000002/trainer.safetensors")
+    assert {name.split(".", 1)[1] for name in moments} == changed
+    assert read_lines(tmp_path / "run/events.jsonl")[0]["only"] == only
+
+
+def test_frozen_parameters_get_no_gradient(data: Data) -> None:
+    """The step on the routers is that of the whole model's gradient, without the rest: clipped by its own norm."""
+    gradients: dict[str, dict[str, Tensor]] = {}
+    for only in ("all", "routers"):
+        torch.manual_seed(4)
+        model = Decoder(moe()).double()
+        module._train_only(model, only)
+        settings = training(clip=1e9, warmup=0.0, lr=1.0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        one_step(model, settings, optimizer, data)
+        gradients[only] = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    for name, gradient in gradients["routers"].items():
+        right = gradients["all"][name] if ".router." in name else torch.zeros_like(gradient)
+        torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-14)
+
+
+def test_a_lower_precision_model_is_trained_in_float32(data: Data, tmp_path: Path) -> None:
+    model = mixture(data).to(torch.bfloat16)
+    list(train(model, training(steps=2), data, tmp_path / "run"))
+    assert {p.dtype for p in load(tmp_path / "run").parameters()} == {torch.float32}
+
+
+def test_a_vocabulary_with_rows_to_spare(data: Data) -> None:
+    model = upcycle(trained_dense(data, vocab=VOCAB + 20), "copy", experts=4)
+    assert list(train(model, training(steps=1), data))[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("only", "changes", "message"),
+    [
+        ("gates", {}, r"^only = 'gates': one of all, experts, routers$"),
+        ("experts", {"balance": BalanceConfig(z_weight=0.1)}, r"^train\.balance: none with only = 'experts'"),
+        ("all", {"context": 64}, r"^train\.context = 64: at most 32, the model's$"),
+    ],
+)
+def test_what_a_model_cannot_go_on_with(
+    only: Any, changes: dict[str, Any], message: str, data: Data, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        next(train(mixture(data), training(**changes), data, tmp_path / "run", only=only))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_tokenizers_and_dense_models(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^only = 'experts': 'all' for a dense model$"):
+        next(train(trained_dense(data), training(), data, only="experts"))
+    other = load_data(str(write_text(tmp_path / "text", documents=30)), vocab=300, cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"^data: its tokenizer is not the model's$"):
+        next(train(mixture(data), training(), other))
+    packed = trained_dense(data, width=32, ffn=32)
+    quantize_model(packed, bits=8)
+    with pytest.raises(ConfigError, match=r"^model: its weights are quantised, and cannot be trained$"):
+        next(train(packed, training(), data))
+    small = trained_dense(data, vocab=VOCAB - 1)
+    with pytest.raises(ConfigError, match=r"^model\.vocab = 299: the tokenizer has 300$"):
+        next(train(small, training(), data))
+
+
+def test_killed_at_any_write_after_a_model(data: Data, tmp_path: Path) -> None:
+    """The run goes on from its folder alone, whatever was on the disk; the model that it began from is not asked."""
+    settings = training(steps=2, checkpoint_every=1, eval_every=2, batch=2, eval_tokens=32)
+    whole = tmp_path / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        places = kill_at(patch, -1)
+        list(train(mixture(data), settings, data, whole, only="experts"))
+    config = mixture(data).config
+    assert places[0] > 40
+    resumed = 0
+    # From step 0's checkpoint, just there, to the first events after run.json; the rest is as in any run.
+    for place in range(14, 22):
+        run = tmp_path / f"run-{place}"
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, place)
+            with pytest.raises(Killed):
+                list(train(mixture(data), settings, data, run, only="experts"))
+        if (run / "run.json").exists():
+            resumed += 1
+            list(train(config, settings, data, run, only="experts", resume=True))
+        else:
+            list(train(mixture(data), settings, data, run, only="experts"))
+        check_same(run, whole)
+    assert 3 <= resumed <= 6
+
+
+def test_a_run_that_began_from_a_model_needs_its_checkpoint(data: Data, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with closing(train(mixture(data), training(), data, run)) as stream:  # type: ignore[type-var]
+        next(stream)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000"]
+    with pytest.raises(ConfigError, match=r"^only = 'routers': the run in .* has 'all'$"):
+        next(train(mixture(data).config, training(), data, run, only="routers", resume=True))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"run: its checkpoints are gone, and with them the model it began from$"):
+        next(train(mixture(data).config, training(), data, run, resume=True))
+
+
+def test_a_new_run_takes_nothing_from_an_attempt_that_was_cut_off(data: Data, tmp_path: Path) -> None:
+    """Killed between the checkpoint of step 0 and run.json; then the folder is used for a new model."""
+    run = tmp_path / "run"
+    with closing(train(mixture(data), training(), data, run)) as stream:  # type: ignore[type-var]
+        next(stream)
+    (run / "run.json").unlink()
+    with closing(train(mixture(data).config, training(), data, run)) as stream:  # type: ignore[type-var]
+        next(stream)
+    assert list((run / "checkpoints").iterdir()) == []
+    whole = list(train(mixture(data).config, training(), data))
+    assert losses(list(train(mixture(data).config, training(), data, run, resume=True))) == losses(whole)
+
+
+def test_one_process_at_a_time(data: Data, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with closing(train(moe(), training(), data, run)) as stream:  # type: ignore[type-var]
+        for event in stream:
+            if event["event"] == "checkpoint":
+                break
+        before = (run / "events.jsonl").read_bytes()
+        with pytest.raises(ConfigError, match=r"^out = '.*/run': another process is training this run$"):
+            next(train(moe(), training(), data, run, resume=True))
+        assert (run / "events.jsonl").read_bytes() == before
+    # Whoever stops, lets go.
+    assert list(train(moe(), training(), data, run, resume=True))[-1]["event"] == "end"
+
+
+FROM = """
+[data]
+source = {text!r}
+
+[train]
+steps = 40
+batch = 4
+context = 16
+lr = 0.01
+dtype = "float32"
+eval_every = 5
+eval_tokens = 128
+checkpoint_every = 2
+"""
+
+
+def test_sigkill_of_a_run_from_a_model(tmp_path: Path) -> None:
+    """The command, killed as soon as there is a run, its model taken away; then it ends as if nothing had been."""
+    text, start, run = write_text(tmp_path / "text"), tmp_path / "start", tmp_path / "run"
+    data = load_data(str(text), vocab=300, cache=tmp_path / "cache")
+    save(mixture(data), start)
+    (tmp_path / "from.toml").write_text(FROM.format(text=str(text)))
+    environment = os.environ | {"HANDFUL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "handful", "train"]
+    begin = [*command, str(tmp_path / "from.toml"), "--from", str(start), "--only", "experts", "--out", str(run)]
+    process = subprocess.Popen(begin, env=environment, stderr=subprocess.PIPE)
+    limit = time.monotonic() + 300
+    while not (run / "run.json").exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert steps_done(run) < 40
+    start.rename(tmp_path / "elsewhere")
+    subprocess.run([*command, "--resume", "--out", str(run)], env=environment, check=True, capture_output=True)
+
+    settings = from_dict(TrainConfig, checkpoint.read_json(run / "run.json")["train"])
+    assert (settings.lr, settings.steps, settings.balance) == (0.01, 40, BalanceConfig())
+    again = load(tmp_path / "elsewhere")
+    assert isinstance(again, Decoder)
+    list(train(again, settings, data, tmp_path / "whole", only="experts"))
+    check_same(run, tmp_path / "whole")
+
+
+def steps_done(run: Path) -> int:
+    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

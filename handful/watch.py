@@ -1,0 +1,84 @@
+"""What watches a training: statistics of its routing, the warning of a collapse, TensorBoard.
+
+Legend: L MoE layers · E experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handful.config import ModelConfig
+from handful.observe import collapsed, stats
+
+__all__ = ["CollapseWatch", "Event", "Sink", "routing_event", "tensorboard"]
+
+Event = dict[str, Any]
+Sink = Callable[[Event], None]  # somewhere that events go
+
+COLLAPSED_WINDOWS = 3  # routing events in a row that make a warning
+
+
+def routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: int) -> Event:
+    """The steps of a window together: (load_LE, the share that was dropped in each layer) of each."""
+    load_LE = torch.stack([load for load, _ in window]).sum(0)
+    dropped_L = [sum(layer) / len(layer) for layer in zip(*(d for _, d in window), strict=True)]
+    return {"event": "routing", "step": step, "tokens": tokens, **vars(stats(load_LE, dropped_L))}
+
+
+class CollapseWatch:
+    """Says of a layer that its routing has collapsed, once each time, when it has been so for three routing events.
+
+    The first steps of a run often look collapsed until the balance takes hold.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.top_k = config.router.top_k if config.router else 0
+        self.in_a_row = {i: 0 for i in range(config.layers) if config.is_moe(i)}
+
+    def see(self, routing: Event) -> list[Event]:
+        """The warnings that a routing event calls for."""
+        found = []
+        for layer, load_E in zip(self.in_a_row, routing["load"], strict=True):
+            why = collapsed(torch.tensor(load_E), self.top_k)
+            self.in_a_row[layer] = self.in_a_row[layer] + 1 if why else 0
+            if self.in_a_row[layer] == COLLAPSED_WINDOWS:
+                message = f"routing collapsed in layer {layer}: {why}"
+                found.append({"event": "warning", "step": routing["step"], "layer": layer, "message": message})
+        return found
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Sink]:
+    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield lambda event: None
+        return
+    writer: SummaryWriter | None = None
+
+    def sink(event: Event) -> None:
+        nonlocal writer
+        # Made at the first event: a run that is refused leaves nothing behind.
+        writer = writer or SummaryWriter(str(folder / "tensorboard"))
+        step = event.get("step", 0)
+        if event["event"] in ("step", "eval"):
+            for name, value in event.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"{event['event']}/{name}", value, step)
+        elif event["event"] == "routing":
+            for name in ("max_vio", "dead", "entropy", "dropped"):
+                for layer, value in enumerate(event[name]):
+                    writer.add_scalar(f"routing/{name}/{layer}", value, step)
+
+    try:
+        yield sink
+    finally:
+        if writer is not None:
+            writer.close()
