@@ -1,0 +1,486 @@
+"""The plug-in: our experts, and our view of the router, in the mixtures of experts that transformers has.
+
+    import handful.transformers
+
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="handful")
+    handful.transformers.check(model)  # {"model.layers.0.mlp.experts": "swiglu", ...}, or why it cannot be
+    with handful.transformers.watch(model) as seen:
+        model.generate(...)
+    handful.observe.load(seen.routings()["model.layers.0.mlp.experts"])
+
+transformers holds the experts of a layer in one module, marked by its decorator `use_experts_implementation`, which is
+given (x_TD, experts_TK, weights_TK) and may be computed by others. Here a backend of `handful.experts` does so, on the
+module's own weights and without a copy of them. What stands between the two products is decided by trying the
+module's own gate on numbers: where it is an activation of ours the whole is a backend's, and else the module's own
+gate runs between our products. So do the modules that store their matrices turned, which the backends do not read.
+
+Legend: T tokens · D model width · E experts · K experts per token · F an expert's hidden width · G = 2·F gate and up
+rows (F without a gate) · R rows of the grouped layout · C what a router gives a token, E numbers if all is well
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from handful.errors import ConfigError, MissingExtraError, RoutingError
+from handful.experts import BACKENDS, activate
+from handful.experts.grouped import (
+    Layout,
+    _Combine,
+    _Dispatch,
+    _has_kernel,
+    _outer,
+    _Product,
+    _rows_times,
+    _with_zero_row,
+    lay_out,
+    lay_out_sorted,
+)
+from handful.experts.layer import check_fits
+from handful.experts.native import available, compute_dtype
+from handful.routing import Routing
+
+__all__ = ["NAME", "Watch", "check", "experts_forward", "watch"]
+
+NAME = "handful"  # experts_implementation="handful"
+OLDEST = (5, 23)
+OWN_GATE = "own gate"  # in check(): no activation of ours, so the module's gate runs between our products
+
+# What the decorator says of a module. A flag that a later transformers adds is not here: see `_flags`.
+FLAGS = ("is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _import(name: str) -> Any:
+    """A module of transformers; MissingExtraError where there is none, or one from before the decorator's flags."""
+    oldest = ".".join(map(str, OLDEST))
+    missing = MissingExtraError(f"transformers>={oldest}", "handful.transformers", "transformers")
+    try:
+        version = re.match(r"(\d+)\.(\d+)", importlib.import_module("transformers").__version__)
+        if version is None or (int(version[1]), int(version[2])) < OLDEST:
+            raise missing
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise missing from None
+
+
+_moe = _import("transformers.integrations.moe")
+_PreTrainedModel: Any = _import("transformers.modeling_utils").PreTrainedModel
+
+_defaults = {
+    name: parameter.default
+    for name, parameter in inspect.signature(_moe.use_experts_implementation).parameters.items()
+    if name not in ("experts_class", "experts_interface")
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A module of theirs, read as experts of ours.
+
+
+@dataclass(frozen=True, eq=False)
+class Borrowed:
+    """An experts module of transformers as our backends read experts, with its own weights.
+
+    gate_up (E, G, D), down (E, D, F), gate_up_bias (E, G) and down_bias (E, D) or None. turned: they are views of the
+    module's (E, D, G) and (E, F, D). activation None: no backend computes these.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    turned: bool
+    activation: str | None
+
+    @property
+    def count(self) -> int:
+        return self.gate_up.shape[0]
+
+    @property
+    def has_native(self) -> bool:
+        return available()
+
+    def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.gate_up_bias is None or self.down_bias is None:
+            return None, None
+        return self.gate_up_bias[expert], self.down_bias[expert]
+
+
+def borrow(module: Any) -> Borrowed:
+    """Read an experts module of transformers. ConfigError for weights or a flag that we do not know."""
+    kind = type(module).__name__
+    for flag, default in _defaults.items():
+        if flag not in FLAGS and getattr(module, flag, default) != default:
+            raise ConfigError(f"{kind}.{flag} = {getattr(module, flag)}: handful does not know this flag of experts")
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    names = [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if module.has_bias else [])
+    weights = []
+    for name in names:
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
+            what = "missing" if weight is None else getattr(weight, "dtype", type(weight).__name__)
+            raise ConfigError(f"{kind}.{name} is {what}: handful takes float64, float32, bfloat16 and float16 tensors")
+        weights.append(weight)
+    gate_up, down = (weight.mT if module.is_transposed else weight for weight in weights[:2])
+    E, D, hidden = down.shape if down.dim() == 3 else (0, 0, 0)
+    if gate_up.shape != (E, hidden * (2 if module.has_gate else 1), D):
+        raise ConfigError(
+            f"{kind}.{first} has shape {tuple(weights[0].shape)} beside down_proj's {tuple(weights[1].shape)}: "
+            f"no experts with has_gate = {module.has_gate}, is_transposed = {module.is_transposed}"
+        )
+    gate_up_bias, down_bias = weights[2:] if module.has_bias else (None, None)
+    activation = None if module.is_transposed else _activation(module)
+    return Borrowed(gate_up, down, gate_up_bias, down_bias, module.is_transposed, activation)
+
+
+def between(module: Any) -> Callable[[Tensor], Tensor]:
+    """What the module applies between its two products: (n, G) -> (n, F)."""
+    return module._apply_gate if module.has_gate else module.act_fn  # type: ignore[no-any-return]
+
+
+# The activation of each module and the settings that it was found for.
+_found: WeakKeyDictionary[nn.Module, tuple[object, str | None]] = WeakKeyDictionary()
+
+
+def _activation(module: Any) -> str | None:
+    """Ours that computes what the module computes between its products, but for rounding; None if none does."""
+    act = getattr(module, "act_fn", None)
+    parts = act.modules() if isinstance(act, nn.Module) else ()
+    settings = (act, *map(_scalars, (module, *parts)))
+    if module not in _found or _found[module][0] != settings:
+        _found[module] = (settings, _find_activation(module, act))
+    return _found[module][1]
+
+
+def _scalars(value: object) -> tuple[object, ...]:
+    fields = getattr(value, "__dict__", {}).items()
+    return tuple(v for name, v in fields if isinstance(v, int | float | str) and name != "training")
+
+
+@torch.no_grad()
+def _find_activation(module: Any, act: object) -> str | None:
+    if module.has_post_expert_norm or (isinstance(act, nn.Module) and any(True for _ in act.parameters())):
+        return None
+    # From where every function of this kind is nearly linear to where every clamp that means anything has closed.
+    sizes = [0.01, 0.3, 1, 2, 3, 5, 6.9, 7.1, 8, 10.1, 15, 20, 30, 50, 101, 1e3, 1e6]
+    gate_F = torch.tensor([0.0, *sizes, *(-size for size in sizes)], dtype=torch.float64, device="cpu")
+    up_nF = gate_F.unsqueeze(1).expand(-1, len(gate_F))
+    gate_nF = gate_F.expand_as(up_nF)
+    h_nG = torch.cat([gate_nF, up_nF], -1) if module.has_gate else gate_nF
+    theirs_nF = between(module)(h_nG.clone())
+    for kind in ("swiglu", "geglu", "swiglu_clamped") if module.has_gate else ("relu", "gelu"):
+        # So near that only a cast to float32 inside of it can tell them apart.
+        if torch.allclose(theirs_nF, activate(h_nG, kind), rtol=1e-6, atol=1e-9):
+            return kind
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# experts_implementation="handful".
+
+
+# What a step does depends on the load and on the module: no graph could hold it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls for an experts module: (T, D), (T, K), (T, K) -> (T, D) in hidden_states' dtype.
+
+    Forward and backward, gradients of everything that has one. Under transformers' expert parallelism the ids that
+    belong to other ranks are left out. ConfigError for a module that we cannot read, RoutingError for ids that it has
+    no experts for.
+    """
+    experts = borrow(module)
+    routing = _routing(module, experts.count, top_k_index, top_k_weights)
+    check_fits(hidden_states, routing, experts.count, experts.gate_up.shape[2])
+    if experts.activation is None:
+        y_TD = _with_own_gate(hidden_states, routing, experts, module)
+    else:
+        backend: Any = BACKENDS["auto"]
+        y_TD = backend(hidden_states, routing, experts)
+    return y_TD.to(hidden_states.dtype)
+
+
+def _routing(module: Any, count: int, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
+    dropped_TK = None
+    if module._is_expert_parallel:
+        # transformers gives what other ranks compute an id beyond this rank's experts.
+        dropped_TK = experts_TK >= count
+        experts_TK = experts_TK.clamp(max=count - 1)
+    unused_TE = weights_TK.new_zeros(()).expand(len(experts_TK), count)  # no backend reads more of it than its shape
+    return Routing(unused_TE, unused_TE, experts_TK.long(), weights_TK, dropped_TK)
+
+
+class _TurnedProduct(Function):
+    """`_Product` for matrices that are stored turned, (E, i, o); their gradient comes out as they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(a_Ri, w_Eio)
+        ctx.layout = layout
+        return _rows_times(a_Ri, w_Eio, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a_Ri, w_Eio = ctx.saved_tensors
+        grad_a = _rows_times(grad_Ro, w_Eio.mT, ctx.layout) if ctx.needs_input_grad[0] else None
+        grad_w = _outer(a_Ri, grad_Ro, w_Eio, ctx.layout) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_w, None
+
+
+def _lay_out(routing: Routing, experts: Borrowed, device: str, dtype: torch.dtype) -> Layout:
+    read: Any = experts
+    if _has_kernel(read, device, dtype):
+        return lay_out_sorted(routing)
+    # A batch reads every expert's weights. Where less than half of them are needed, as in decoding, a loop is quicker.
+    few = int((routing.plan().counts_E > 0).sum()) < experts.count / 2
+    return lay_out(routing, dtype, depth=0 if few else None)
+
+
+def _with_own_gate(x_TD: Tensor, routing: Routing, experts: Borrowed, module: Any) -> Tensor:
+    """`grouped`, with the module's own gate between the products and its own norm behind them."""
+    dtype = compute_dtype(x_TD)
+    device = x_TD.device.type
+    layout = _lay_out(routing, experts, device, dtype)
+    weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
+
+    def product(a_Ri: Tensor, w_Eoi: Tensor, bias_Eo: Tensor | None) -> Tensor:
+        a_Ri, w_Eoi = a_Ri.to(dtype), w_Eoi.to(dtype)
+        function, w = (_TurnedProduct, w_Eoi.mT) if experts.turned else (_Product, w_Eoi)
+        out_Ro: Tensor = function.apply(a_Ri, w, layout)  # type: ignore[no-untyped-call]
+        if bias_Eo is not None:
+            out_Ro = out_Ro + _with_zero_row(bias_Eo.to(dtype)).index_select(0, layout.expert_R)
+        return out_Ro
+
+    with torch.autocast(device, enabled=False):
+        x_RD = _Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
+        a_RF = between(module)(product(x_RD, experts.gate_up, experts.gate_up_bias))
+        out_RD = product(a_RF, experts.down, experts.down_bias)
+        if module.has_post_expert_norm:
+            out_RD = module.post_expert_norm(out_RD)
+        y_TD: Tensor = _Combine.apply(out_RD.to(dtype) * weight_R, layout)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def experts_of(model: nn.Module) -> dict[str, Any]:
+    """The experts modules of a model that others may compute, by name. ConfigError if it has none."""
+    found = {name: module for name, module in model.named_modules() if all(hasattr(module, flag) for flag in FLAGS)}
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no experts that can be reached: no module of it is decorated with "
+            "transformers' use_experts_implementation"
+        )
+    return found
+
+
+def check(model: nn.Module) -> dict[str, str]:
+    """What experts_implementation="handful" computes each experts module of a model with, by the module's name.
+
+    "swiglu", "geglu", "swiglu_clamped", "relu", "gelu": a backend of `handful.experts` does all of it. "own gate": the
+    module's own gate, activation or norm runs between our products, in torch; so too where matrices are stored turned.
+
+    ConfigError, in one line, for a model without such modules (transformers would ignore the setting there) and for
+    weights that we cannot compute with.
+    """
+    return {name: borrow(module).activation or OWN_GATE for name, module in experts_of(model).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching.
+
+
+class Watch:
+    """The routing of every experts module of a model at each of its forward passes: see `watch`."""
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        if tokens < 1:
+            raise ConfigError(f"tokens = {tokens}: at least 1")
+        self.tokens = tokens
+        self.forgotten = 0  # forward passes that are no longer kept
+        self.scores: dict[str, str] = {}
+        self._model = model
+        self._steps: deque[dict[str, Routing]] = deque()
+        self._now: dict[str, list[Routing]] = {}  # of the forward pass under way
+        self._given: dict[str, tuple[Any, ...]] = {}  # what a module beside these experts gave that may be a routing
+        self._open: list[nn.Module] = []  # the models whose forward pass has begun and not ended
+        modules = experts_of(model)
+        self.layers = tuple(modules)
+        self._hooks = []
+        for name, experts in modules.items():
+            self._hooks.append(experts.register_forward_pre_hook(self._on_experts(name), with_kwargs=True))
+            for beside in model.get_submodule(name.rpartition(".")[0]).children():
+                if beside is not experts:
+                    self._hooks.append(beside.register_forward_hook(self._on_beside(name)))
+        # Between a beginning and an end of one of these: a layer that is computed anew in a backward pass is not.
+        for module in {model, *(module for module in model.modules() if isinstance(module, _PreTrainedModel))}:
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
+            self._hooks.append(module.register_forward_hook(self._end, always_call=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks away; what was seen stays."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @property
+    def steps(self) -> list[dict[str, Routing]]:
+        """The routings of each kept forward pass, oldest first, by the name of the experts module."""
+        return list(self._steps)
+
+    def routings(self) -> dict[str, Routing]:
+        """One routing for each experts module: those of all kept forward passes, one after another."""
+        return {name: _joined([step[name] for step in self._steps if name in step]) for name in self._seen()}
+
+    def _seen(self) -> list[str]:
+        return [name for name in self.layers if any(name in step for step in self._steps)]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # After a Ctrl-C those that were open have no end: one that begins again was left that way.
+        if module is self._model or module in self._open:
+            self._open.clear()
+        if not self._open:
+            self._now.clear()
+            self._given.clear()
+        self._open.append(module)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._open.pop()
+        if self._open:
+            return
+        if output is not None and self._now:  # None: it ended in an error
+            self._steps.append({name: _joined(routings) for name, routings in self._now.items()})
+            while len(self._steps) > 1 and sum(map(_tokens, self._steps)) > self.tokens:
+                self._steps.popleft()
+                self.forgotten += 1
+        self._now.clear()
+        self._given.clear()
+
+    def _on_beside(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if self._open and isinstance(output, tuple) and any(_is_index(value) for value in output):
+                self._given[name] = output
+
+        return keep
+
+    def _on_experts(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._open:
+                _, experts_TK, weights_TK = (*args, *kwargs.values())
+                self._now.setdefault(name, []).append(self._routing(name, module.num_experts, experts_TK, weights_TK))
+
+        return see
+
+    @torch.no_grad()
+    def _routing(self, name: str, count: int, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
+        given = self._given.pop(name, ())
+        if not any(_is_index(v) and v.shape == experts_TK.shape and torch.equal(v, experts_TK) for v in given):
+            raise RoutingError(f"{name}: no module beside these experts gave the routing that they were given")
+        shapes = f"{tuple(experts_TK.shape)} by {name}'s router, there are {count} experts"
+        logits_TC = given[0]
+        if not isinstance(logits_TC, Tensor) or logits_TC.numel() != len(experts_TK) * count:
+            what = tuple(logits_TC.shape) if isinstance(logits_TC, Tensor) else type(logits_TC).__name__
+            raise RoutingError(f"logits {what} were given with experts {shapes}: they must be (tokens, experts)")
+        logits_TE = _kept(logits_TC).view(-1, count).float()
+        experts_TK, weights_TK = _kept(experts_TK).long(), _kept(weights_TK)
+        if len(logits_TE) and bool((logits_TE >= 0).all() & ((logits_TE.sum(-1) - 1).abs() < 1e-5).all()):
+            # Probabilities (Gemma 4's router gives them): their logarithms are the logits less a constant.
+            logits_TE, kind = logits_TE.clamp_min(1e-30).log(), "softmax"
+        else:
+            kind = _score(logits_TE, experts_TK, weights_TK) or self.scores.get(name, "unknown")
+        self.scores[name] = kind
+        return Routing(logits_TE, SCORES.get(kind, _softmax)(logits_TE), experts_TK, weights_TK)
+
+
+def watch(model: nn.Module, *, tokens: int = 16384) -> Watch:
+    """Record the routing of every experts module of a transformers model, whatever computes its experts.
+
+        with watch(model) as seen:
+            model.generate(...)
+
+    Changes no output bit. The hooks go when the block ends, by an error or Ctrl-C too (without a block: `close()`). A
+    forward pass that ended in an error leaves nothing; layers that gradient checkpointing computes anew in the backward
+    pass are not seen twice. Padding tokens are tokens.
+
+    seen.steps       a dict for each forward pass (each token, in `generate`): module name -> Routing, on CPU and
+                     detached. experts_TK and weights_TK are what the experts were given; logits_TE what the router
+                     gave (with its bias or softcap; where it gave probabilities, their logarithm), in float32.
+    seen.routings()  all passes in one: module name -> Routing of all their tokens, for `handful.observe`.
+    seen.scores      what routing.scores_TE is, by module name: that of "softmax", "sigmoid" and "sqrtsoftplus" of the
+                     logits that the weights are proportional to; "unknown", and the softmax, if none could be told.
+
+    tokens   forward passes are forgotten, oldest first, beyond this many tokens; `seen.forgotten` counts them. A token
+             takes 8·E + 12·K bytes a layer (weights in float32): 16384 tokens of OLMoE's 16 layers, 160 MB.
+
+    ConfigError for a model whose experts cannot be reached. RoutingError, at its forward pass, for a model whose router
+    cannot: none beside the experts, or one with more choices than experts (Zaya's may skip them).
+    """
+    return Watch(model, tokens)
+
+
+def _softmax(logits_TE: Tensor) -> Tensor:
+    return logits_TE.softmax(-1)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
+}
+
+
+def _score(logits_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> str | None:
+    """Which scores the weights are proportional to, "unknown" for none of them; None where these cannot tell."""
+    across = 1 if experts_TK.shape[1] > 1 else 0  # with one expert per token: over tokens
+    if experts_TK.shape[across] < 2 or not len(experts_TK):
+        return None
+    tolerance = 1e-4 if weights_TK.dtype in (torch.float32, torch.float64) else 1e-2
+    share_TK = F.normalize(weights_TK.float(), p=1, dim=across)
+    errors = []
+    for kind, score in SCORES.items():
+        ours_TK = F.normalize(score(logits_TE).gather(1, experts_TK), p=1, dim=across)
+        errors.append((float((ours_TK - share_TK).abs().max()), kind))
+    (least, kind), (second, _), *_ = sorted(errors)
+    if least > tolerance:
+        return "unknown"
+    return kind if second > 4 * least else None
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
+def _kept(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+def _tokens(step: dict[str, Routing]) -> int:
+    return max(routing.tokens for routing in step.values())
+
+
+def _joined(routings: list[Routing]) -> Routing:
+    if len(routings) == 1:
+        return routings[0]
+    names = ("logits_TE", "scores_TE", "experts_TK", "weights_TK")
+    return Routing(*(torch.cat([getattr(routing, name) for routing in routings]) for name in names))
+
+
+_moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
