@@ -26,7 +26,7 @@ from handful.cost import cost
 from handful.data import Data
 from handful.engine import Sampling, generate_tokens
 from handful.errors import ConfigError
-from handful.families.io import load
+from handful.families.io import load_decoder
 from handful.machine import machine
 from handful.model import Decoder
 from handful.runs import Run, read_events
@@ -200,7 +200,7 @@ def _row(team: Team, runs: list[list[Event]], out: Path) -> dict[str, Any]:
         "bits_per_byte": _spread([run["bits_per_byte"]["mean"] for run in each]),
         "train_tokens_per_second": statistics.median(run["train_tokens_per_second"] for run in each),
         "train_seconds": statistics.mean(run["train_seconds"] for run in each),
-        "decode_tokens_per_second": decode_speed(load(out / team.name / "seed-0")),
+        "decode_tokens_per_second": decode_speed(load_decoder(out / team.name / "seed-0")),
         "curve": [
             {
                 **points[0],
@@ -250,7 +250,7 @@ def decode_speed(model: Decoder, tokens: int = 64, repeats: int = 5) -> float:
 def _sample(out: Path, entrants: Iterable[Team], data: Data) -> dict[str, Any]:
     """Held-out text with the experts of every token, from the MoE's first seed."""
     moe = next(team for team in entrants if team.name == "moe")
-    model = load(out / "moe" / "seed-0")
+    model = load_decoder(out / "moe" / "seed-0")
     middle = len(data.heldout) // 2
     tokens = [int(t) for t in data.heldout[middle : middle + 2 * moe.model.context]]
     tokens_BS = torch.tensor(tokens[: len(tokens) // 2 * 2]).view(2, -1) if len(tokens) >= 4 else torch.tensor([tokens])

@@ -1,59 +1,319 @@
-"""Tokens out of a model: prefill the prompt, then one token after another through the KV cache.
+"""The engine: requests in, tokens out. Requests join and leave between steps, and share every matrix product.
 
-Legend: S tokens · V vocabulary
+    submit ─► waiting ─► [ read the prompt, in chunks ─► decode, one token a step ] ─► finished, or cancelled
+
+A step takes one token of every sequence that decodes and a chunk of those that are still read, lays them one after the
+other, and passes them through the model together: only attention looks at each sequence for itself. So a long prompt
+does not stop the others' streams, and experts are read once for all tokens that chose them.
+
+Legend: S tokens · T tokens of all sequences · D model width · V vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from handful.attention import KVCache, KVCaches
+from handful.encoder_decoder import EncoderDecoder, OutputCache
 from handful.errors import ConfigError
-from handful.model import Decoder, KVCache
+from handful.model import Decoder
+from handful.routing import Routing
+from handful.sampling import Logprobs, Sampler, Sampling, logprobs
+from handful.text import Stream, Tokenizer
 
-__all__ = ["Sampling", "generate", "generate_tokens", "sample"]
+__all__ = [
+    "Delta",
+    "Engine",
+    "Finish",
+    "Job",
+    "Request",
+    "Sampling",
+    "answer_tokens",
+    "generate",
+    "generate_tokens",
+    "stream",
+    "text_request",
+]
+
+Finish = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn.
+class Request:
+    """What to go on from, and how.
 
-    temperature   0 takes the likeliest token; 1 draws from the model's own probabilities.
-    top_p         draw only among the likeliest tokens that together have this probability (nucleus sampling).
-    seed          of the draws; None: a different one each time.
+    prompt        token ids.
+    max_tokens    that are made at most; the model's context may be reached before.
+    sampling      how they are drawn.
+    stop          texts at which it ends; they are not part of the answer. For models with a tokenizer.
+    stop_tokens   tokens at which it ends, not part of the answer either.
+    logprobs      of how many of the likeliest tokens, beside the drawn one's; None: no log-probabilities.
     """
 
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature = {self.temperature}: at least 0")
-        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
-            raise ConfigError(f"seed = {self.seed}: at most 64 bits")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p}: above 0, at most 1")
+    prompt: Sequence[int]
+    max_tokens: int = 200
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    logprobs: int | None = None
 
 
-def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
-    """Draw a token from one position's logits."""
-    logits_V = logits_V.float()
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    shares_V = (logits_V / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        sorted_V, order_V = shares_V.sort(descending=True)
-        # A token stays if those before it have not reached top_p yet: the likeliest always does.
-        sorted_V[sorted_V.cumsum(0) - sorted_V >= sampling.top_p] = 0
-        shares_V = torch.zeros_like(shares_V).scatter_(0, order_V, sorted_V)
-    return int(torch.multinomial(shares_V, 1, generator=random))
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What a step made for one request.
+
+    token      None where the request ended without one (cancelled).
+    text       that is certain now: a character that several tokens spell comes whole, and what may be the beginning of
+               a stop text is held back.
+    finish     why it ended: "stop" (a stop token or text), "length" (max_tokens or the context) or "cancelled"; None
+               while it goes on.
+    """
+
+    job: Job
+    token: int | None
+    text: str = ""
+    logprobs: Logprobs | None = None
+    finish: Finish | None = None
 
 
-@torch.inference_mode()
+class Job:
+    """A request on its way through the engine."""
+
+    def __init__(self, number: int, request: Request, room: int) -> None:
+        self.number = number
+        self.request = request
+        self.made: list[int] = []
+        self.finish: Finish | None = None
+        self._room = room  # tokens that its cache is to hold
+        self._read = 0  # tokens of the prompt that are read
+        self._cache: KVCache | None = None
+        self._sampler: Sampler | None = None
+        self._text: StopText | None = None
+
+    def __repr__(self) -> str:
+        return f"Job({self.number}, {len(self.request.prompt)} + {len(self.made)} tokens, {self.finish or 'going on'})"
+
+
+class StopText:
+    """Text as it comes, up to the first of some stop texts."""
+
+    def __init__(self, stream: Stream, stop: Sequence[str]) -> None:
+        self._stream = stream
+        self._stop = stop
+        self._held = ""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """The text that is certain with this token, and whether a stop text has come."""
+        return self._certain(self._stream.push(token), last=False)
+
+    def finish(self) -> tuple[str, bool]:
+        """What is held back when no token comes any more."""
+        return self._certain(self._stream.finish(), last=True)
+
+    def _certain(self, text: str, last: bool) -> tuple[str, bool]:
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop text."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Engine:
+    """Runs requests on a decoder.
+
+    max_sequences   that are in the works at once; more wait their turn, first come, first served.
+    cache_tokens    that all their caches may hold together: a request is let in when its prompt and max_tokens have
+                    room. None: 8 times the model's context.
+    chunk           tokens of prompts that a step reads at most.
+    on_routing      told of every forward pass: the jobs in it, how many tokens of each, and the routings.
+
+    Where tokens compete for an expert's capacity, or experts choose, a sequence's result would depend on its
+    neighbours: such models run one sequence at a time, prompts whole.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_sequences: int = 16,
+        cache_tokens: int | None = None,
+        chunk: int = 512,
+        on_routing: Callable[[Sequence[Job], Sequence[int], list[Routing]], None] | None = None,
+    ) -> None:
+        for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: at least 1")
+        self.model = model.eval()
+        self.max_sequences = max_sequences
+        self.cache_tokens = 8 * model.config.context if cache_tokens is None else cache_tokens
+        self.chunk = chunk
+        self.on_routing = on_routing
+        router = model.config.router
+        self._apart = router is not None and not router.independent
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._ended: list[Delta] = []
+        self._submitted = 0
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Requests.
+
+    def submit(self, request: Request) -> Job:
+        """Take a request. ConfigError for one that cannot be run."""
+        self._check(request)
+        room = min(self.model.config.context, len(request.prompt) + request.max_tokens)
+        if room > self.cache_tokens:
+            raise ConfigError(f"prompt and max_tokens: {room} tokens; all caches together hold {self.cache_tokens}")
+        self._submitted += 1
+        job = Job(self._submitted, request, room)
+        self._waiting.append(job)
+        return job
+
+    def _check(self, request: Request) -> None:
+        config = self.model.config
+        check_prompt(request.prompt, request.max_tokens, config.vocab)
+        if len(request.prompt) >= config.context:
+            most = f"the model's context is {config.context}, so at most {config.context - 1}"
+            raise ConfigError(f"prompt: {len(request.prompt)} tokens; {most}")
+        if isinstance(request.stop, str) or not all(request.stop):
+            raise ConfigError(f"stop = {request.stop!r}: a list of texts that are not empty")
+        if request.stop and self.model.tokenizer is None:
+            raise ConfigError("stop: the model has no tokenizer, which the text of its tokens is read by")
+        if request.logprobs is not None and request.logprobs < 0:
+            raise ConfigError(f"logprobs = {request.logprobs}: at least 0, or none")
+
+    def cancel(self, job: Job) -> None:
+        """End a request, wherever it is. Its last delta comes with the next step. No more happens to one that ended."""
+        if job.finish is None:
+            self._ended.append(self._end(job, "cancelled", token=None))
+
+    @property
+    def busy(self) -> bool:
+        """There is something for a step to do."""
+        return bool(self._waiting or self._running or self._ended)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Room that the caches of running requests take now, in tokens."""
+        return sum(job._room for job in self._running)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Steps.
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Pass a batch through the model, and return what it made: at most one token of each request."""
+        deltas, self._ended = self._ended, []
+        self._admit()
+        for batch in self._batches():
+            deltas += self._forward(batch)
+        return deltas
+
+    def run(self, requests: Iterable[Request]) -> list[Job]:
+        """Run requests to their ends."""
+        jobs = [self.submit(request) for request in requests]
+        while self.busy:
+            self.step()
+        return jobs
+
+    def _admit(self) -> None:
+        weight = self.model.embed.weight
+        while self._waiting and len(self._running) < self.max_sequences:
+            job = self._waiting[0]
+            if self.cached_tokens + job._room > self.cache_tokens:
+                return
+            self._waiting.popleft()
+            job._cache = KVCache(self.model.config, 1, job._room, dtype=weight.dtype, device=weight.device)
+            job._sampler = Sampler(job.request.sampling, job.request.prompt, weight.device)
+            if self.model.tokenizer is not None:
+                job._text = StopText(self.model.tokenizer.stream(job.request.prompt), job.request.stop)
+            self._running.append(job)
+
+    def _batches(self) -> list[list[tuple[Job, Sequence[int]]]]:
+        """The jobs of this step and the new tokens of each: as one batch, or one of each job."""
+        left, batch = self.chunk, []
+        for job in self._running:
+            tokens: Sequence[int] = job.made[-1:]
+            if not tokens:
+                take = len(job.request.prompt) if self._apart else left
+                tokens = job.request.prompt[job._read : job._read + take]
+                left -= min(left, len(tokens))
+            if tokens:
+                batch.append((job, tokens))
+        return [[one] for one in batch] if self._apart else [batch] if batch else []
+
+    def _forward(self, batch: list[tuple[Job, Sequence[int]]]) -> list[Delta]:
+        device = self.model.embed.weight.device
+        jobs, new = [job for job, _ in batch], [len(tokens) for _, tokens in batch]
+        caches = [job._cache for job in jobs if job._cache is not None]
+        tokens_1T = torch.tensor([[token for _, tokens in batch for token in tokens]], device=device)
+        cache = caches[0] if len(caches) == 1 else KVCaches(caches, new)
+        x_1TD, routings = self.model.hidden(tokens_1T, cache)
+        if self.on_routing is not None:
+            self.on_routing(jobs, new, routings)
+        ready, last, end = [], [], 0
+        for job, count in zip(jobs, new, strict=True):
+            end += count
+            if not job.made:
+                job._read += count
+            if job._read == len(job.request.prompt):
+                ready.append(job)
+                last.append(end - 1)
+        if not ready:
+            return []
+        logits_TV = self.model.logits(x_1TD[0] if len(last) == x_1TD.shape[1] else x_1TD[0, last])
+        return [self._token(job, logits_V) for job, logits_V in zip(ready, logits_TV, strict=True)]
+
+    def _token(self, job: Job, logits_V: Tensor) -> Delta:
+        """Draw a job's next token, and see whether it ends with it."""
+        assert job._sampler is not None
+        request = job.request
+        token = job._sampler(logits_V)
+        if token in request.stop_tokens:
+            return self._end(job, "stop", token=None)
+        seen = None if request.logprobs is None else logprobs(logits_V, token, request.logprobs)
+        job.made.append(token)
+        text, stopped = ("", False) if job._text is None else job._text.push(token)
+        if stopped:
+            return self._end(job, "stop", token=token, text=text, logprobs=seen)
+        if len(request.prompt) + len(job.made) >= job._room:
+            return self._end(job, "length", token=token, text=text, logprobs=seen)
+        return Delta(job=job, token=token, text=text, logprobs=seen)
+
+    def _end(
+        self, job: Job, finish: Finish, *, token: int | None, text: str = "", logprobs: Logprobs | None = None
+    ) -> Delta:
+        """Forget all that was kept for a job. A text that was held back comes now, and may hold a stop text."""
+        if job._text is not None and (finish != "stop" or token is None):
+            rest, stopped = job._text.finish()
+            text += rest
+            finish = "stop" if stopped and finish == "length" else finish
+        job.finish = finish
+        job._cache = job._sampler = job._text = None
+        self._running = [other for other in self._running if other is not job]
+        if job in self._waiting:
+            self._waiting.remove(job)
+        return Delta(job=job, token=token, text=text, logprobs=logprobs, finish=finish)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One request.
+
+
 def generate_tokens(
     model: Decoder, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None, stop: int | None = None
 ) -> Iterator[int]:
@@ -61,48 +321,121 @@ def generate_tokens(
 
     ConfigError for an empty prompt, one that fills the context, or a token outside the vocabulary.
     """
-    sampling = sampling or Sampling()
-    context, vocab = model.config.context, model.config.vocab
-    if not prompt:
-        raise ConfigError("prompt: at least one token")
-    if len(prompt) >= context:
-        raise ConfigError(f"prompt: {len(prompt)} tokens; the model's context is {context}, so at most {context - 1}")
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens = {max_tokens}: at least 1")
-    if not 0 <= min(prompt) <= max(prompt) < vocab:
-        raise ConfigError(f"prompt: a token is outside the vocabulary of {vocab}")
+    request = Request(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=sampling or Sampling(),
+        stop_tokens=() if stop is None else (stop,),
+    )
+    yield from (delta.token for delta in stream(Engine(model), request) if delta.token is not None)
+
+
+def stream(engine: Engine, request: Request) -> Iterator[Delta]:
+    """Yield what an engine that nobody else uses makes of a request. Closing it cancels the request."""
+    job = engine.submit(request)
+    try:
+        while job.finish is None:
+            yield from engine.step()
+    finally:
+        engine.cancel(job)
+
+
+@torch.inference_mode()
+def answer_tokens(
+    model: EncoderDecoder, prompt: Sequence[int], max_tokens: int, sampling: Sampling | None = None
+) -> Iterator[int]:
+    """Yield at most `max_tokens` tokens of an encoder-decoder's answer to a prompt, up to its stop token (not yielded).
+
+    ConfigError for an empty prompt or a token outside the vocabulary.
+    """
+    check_prompt(prompt, max_tokens, model.config.vocab)
     model.eval()
     weight = model.embed.weight
-    room = min(context, len(prompt) + max_tokens)
-    cache = KVCache(model.config, 1, room, dtype=weight.dtype, device=weight.device)
-    random = None
-    if sampling.seed is not None:
-        random = torch.Generator(weight.device).manual_seed(sampling.seed)
-    tokens_1S = torch.tensor([list(prompt)], device=weight.device)
-    for _ in range(room - len(prompt)):
-        logits_1SV, _ = model(tokens_1S, cache)
-        token = sample(logits_1SV[0, -1], sampling, random)
-        if token == stop:
+    encoded = model.encode(torch.tensor([list(prompt)], device=weight.device))
+    cache = OutputCache(model.config, 1, max_tokens, dtype=weight.dtype, device=weight.device)
+    sampler = Sampler(sampling or Sampling(), prompt, weight.device)
+    token = model.config.start
+    for _ in range(max_tokens):
+        logits_11V, _ = model.decode(torch.tensor([[token]], device=weight.device), encoded, cache)
+        token = sampler(logits_11V[0, -1])
+        if token == model.config.stop:
             return
         yield token
-        tokens_1S = torch.tensor([[token]], device=weight.device)
 
 
-def generate(model: Decoder, prompt: str, *, max_tokens: int = 200, sampling: Sampling | None = None) -> Iterator[str]:
-    """Yield the text that follows a prompt, piece by piece, until the document ends or `max_tokens` are made.
+def generate(
+    model: Decoder | EncoderDecoder,
+    prompt: str,
+    *,
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield the text that follows a prompt, piece by piece, until the document ends, a text of `stop` comes or
+    `max_tokens` are made. Of an encoder-decoder: its answer to the prompt.
 
     The model must have a tokenizer (`handful.load` sets it). A character that several tokens spell is yielded whole.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    if isinstance(model, EncoderDecoder):
+        yield from _answer(model, prompt, max_tokens, sampling, stop)
+        return
+    request = text_request(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
+    for delta in stream(Engine(model), request):
+        yield delta.text
+
+
+def text_request(
+    model: Decoder,
+    prompt: str,
+    *,
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    logprobs: int | None = None,
+) -> Request:
+    """The request to go on from a text as a document that begins with it."""
+    tokenizer = _tokenizer(model, prompt)
+    return Request(
+        # A document starts after an end-of-text token, in training and so here.
+        prompt=[tokenizer.eos_id, *tokenizer.encode(prompt)],
+        max_tokens=max_tokens,
+        sampling=sampling or Sampling(),
+        stop=stop,
+        stop_tokens=[tokenizer.eos_id],
+        logprobs=logprobs,
+    )
+
+
+def _answer(
+    model: EncoderDecoder, prompt: str, max_tokens: int, sampling: Sampling | None, stop: Sequence[str]
+) -> Iterator[str]:
+    tokenizer = _tokenizer(model, prompt)
+    # T5's inputs end with the end-of-text token. Its special tokens are words of its task: <extra_id_0>, a gap.
+    tokens = tokenizer.encode(prompt, special=True)
+    tokens = tokens if tokens[-1:] == [tokenizer.eos_id] else [*tokens, tokenizer.eos_id]
+    text = StopText(tokenizer.stream(special=True), stop)
+    for token in answer_tokens(model, tokens, max_tokens, sampling):
+        piece, stopped = text.push(token)
+        yield piece
+        if stopped:
+            return
+    yield text.finish()[0]
+
+
+def _tokenizer(model: Decoder | EncoderDecoder, prompt: str) -> Tokenizer:
+    if model.tokenizer is None:
         raise ConfigError("model: it has no tokenizer; use generate_tokens, or load a checkpoint that holds one")
     try:
         prompt.encode()
     except UnicodeEncodeError:  # a shell hands over any byte
         raise ConfigError(f"prompt = {prompt!r}: must be UTF-8") from None
-    # A document starts after an end-of-text token, in training and so here.
-    tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    stream = tokenizer.stream(tokens)
-    for token in generate_tokens(model, tokens, max_tokens, sampling, stop=tokenizer.eos_id):
-        yield stream.push(token)
-    yield stream.finish()
+    return model.tokenizer
+
+
+def check_prompt(prompt: Sequence[int], max_tokens: int, vocab: int) -> None:
+    if not prompt:
+        raise ConfigError("prompt: at least one token")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens = {max_tokens}: at least 1")
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise ConfigError(f"prompt: a token is outside the vocabulary of {vocab}")

@@ -1,4 +1,4 @@
-"""Routing, seen: how even the load is, how sure the router, who works with whom.
+"""Routing, seen: how even the load is, who works with whom; and recorded, to be looked at or replayed.
 
 Legend: T tokens · E experts · K experts per token · L MoE layers
 """
@@ -7,13 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from handful.routing import Routing
+from handful.checkpoint import read_tensors, write_file
+from handful.errors import CheckpointError, RoutingError
+from handful.routing import Choice, Routing
 
-__all__ = ["LoadStats", "coactivation", "collapsed", "dead", "dropped", "entropy", "load", "max_vio", "stats"]
+__all__ = [
+    "LoadStats",
+    "Recorder",
+    "Recording",
+    "coactivation",
+    "collapsed",
+    "dead",
+    "dropped",
+    "entropy",
+    "load",
+    "max_vio",
+    "stats",
+]
 
 
 def load(routing: Routing) -> Tensor:
@@ -94,3 +109,137 @@ def stats(load_LE: Tensor, dropped_L: Sequence[float]) -> LoadStats:
         entropy=[entropy(row) for row in share_LE],
         dropped=list(dropped_L),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recorded.
+
+
+class Recording(Sequence[Choice]):
+    """The chosen experts and their weights, for T tokens and every MoE layer, as few bytes as they need.
+
+    experts_TK   one tensor for each layer: uint8, or int16 from 257 experts on.
+    weights_TK   one for each layer: float16. They are there to be looked at; a replay makes them anew.
+    dropped_TK   one for each layer where some were dropped, else None.
+    tokens_T     the tokens themselves, if they were given: int32.
+
+    It is a sequence of one `Choice` for each layer, which `Decoder.forward(..., routing=recording)` takes. So is
+    `recording.part(start, end)` for some of the tokens.
+    """
+
+    def __init__(
+        self,
+        experts_TK: Sequence[Tensor],
+        weights_TK: Sequence[Tensor],
+        dropped_TK: Sequence[Tensor | None],
+        tokens_T: Tensor | None = None,
+    ) -> None:
+        self.experts_TK, self.weights_TK, self.dropped_TK = list(experts_TK), list(weights_TK), list(dropped_TK)
+        self.tokens_T = tokens_T
+
+    def __len__(self) -> int:
+        return len(self.experts_TK)
+
+    def __getitem__(self, layer: int) -> Choice:  # type: ignore[override]
+        return Choice(self.experts_TK[layer].long(), self.dropped_TK[layer])
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.experts_TK[0]) if self.experts_TK else 0
+
+    def part(self, start: int, end: int) -> Recording:
+        """That of tokens start..end."""
+        return Recording(
+            [t[start:end] for t in self.experts_TK],
+            [t[start:end] for t in self.weights_TK],
+            [None if t is None else t[start:end] for t in self.dropped_TK],
+            None if self.tokens_T is None else self.tokens_T[start:end],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a safetensors file: `layers.0.experts`, `layers.0.weights`, … and `tokens`."""
+        tensors = {"tokens": self.tokens_T} if self.tokens_T is not None else {}
+        for layer in range(len(self)):
+            tensors[f"layers.{layer}.experts"] = self.experts_TK[layer]
+            tensors[f"layers.{layer}.weights"] = self.weights_TK[layer]
+            dropped_TK = self.dropped_TK[layer]
+            if dropped_TK is not None:
+                tensors[f"layers.{layer}.dropped"] = dropped_TK
+        write_file(path, tensors)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recording:
+        """A file that `save` wrote. CheckpointError for one that is malformed."""
+        found = read_tensors(path)
+        layers = sum(name.endswith(".experts") for name in found)
+        wanted = {f"layers.{i}.{kind}" for i in range(layers) for kind in ("experts", "weights")}
+        optional = {"tokens", *(f"layers.{i}.dropped" for i in range(layers))}
+        for name in [*sorted(wanted - set(found)), *sorted(set(found) - wanted - optional)]:
+            raise CheckpointError(f"{path}: tensor {name!r} is {'missing' if name in wanted else 'unexpected'}")
+        shape = found.shape("layers.0.experts") if layers else (0, 0)
+        for name in found:
+            right = shape[:1] if name == "tokens" else (shape[0], found.shape(f"{name.rpartition('.')[0]}.experts")[-1])
+            if found.shape(name) != right or len(right) != (1 if name == "tokens" else 2):
+                raise CheckpointError(f"{path}: tensor {name!r} has shape {list(found.shape(name))}: of no recording")
+        return cls(
+            [found[f"layers.{i}.experts"] for i in range(layers)],
+            [found[f"layers.{i}.weights"] for i in range(layers)],
+            [found.get(f"layers.{i}.dropped") for i in range(layers)],
+            found.get("tokens"),
+        )
+
+
+class Recorder:
+    """Collects the routings of one sequence, or of a batch, pass after pass. Nothing is computed before it is asked."""
+
+    def __init__(self) -> None:
+        self._passes: list[list[Routing]] = []
+
+    def add(self, routings: Sequence[Routing], start: int = 0, end: int | None = None) -> None:
+        """One forward pass's routings, or those of its tokens start..end."""
+        if self._passes and len(self._passes[0]) != len(routings):
+            raise RoutingError(f"routings of {len(routings)} MoE layers: those before were of {len(self._passes[0])}")
+        self._passes.append([_rows(routing, start, end) for routing in routings])
+
+    @property
+    def tokens(self) -> int:
+        """That passed so far."""
+        return sum(routings[0].tokens for routings in self._passes if routings)
+
+    def recording(self, tokens: Sequence[int] | None = None) -> Recording:
+        """All of it so far. tokens: the T tokens that passed."""
+        layers = list(zip(*self._passes, strict=True))
+        dropped = [any(r.dropped_TK is not None for r in layer) for layer in layers]
+        return Recording(
+            [torch.cat([_small(r.experts_TK, r.experts) for r in layer]) for layer in layers],
+            [torch.cat([r.weights_TK.detach().half().cpu() for r in layer]) for layer in layers],
+            [
+                torch.cat(
+                    [
+                        torch.zeros_like(r.experts_TK, dtype=torch.bool) if r.dropped_TK is None else r.dropped_TK
+                        for r in layer
+                    ]
+                ).cpu()
+                if some
+                else None
+                for layer, some in zip(layers, dropped, strict=True)
+            ],
+            None if tokens is None else torch.tensor(list(tokens), dtype=torch.int32),
+        )
+
+
+def _rows(routing: Routing, start: int, end: int | None) -> Routing:
+    if start == 0 and end in (None, routing.tokens):
+        return routing
+    return Routing(
+        routing.logits_TE[start:end],
+        routing.scores_TE[start:end],
+        routing.experts_TK[start:end],
+        routing.weights_TK[start:end],
+        None if routing.dropped_TK is None else routing.dropped_TK[start:end],
+    )
+
+
+def _small(experts_TK: Tensor, experts: int) -> Tensor:
+    return experts_TK.to(torch.uint8 if experts <= 256 else torch.int16).cpu()

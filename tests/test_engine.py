@@ -19,9 +19,10 @@ from torch import Tensor
 
 from handful.config import ModelConfig
 from handful.data import Data
-from handful.engine import Sampling, generate, generate_tokens, sample
+from handful.engine import generate, generate_tokens
 from handful.errors import ConfigError
 from handful.model import Decoder
+from handful.sampling import Sampling, sample
 from handful.text import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -249,13 +250,15 @@ def says(model: Decoder, tokenizer: Tokenizer, tokens: list[int], monkeypatch: p
     asked: list[list[int]] = []
     left = iter(tokens)
 
-    def forward(tokens_BS: Tensor, cache: Any) -> Any:
+    def hidden(tokens_BS: Tensor, cache: Any) -> Any:
         asked.append(tokens_BS[0].tolist())
-        logits = torch.zeros(1, tokens_BS.shape[1], VOCAB)
-        logits[0, -1, next(left)] = 100.0
-        return logits, []
+        return torch.zeros(1, tokens_BS.shape[1], model.config.width), []
 
-    monkeypatch.setattr(model, "forward", forward)
+    def logits(x_TD: Tensor) -> Tensor:
+        return 100.0 * torch.eye(VOCAB)[[next(left)]]
+
+    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model, "logits", logits)
     return asked
 
 

@@ -1,0 +1,120 @@
+"""How the next token is drawn from a position's logits.
+
+Legend: V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handful.errors import ConfigError
+
+__all__ = ["Logprobs", "Sampler", "Sampling", "sample"]
+
+CANDIDATES = 1024  # likeliest tokens that are sorted first: they are nearly always all that top_p keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. The settings work in this order.
+
+    repetition_penalty  above 1: logits of tokens that the prompt or the answer has are divided by it, or multiplied
+                        where they are negative (arXiv:1909.05858).
+    temperature   0 takes the likeliest token; 1 draws from the model's own probabilities.
+    top_k         draw only among the likeliest k tokens; 0: among all.
+    top_p         draw only among the likeliest tokens that together have this probability (nucleus sampling,
+                  arXiv:1904.09751).
+    min_p         draw only among tokens at least that share as likely as the likeliest (arXiv:2407.01082).
+    seed          of the draws; None: a different one each time.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature = {self.temperature}: at least 0")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(f"seed = {self.seed}: at most 64 bits")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k = {self.top_k}: at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: above 0, at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p = {self.min_p}: from 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty}: above 0")
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of the model's own probabilities, before any setting of `Sampling`: of the token that was
+    drawn, and of the likeliest ones, by id, the likeliest first."""
+
+    token: float
+    top: Mapping[int, float]
+
+
+def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
+    """Draw a token from one position's logits. The penalty of repeated tokens is `Sampler`'s: it knows them."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V.float() / sampling.temperature
+    share_V = logits_V.softmax(-1)
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        return int(torch.multinomial(share_V, 1, generator=random))
+    # The likeliest first: all of them only where some that are not among the candidates may be kept.
+    count = len(share_V) if sampling.top_k == 0 else min(sampling.top_k, len(share_V))
+    kept, ids = share_V.topk(min(count, CANDIDATES))
+    if len(kept) < count and not (
+        float(kept.sum()) >= sampling.top_p or float(kept[-1]) < sampling.min_p * float(kept[0])
+    ):
+        kept, ids = share_V.topk(count)
+    if sampling.top_k:
+        kept = kept / kept.sum()
+    if sampling.top_p < 1:
+        # A token stays if those before it have not reached top_p yet: the likeliest always does.
+        kept = kept.masked_fill(kept.cumsum(0) - kept >= sampling.top_p, 0)
+    if sampling.min_p:
+        kept = kept.masked_fill(kept < sampling.min_p * kept[0], 0)
+    return int(ids[torch.multinomial(kept, 1, generator=random)])
+
+
+class Sampler:
+    """Draws one sequence's tokens: its settings, its random numbers, and the tokens that it has."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], device: torch.device) -> None:
+        self._sampling = sampling
+        self._random = None
+        if sampling.seed is not None:
+            self._random = torch.Generator(device).manual_seed(sampling.seed)
+        self._seen = None
+        if sampling.repetition_penalty != 1:
+            self._seen = set(prompt)
+
+    def __call__(self, logits_V: Tensor) -> int:
+        """The next token. The logits stay as they are."""
+        if self._seen is None:
+            return sample(logits_V, self._sampling, self._random)
+        ids = torch.tensor(sorted(self._seen), device=logits_V.device)
+        held, penalty = logits_V[ids].float(), self._sampling.repetition_penalty
+        logits_V = logits_V.float().index_put((ids,), torch.where(held > 0, held / penalty, held * penalty))
+        token = sample(logits_V, self._sampling, self._random)
+        self._seen.add(token)
+        return token
+
+
+def logprobs(logits_V: Tensor, token: int, count: int) -> Logprobs:
+    """Of a token that was drawn from these logits, and of the `count` likeliest."""
+    log_V = logits_V.float().log_softmax(-1)
+    best = log_V.topk(min(count, len(log_V)))
+    top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Logprobs(float(log_V[token]), top)
