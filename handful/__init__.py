@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from handful.compare import compare
-    from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
+    from handful.config import BalanceConfig, EncoderDecoderConfig, ModelConfig, RouterConfig, TrainConfig
     from handful.cost import cost
+    from handful.encoder_decoder import EncoderDecoder
     from handful.engine import generate
     from handful.errors import (
         CheckpointError,
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from handful.families.io import load, save
     from handful.model import Decoder
     from handful.moe import MoE, Router
+    from handful.plan import plan
     from handful.presets import PRESETS
     from handful.routing import Routing
     from handful.train import train
+    from handful.upcycle import upcycle
     from handful.verify import verify
 
 __version__ = "0.1.0"
@@ -43,6 +46,8 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "Decoder": "model",
+    "EncoderDecoder": "encoder_decoder",
+    "EncoderDecoderConfig": "config",
     "Experts": "experts",
     "HandfulError": "errors",
     "MissingExtraError": "errors",
@@ -59,9 +64,11 @@ _HOMES = {
     "cost": "cost",
     "generate": "engine",
     "load": "families.io",
+    "plan": "plan",
     "quantize_model": "experts.quantized",
     "save": "families.io",
     "train": "train",
+    "upcycle": "upcycle",
     "verify": "verify",
 }
 
@@ -72,6 +79,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Decoder",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "Experts",
     "HandfulError",
     "MissingExtraError",
@@ -88,9 +97,11 @@ __all__ = [
     "cost",
     "generate",
     "load",
+    "plan",
     "quantize_model",
     "save",
     "train",
+    "upcycle",
     "verify",
 ]
 

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from handful.cost import Cost
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
+    from handful.ceilings import Ceilings
     from handful.experts.choice import Timed
+    from handful.plan import Plan
+    from handful.trace import Replay
+    from handful.upcycle import Report
     from handful.verify import Verification
 
 __all__ = [
+    "LoadProgress",
     "RunProgress",
     "backend_table",
     "comparison_table",
     "cost_tables",
     "duration",
     "facts",
+    "plan_line",
+    "plan_tables",
     "si",
     "size",
+    "upcycle_table",
     "verification_table",
 ]
 
@@ -141,9 +150,40 @@ class RunProgress:
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+class LoadProgress:
+    """A bar while a model is loaded, fed with (bytes done, bytes in all): for `handful.load`'s `progress`.
+
+    Only in a terminal, and not before it has taken half a second.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._live = console.is_terminal
+        self._began = time.monotonic()
+        self._progress = Progress(
+            TextColumn("loading"), BarColumn(bar_width=24), DownloadColumn(), console=console, transient=True
+        )
+        self._task = self._progress.add_task("loading", total=None)
+
+    def __enter__(self) -> LoadProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._live and time.monotonic() - self._began > 0.5:
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total)
+
+
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """A two-column table of names and values."""
-    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    # A table that is narrower than its title would break the title.
+    least = max(map(len, title.splitlines() or [""]))
+    table = Table(
+        title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0), min_width=least
+    )
     for name, value in rows:
         table.add_row(Text(name, style="dim"), Text(value))
     return table
@@ -182,6 +222,21 @@ def verification_table(found: Verification) -> Table:
             *(error(row.gradient_error, row.gradient_of), error(row.gradient_bound)),
             Text("ok", "green") if row.ok else Text("no", "red"),
         )
+    return table
+
+
+def upcycle_table(name: str, found: Report) -> Table:
+    """A dense model beside the mixture that was made from it."""
+    table = Table(title=Text(f"{name}: {found.written_as}"), title_justify="left")
+    for heading in ("", "dense", "mixture"):
+        table.add_column(heading, justify="right" if heading else "left")
+    sides = (found.before, found.after)
+    table.add_row("total parameters", *(si(side.total_parameters) for side in sides))
+    table.add_row("active parameters", *(si(side.active_parameters) for side in sides))
+    for words, attribute in (("held-out loss, nats a token", "loss"), ("held-out bits a byte", "bits_per_byte")):
+        values = [getattr(side, attribute) for side in sides]
+        if None not in values:
+            table.add_row(words, *(f"{value:.4f}" for value in values))
     return table
 
 
@@ -252,12 +307,14 @@ def cost_tables(name: str, price: Cost) -> list[Table]:
             ("training", si(price.flops.training, "FLOP")),
         ],
     )
+    state = [("state of a sequence of any length", size(price.bytes.state))] if price.bytes.state else []
     held = facts(
         "memory",
         [
             (f"weights, {price.dtype}", size(price.bytes.weights)),
             ("KV cache per token", size(price.bytes.cache_per_token)),
             (f"KV cache of {price.context:,} tokens", size(price.bytes.cache)),
+            *state,
             ("training with AdamW, float32", size(price.bytes.training)),
         ],
     )
@@ -277,3 +334,72 @@ def cost_tables(name: str, price: Cost) -> list[Table]:
             )
         )
     return tables
+
+
+def plan_tables(name: str, machine: Ceilings, plans: Sequence[Plan], replays: Sequence[Replay | None]) -> list[Table]:
+    """What a model would be on a computer, as tables: one of the computer, one with a column for each format."""
+    disk, hours = machine.disk_bytes_per_second, (time.time() - machine.measured_at) / 3600
+    age = f"{hours / 24:.0f} days ago" if hours >= 48 else f"{hours:.0f} hours ago" if hours >= 2 else "just now"
+    rates = [
+        ("memory", f"{size(machine.memory_bytes)} free, read at {size(machine.read_bytes_per_second)}/s"),
+        ("products", f"{si(machine.bfloat16_flops, 'FLOP/s')} in bfloat16, {si(machine.float32_flops)} in float32"),
+        ("disk", f"{size(machine.disk_free_bytes)} free, " + (f"read at {size(disk)}/s" if disk else "not measured")),
+        ("GPU", ", ".join(f"{gpu}, {size(held)}" for gpu, held in machine.gpus) or "none"),
+        ("measured", f"{age}; --measure does it again"),
+    ]
+    first = plans[0]
+    sequences = f"{first.batch} × {first.context:,}" if first.batch > 1 else f"{first.context:,}"
+    rows: list[tuple[str, Any]] = [
+        ("all weights", lambda p: size(p.weights)),
+        (f"KV cache, {sequences} tokens", lambda p: size(p.cache)),
+        ("to work with", lambda p: size(p.working)),
+    ]
+    if first.experts:
+        rows += [
+            ("one expert", lambda p: size(p.expert)),
+            ("least --memory", lambda p: size(p.least)),
+        ]
+    if any(p.memory is not None for p in plans):
+        rows += [
+            ("--memory", lambda p: "not needed" if p.memory is None else size(p.memory)),
+            ("experts in memory", lambda p: f"{100 * p.held_share:.0f} %"),
+            ("pack on disk", lambda p: size(p.pack)),
+        ]
+    if machine.gpus:
+        rows.append(("fits the GPU", lambda p: "yes" if p.fits_gpu else "no"))
+    table = Table(title=Text(name), title_justify="left")
+    table.add_column("")
+    for plan in plans:
+        table.add_column(plan.dtype, justify="right")
+    for words, show in rows:
+        table.add_row(words, *(show(plan) for plan in plans))
+    table.add_section()
+    runs = [plan.verdict in ("fits", "fits with memory") for plan in plans]
+    if any(runs) and not first.unforecast:
+
+        def add(words: str, values: Sequence[str]) -> None:
+            table.add_row(words, *(value if good else "–" for value, good in zip(values, runs, strict=True)))
+
+        add("prefill tokens/s", [_rate(plan.prefill_tokens_per_second()) for plan in plans])
+        add("decode tokens/s", [_rate(plan.decode_tokens_per_second()) for plan in plans])
+        if any(plan.hit_rate < 1 for plan in plans):
+            add("  with hits, chosen evenly", [f"{100 * plan.hit_rate:.0f} %" for plan in plans])
+        if any(replays):
+            traced = [(plan, found.hit_rate if found else 1.0) for plan, found in zip(plans, replays, strict=True)]
+            add("decode tokens/s, as traced", [_rate(plan.decode_tokens_per_second(hits)) for plan, hits in traced])
+            add("  hits", [f"{100 * r.hit_rate:.0f} %" if r else "100 %" for r in replays])
+            add("  hits at best", [f"{100 * r.best:.0f} %" if r else "100 %" for r in replays])
+    return [facts("This machine", rates), table]
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "not known" if tokens_per_second is None else f"{tokens_per_second:,.3g}"
+
+
+def plan_line(plan: Plan) -> str:
+    """Whether a format fits, in one line."""
+    if plan.verdict != "fits with memory":
+        return f"{plan.dtype}: {plan.verdict}: {plan.reason}"
+    assert plan.memory is not None
+    budget = f"{plan.memory / 1e9:g}GB" if plan.memory % 10**6 == 0 else str(plan.memory)
+    return f"{plan.dtype}: fits with --memory {budget}: {plan.reason}"

@@ -9,25 +9,32 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from tiny import of_kind, read_lines, write_text
 
 from handful import __version__
 from handful.cli import main
 from handful.config import to_dict
-from handful.data import Batches
+from handful.data import Batches, load_data
+from handful.evaluate import batch_loss
+from handful.families.io import load
 from handful.machine import Measured
+from handful.model import Decoder
+from handful.observe import Recording
 from handful.presets import PRESETS, small_model
+from handful.text import load_tokenizer
 
-VERBS = ["compare", "train", "generate", "cost", "doctor", "verify"]
+VERBS = ["compare", "train", "upcycle", "generate", "cost", "plan", "doctor", "verify"]
 
 SETTINGS = """
 [data]
@@ -313,19 +320,117 @@ def test_train_and_go_on(handful: Call, at_home: Path, tmp_path: Path) -> None:
 
 def test_train_leaves_a_run_alone(handful: Call, at_home: Path) -> None:
     before = (at_home / "run/events.jsonl").read_bytes()
-    result = handful("train", "tiny.toml", "--out", "run")
-    assert (result.code, result.out) == (1, "")
-    line = result.err.splitlines()[-1]  # below what was said of the text
-    assert line == "error out = 'run': holds a run; go on with it by --resume, or name another folder"
+    message = mistake(handful("train", "tiny.toml", "--out", "run"))  # one line: before the text is read
+    assert message == "out = 'run': holds a run; go on with it by --resume, or name another folder"
     assert (at_home / "run/events.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "options", [["--steps", "9"], ["tiny.toml"], ["--router", "olmoe"], ["--balance", "none"], ["--data", "text"]]
-)
+    "options",
+    [
+        ["--steps", "9"], ["tiny.toml"], ["--router", "olmoe"], ["--balance", "none"], ["--data", "text"],
+        ["--from", "run"], ["--only", "experts"],
+    ],
+)  # fmt: skip
 def test_a_run_goes_on_with_its_own_settings(options: list[str], handful: Call, at_home: Path) -> None:
     message = mistake(handful("train", *options, "--resume", "--out", "run"))
     assert message == "resume: the run goes on with its own settings; give --out and --resume alone"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# upcycle, and train --from.
+
+
+@pytest.fixture(scope="module")
+def dense_run(home: Path) -> Path:
+    """A dense model's run, below home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("HANDFUL_CACHE", str(home / "cache"))
+        text = SETTINGS.replace("experts = 4\nexpert_width = 8\n", "ffn = 24\n")
+        (home / "dense.toml").write_text('router = "none"\n' + text, encoding="utf-8")
+        patch.setattr(sys, "argv", ["handful", "train", "dense.toml", "--out", "dense"])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert not end.value.code
+    return home / "dense"
+
+
+SHORT = ["--data", "text", "--context", "16", "--eval-tokens", "128"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "copy", "--experts", "4"],
+        ["--method", "granular", "--experts", "3", "--top-k", "1", "--slices", "4"],
+        ["--method", "split", "--experts", "4", "--top-k", "4", "--fit-tokens", "64"],
+    ],
+)
+def test_upcycle_then_train(options: list[str], handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    result = handful("upcycle", "dense", out, *options, *SHORT, "--json")
+    found = document(result)
+    assert (found["method"], found["written_as"], found["why_not_public"]) == (options[1], "qwen3_moe", None)
+    assert found["after"]["loss"] == pytest.approx(found["before"]["loss"], rel=1e-5)
+    trained = of_kind("eval", read_lines(dense_run / "events.jsonl"))[-1]
+    assert found["before"]["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    assert found["before"]["bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=1e-5)
+    assert f"{options[1]}: 2 of 2 layers" in result.err
+    price = document(handful("cost", out, "--json"))
+    assert price["total_parameters"]["incl_all_embeddings"] == found["after"]["total_parameters"]
+
+    (tmp_path / "on.toml").write_text('[data]\nsource = "text"\n' + SETTINGS[SETTINGS.index("[train]") :])
+    run = tmp_path / "run"
+    end = document(handful("train", tmp_path / "on.toml", "--from", out, "--only", "experts", "--out", run, "--json"))
+    assert end["event"] == "end"
+    asked, config = (json.loads(file.read_text("utf-8")) for file in (run / "run.json", out / "config.json"))
+    assert (asked["only"], asked["started"]) == ("experts", True)
+    assert asked["model"]["router"]["experts"] == config["num_experts"]
+    # It goes on from the mixture, which says what the dense model says.
+    text, dense = load_data("text", tokenizer="dense/model"), load("dense")
+    assert isinstance(dense, Decoder)
+    with torch.no_grad():
+        loss, _ = batch_loss(dense, *Batches(text.train, batch=4, context=16, seed=0).at(0), "float32")
+    assert read_lines(run / "events.jsonl")[1]["loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_upcycle_shows_a_table(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
+    result = handful("upcycle", "dense", tmp_path / "made", "--experts", "4", *SHORT)
+    assert result.code == 0
+    for words in ("qwen3_moe", "total parameters", "active parameters", "held-out loss", "bits a byte"):
+        assert words in result.out
+    # Without losses no text is read.
+    result = handful("upcycle", "dense", tmp_path / "other", "--data", "nowhere", "--eval-tokens", "0")
+    assert (result.code, "held-out" in result.out) == (0, False)
+
+
+def test_upcycle_says_what_it_is_written_as(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
+    config = at_home / "dense.toml"
+    (tmp_path / "relu.toml").write_text(config.read_text("utf-8").replace("[model]", '[model]\nactivation = "relu"'))
+    assert handful("train", tmp_path / "relu.toml", "--steps", "1", "--out", tmp_path / "relu").code == 0
+    result = handful("upcycle", tmp_path / "relu", tmp_path / "made", "--experts", "4", *SHORT, "--json")
+    assert document(result)["written_as"] == "handful"
+    assert result.err.splitlines()[-1].startswith("written as Handful's own: ")
+
+
+def test_upcycle_mistakes(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    assert mistake(handful("upcycle", "dense", "text")) == "out = 'text': exists; name another folder"
+    assert "holds no checkpoint" in mistake(handful("upcycle", "text", out))
+
+    def last_line(*options: str) -> str:
+        result = handful("upcycle", *options, *SHORT)
+        assert (result.code, result.out) == (1, "")
+        return result.err.splitlines()[-1].removeprefix("error ")
+
+    assert last_line("run", str(out)) == "upcycle model = 'an MoE': a dense model is needed"
+    assert last_line("dense", str(out), "--top-k", "9") == "upcycle top_k = 9: from 1 to experts = 8"
+    shutil.copytree(dense_run / "model", tmp_path / "bare")
+    (tmp_path / "bare/tokenizer.json").unlink()
+    bare = str(tmp_path / "bare")
+    assert last_line(bare, str(out)) == f"{bare}: it has no tokenizer.json, which the text is read by"
+    assert not out.exists()
 
 
 def test_training_that_cannot_begin(handful: Call, at_home: Path, tmp_path: Path) -> None:
@@ -432,11 +537,64 @@ def test_generated_json(handful: Call, at_home: Path) -> None:
     assert 1 <= found["tokens"] <= 20
 
 
+def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> None:
+    """Settings of the draws, a stop text, quantised weights, log-probabilities and a recorded routing."""
+    options = ["--seed", "1", "--max-tokens", "12", "--top-k", "20", "--min-p", "0.01", "--repetition-penalty", "1.2"]
+    found = document(
+        handful("generate", "run", "the", *options, "--json", "--logprobs", "2", "--routing", "routing.safetensors")
+    )
+    assert found["finish"] in ("length", "stop")
+    assert len(found["logprobs"]) == found["tokens"]
+    for one in found["logprobs"]:
+        assert one["token"] <= max(one["top"].values()) + 1e-6
+        assert len(one["top"]) == 2
+    recording = Recording.read(at_home / "routing.safetensors")
+    tokens = load_tokenizer(at_home / "run/model").encode("the")
+    made = [one["id"] for one in found["logprobs"]]
+    assert recording.tokens_T is not None
+    assert recording.tokens_T.tolist()[1:] == [*tokens, *made][: recording.tokens - 1]
+    again = document(handful("generate", "run", "the", *options, "--json"))
+    assert (again["text"], again["logprobs"]) == (found["text"], None)
+    stop = found["text"][3:5]
+    cut = document(handful("generate", "run", "the", *options, "--json", "--stop", "never here", "--stop", stop))
+    assert (cut["text"], cut["finish"]) == (found["text"][: found["text"].find(stop)], "stop")
+    assert document(handful("generate", "run", "the", "--max-tokens", "3", "--quant", "int4", "--json"))["tokens"] == 3
+
+
+def test_generate_is_interrupted(handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C shows, and records, what there is."""
+    from handful import engine
+
+    real = engine.stream
+
+    def stream(*args: Any) -> Iterator[Any]:
+        for number, delta in enumerate(real(*args)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield delta
+
+    monkeypatch.setattr(engine, "stream", stream)
+    result = handful("generate", "run", "the", "--seed", "1", "--json", "--routing", "routing.safetensors")
+    found = json.loads(result.out)
+    assert (result.code, found["finish"], found["tokens"]) == (130, "interrupted", 4)
+    assert result.err.startswith(f"the{found['text']}")
+    assert Recording.read(at_home / "routing.safetensors").tokens >= 5
+
+
 def test_what_cannot_be_generated(handful: Call, at_home: Path) -> None:
     assert mistake(handful("generate", "./nowhere/at/all", "x")) == "./nowhere/at/all: no such folder"
     assert mistake(handful("generate", "run", "x", "--max-tokens", "0")) == "max_tokens = 0: at least 1"
     assert mistake(handful("generate", "run", "x", "--temperature", "-1")) == "temperature = -1.0: at least 0"
     assert mistake(handful("generate", "run", "x", "--top-p", "0")) == "top_p = 0.0: above 0, at most 1"
+    assert mistake(handful("generate", "run", "x", "--top-k", "-1")) == "top_k = -1: at least 0"
+    assert mistake(handful("generate", "run", "x", "--min-p", "2")) == "min_p = 2.0: from 0 to 1"
+    assert mistake(handful("generate", "run", "x", "--repetition-penalty", "0")) == "repetition_penalty = 0.0: above 0"
+    assert mistake(handful("generate", "run", "x", "--quant", "int3")) == "quant = 'int3': int8 or int4"
+    assert (
+        mistake(handful("generate", "run", "x", "--routing", "a.st"))
+        == "routing = 'a.st': the name of a .safetensors file"
+    )
+    assert mistake(handful("generate", "run", "x", "--logprobs", "-1")) == "logprobs = -1: at least 0, or none"
     assert "the model's context is" in mistake(handful("generate", "run", "the router " * 200))
 
 
