@@ -41,7 +41,7 @@ sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and un
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
 	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \
-	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys tests/test_native.py
+	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys tests/test_native.py tests/test_decode_kernels.py tests/test_stored.py
 
 $(SANITIZED): setup.py $(wildcard csrc/*) | $(DEV)
 	rm -f $@

@@ -97,26 +97,26 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
 }
 
 // Experts with few tokens: the same.
-void run_stream(const Call& call, const Plan& plan, const std::vector<char>& many, float* out_ND) {
+void run_stream(const Call& call, const Plan& plan, const std::vector<char>& few, float* out_ND) {
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
   std::vector<StreamItem> items;
-  std::vector<int64_t> few;  // their assignments' places
+  std::vector<int64_t> theirs;  // their assignments' places
   for (int64_t e = 0; e < call.experts; ++e) {
-    for (int64_t n = plan.offsets[e]; !many[e] && n < plan.offsets[e + 1]; ++n) few.push_back(n);
+    for (int64_t n = plan.offsets[e]; few[e] && n < plan.offsets[e + 1]; ++n) theirs.push_back(n);
   }
-  if (few.empty()) return;
-  const auto count = static_cast<int64_t>(few.size());
+  if (theirs.empty()) return;
+  const auto count = static_cast<int64_t>(theirs.size());
   std::vector<int64_t> slot(plan.size(), -1);
-  for (int64_t i = 0; i < count; ++i) slot[few[i]] = i;
+  for (int64_t i = 0; i < count; ++i) slot[theirs[i]] = i;
   const auto for_each_expert = [&](const auto& work) {
     for (int64_t e = 0; e < call.experts; ++e) {
-      if (!many[e] && plan.load(e) > 0) work(e, plan.offsets[e], static_cast<int>(plan.load(e)));
+      if (few[e]) work(e, plan.offsets[e], static_cast<int>(plan.load(e)));
     }
   };
 
   // The tokens, once each however many experts chose them.
   std::vector<char> used(plan.tokens, 0);
-  for (const int64_t n : few) used[plan.token(n)] = 1;
+  for (const int64_t n : theirs) used[plan.token(n)] = 1;
   const Prepared x(plan.tokens, D, call.gate_up.first);
   each(plan.tokens, 1.0 * D, [&](int64_t t) {
     if (used[t]) x.fill(t, call.x_row(t), call.x_type);
@@ -149,6 +149,18 @@ void run_stream(const Call& call, const Plan& plan, const std::vector<char>& man
                    [&](int64_t n) { return out_ND + n * D; }, D);
 }
 
+// out_ND gets the rows of the assignments of those experts that `here` names.
+void run_few_and_many(const Call& call, const Plan& plan, const std::vector<char>& here, float* out_ND) {
+  std::vector<char> few(call.experts), many(call.experts);
+  for (int64_t e = 0; e < call.experts; ++e) {
+    const int64_t load = here[e] ? plan.load(e) : 0;
+    few[e] = load > 0 && load <= kFew;
+    many[e] = load > kFew;
+  }
+  run_stream(call, plan, few, out_ND);
+  if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_tiles(call, plan, many, out_ND, nullptr);
+}
+
 // Tokens `first` up to `end`; `kept` null: nothing is kept.
 void run(const Call& all, int64_t first, int64_t end, char* y, void* kept) {
   Call call = all;
@@ -157,15 +169,20 @@ void run(const Call& all, int64_t first, int64_t end, char* y, void* kept) {
   const Buffer out_buffer(plan.size() * call.width * 4);
   float* out_ND = out_buffer.as<float>();
 
-  // The backward pass wants tiles.
-  std::vector<char> many(call.experts, 1);
+  const std::vector<char> all_of_them(call.experts, 1);
   if (kept == nullptr) {
-    for (int64_t e = 0; e < call.experts; ++e) many[e] = plan.load(e) > kFew;
-    run_stream(call, plan, many, out_ND);
+    run_few_and_many(call, plan, all_of_them, out_ND);
+  } else {
+    run_tiles(call, plan, all_of_them, out_ND, kept);  // the backward pass wants tiles
   }
-  if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_tiles(call, plan, many, out_ND, kept);
   char* to = y + first * call.width * bytes_of(call.type());
-  sum_rows(call, plan, out_ND, call.weights + first * plan.top_k, to, call.type());
+  sum_rows(call.width, plan, out_ND, call.weights + first * plan.top_k, to, call.type());
+}
+
+void check_rows(const Tensor& rows, int64_t assignments, int64_t width) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) >= assignments && rows.size(1) == width && rows.is_contiguous() &&
+                      rows.scalar_type() == ScalarType::Float,
+                  "rows is not a contiguous matrix (", assignments, ", ", width, ") of type float32");
 }
 
 ScalarType type_of(const Call& call) { return call.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
@@ -176,17 +193,21 @@ Tensor infer(const Call& call, const Tensor& x) {
   const int64_t tokens = x.size(0), top_k = call.chosen.size(1);
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t step = std::max<int64_t>(std::max(kAtOnce, kLoad * call.experts) / std::max<int64_t>(top_k, 1), 1);
+  const int64_t step = experts_step(call.experts, top_k);
   for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
   return y;
 }
 
 }  // namespace
 
+int64_t experts_step(int64_t count, int64_t top_k) {
+  return std::max<int64_t>(std::max(kAtOnce, kLoad * count) / std::max<int64_t>(top_k, 1), 1);
+}
+
 Tensor experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
                MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16) {
   const MaybeTensor none;
-  return infer(make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+  return infer(make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
                          activation, hidden_of(down), bf16),
                x);
 }
@@ -195,7 +216,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weig
                                            Tensor gate_up, Tensor down, MaybeTensor gate_up_bias,
                                            MaybeTensor down_bias, std::string activation, bool bf16) {
   const MaybeTensor none;
-  const Call call = make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+  const Call call = make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
                               activation, hidden_of(down), bf16);
   const int64_t tokens = x.size(0), panels = most_panels(experts.size(0) * experts.size(1), call.experts);
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
@@ -210,9 +231,47 @@ Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor d
                          MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
                          bool bf16) {
   const MaybeTensor first_scales = gate_up_scales, second_scales = down_scales;
-  return infer(make_call(x, experts, weights, dropped, {gate_up, first_scales, bits, group},
+  return infer(make_call(x, experts, &weights, dropped, {gate_up, first_scales, bits, group},
                          {down, second_scales, bits, group}, gate_up_bias, down_bias, activation, hidden, bf16),
                x);
+}
+
+int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped, Tensor places, Tensor gate_up,
+                     MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
+                     MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
+                     bool bf16) {
+  Call call = make_call(x, experts, nullptr, dropped, {gate_up, gate_up_scales, bits, group},
+                        {down, down_scales, bits, group}, gate_up_bias, down_bias, activation, hidden, bf16);
+  STD_TORCH_CHECK(places.dim() == 1 && places.is_contiguous() && places.scalar_type() == ScalarType::Long,
+                  "places is not a contiguous vector of type int64");
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  const int64_t slots = call.experts;
+  call.experts = places.size(0);
+  call.gate_up.places = call.down.places = place;
+  std::vector<char> here(call.experts);
+  for (int64_t e = 0; e < call.experts; ++e) {
+    STD_TORCH_CHECK(place[e] < slots, "places names matrix ", place[e], ": there are ", slots, ", counted from 0");
+    here[e] = place[e] >= 0;
+  }
+  const Plan plan = make_plan(call.chosen, call.dropped, 0, x.size(0), call.experts);
+  check_rows(rows, plan.size(), call.width);
+  run_few_and_many(call, plan, here, static_cast<float*>(rows.mutable_data_ptr()));
+  int64_t done = 0;
+  for (int64_t e = 0; e < call.experts; ++e) done += here[e] ? plan.load(e) : 0;
+  return done;
+}
+
+Tensor experts_sum(Tensor rows, Tensor experts, Tensor weights, MaybeTensor dropped, int64_t count, bool bf16) {
+  STD_TORCH_CHECK(rows.dim() == 2 && count >= 1, "rows is not a matrix (assignments, width)");
+  check_choices(experts, experts.dim() == 2 ? experts.size(0) : 0, &weights, dropped);
+  const Plan plan = make_plan(experts, dropped, 0, experts.size(0), count);
+  check_rows(rows, plan.size(), rows.size(1));
+  const Type type = bf16 ? Type::kBFloat16 : Type::kFloat32;
+  Tensor y = torch::stable::new_empty(rows, {experts.size(0), rows.size(1)},
+                                      bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  sum_rows(rows.size(1), plan, static_cast<const float*>(rows.const_data_ptr()), weights.const_data_ptr<float>(),
+           static_cast<char*>(y.mutable_data_ptr()), type);
+  return y;
 }
 
 }  // namespace handful

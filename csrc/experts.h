@@ -31,6 +31,23 @@ Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor d
                          MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
                          bool bf16);
 
+// The same in parts, of weights that are not all there: `experts_rows` for one set of experts after another, each once,
+// then `experts_sum`. The bits are those of the whole if x has at most `experts_step` tokens at a time.
+//
+// places (E) int64: which of the given matrices is an expert's; below 0: none is, and its rows are left as they are.
+// rows (N, D) float32: a row for each assignment that is computed, by expert, earlier tokens first.
+// Returns how many rows were written.
+int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped, Tensor places, Tensor gate_up,
+                     MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
+                     MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
+                     bool bf16);
+
+// y (T, D): the rows weighted and summed; `count` is E.
+Tensor experts_sum(Tensor rows, Tensor experts, Tensor weights, MaybeTensor dropped, int64_t count, bool bf16);
+
+// How many tokens, each with `top_k` of `count` experts, the operations above compute at a time.
+int64_t experts_step(int64_t count, int64_t top_k);
+
 // Gradients of x, weights, gate_up, down, gate_up_bias and down_bias; those of weights and biases only `for_parameters`,
 // and of x only `for_x` (otherwise they are empty tensors).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(

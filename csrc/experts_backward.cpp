@@ -183,7 +183,7 @@ class Backward {
       kernels_.end();
       store_assignments(call_, plan_, item, w, rows_ND);
     });
-    sum_rows(call_, plan_, rows_ND, nullptr, grad_x, call_.x_type);
+    sum_rows(call_.width, plan_, rows_ND, nullptr, grad_x, call_.x_type);
   }
 
   void to_gate_up(char* grad) {
@@ -328,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     bool for_parameters) {
   const MaybeTensor none;
   const int64_t hidden = down.dim() == 3 ? down.size(2) : 0;
-  const Call call = make_call(x, experts, weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+  const Call call = make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
                               activation, hidden, bf16);
   STD_TORCH_CHECK(grad_y.dim() == 2 && grad_y.size(0) == x.size(0) && grad_y.size(1) == x.size(1) &&
                       grad_y.is_contiguous(),

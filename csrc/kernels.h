@@ -102,6 +102,20 @@ struct Kernels {
   void (*store_rows)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
 };
 
+// One key-value head's part in one token's attention: `queries` heads share `count` keys and values.
+struct Attend {
+  const float* query;  // rows of `width`
+  int64_t queries, width, value_width;
+  const char* keys;  // of `type`, strides in bytes
+  const char* values;
+  Type type;
+  int64_t key_stride, value_stride, count;
+  float scale;
+  const float* sinks;  // of each query; null: none
+  float* scores;       // room for queries x count
+  float* out;          // rows of `value_width`
+};
+
 // A matrix times a few vectors, read once from memory. `x` is what `prepare` made of each vector.
 struct Stream {
   // Bytes that a prepared vector of `width` values takes.
@@ -115,6 +129,10 @@ struct Stream {
   // y[i] = sum over k of weights[k] * rows[k][i], in that order; a null row counts for nothing.
   void (*combine)(char* y, Type type, const float* const* rows, const float* weights, int count, int64_t width);
   void (*to_float)(float* out, const char* x, Type type, int64_t count);
+  void (*from_float)(char* out, const float* x, Type type, int64_t count);
+  // RMSNorm of one row; the weight is of `type`. `out` may be `x`.
+  void (*normalize)(float* out, const float* x, const char* weight, Type type, float eps, int64_t width);
+  void (*attend)(const Attend& job);
 };
 
 // The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them.

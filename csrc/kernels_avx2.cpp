@@ -36,6 +36,7 @@ INLINE S unsigned_bytes(const char* from) { return bits<S>(_mm256_cvtepu8_epi16(
 
 #define CODES "codes_pairs.inc"
 #include "stream.inc"
+#include "attend.inc"
 
 void nothing() {}
 
@@ -43,7 +44,8 @@ void nothing() {}
 
 const Kernels kAvx2Kernels = {VALUES,          nothing,  nothing,  pack_rows,         pack_columns,     pack_tokens,
                               pack_transposed, multiply, activate, activate_backward, store_transposed, store_rows};
-const Stream kAvx2Stream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float};
+const Stream kAvx2Stream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
+                            from_float,     normalize, attend};
 
 }  // namespace handful
 

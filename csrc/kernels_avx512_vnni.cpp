@@ -27,10 +27,12 @@ INLINE F permute(F values, U lanes) {
 
 #define CODES "codes_bytes.inc"
 #include "stream.inc"
+#include "attend.inc"
 
 }  // namespace
 
-const Stream kAvx512VnniStream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float};
+const Stream kAvx512VnniStream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
+                            from_float,     normalize, attend};
 
 }  // namespace handful
 

@@ -6,22 +6,26 @@ namespace handful {
 
 using torch::headeronly::ScalarType;
 
-Call make_call(const Tensor& x, const Tensor& experts, const Tensor& weights, const std::optional<Tensor>& dropped,
-               const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
-               const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
-  STD_TORCH_CHECK(gate_up.codes.dim() == 3 && down.codes.dim() == 3,
-                  "gate_up and down are not (experts, rows, columns)");
-  STD_TORCH_CHECK(experts.dim() == 2 && experts.size(0) == x.size(0) && experts.is_contiguous() &&
+void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped) {
+  STD_TORCH_CHECK(experts.dim() == 2 && experts.size(0) == tokens && experts.is_contiguous() &&
                       experts.scalar_type() == ScalarType::Long,
                   "experts is not a contiguous matrix (tokens, top_k) of type int64");
   const auto like_experts = [&](const Tensor& t) {
     return t.dim() == 2 && t.size(0) == experts.size(0) && t.size(1) == experts.size(1) && t.is_contiguous();
   };
-  STD_TORCH_CHECK(like_experts(weights) && weights.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(weights == nullptr || (like_experts(*weights) && weights->scalar_type() == ScalarType::Float),
                   "weights is not a contiguous matrix of experts' shape of type float32");
   STD_TORCH_CHECK(!dropped || (like_experts(*dropped) && dropped->scalar_type() == ScalarType::Bool),
                   "dropped is not a contiguous matrix of experts' shape of type bool");
+}
+
+Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, const std::optional<Tensor>& dropped,
+               const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
+               const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
+  STD_TORCH_CHECK(gate_up.codes.dim() == 3 && down.codes.dim() == 3,
+                  "gate_up and down are not (experts, rows, columns)");
+  check_choices(experts, x.size(0), weights, dropped);
   const int64_t count = gate_up.codes.size(0), width = x.size(1);
   STD_TORCH_CHECK(count >= 1 && width >= 1 && hidden >= 1, "experts without experts, width or hidden values");
   const Activation kind = activation_of(activation);
@@ -36,7 +40,7 @@ Call make_call(const Tensor& x, const Tensor& experts, const Tensor& weights, co
           static_cast<const char*>(x.const_data_ptr()),
           float_type(x, "x"),
           0,
-          weights.const_data_ptr<float>(),
+          weights == nullptr ? nullptr : weights->const_data_ptr<float>(),
           experts,
           dropped};
 }
@@ -67,8 +71,8 @@ void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x
   call.kernels->pack_tokens(to, rows, p.count, type, call.width);
 }
 
-void sum_rows(const Call& call, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type) {
-  const int64_t K = plan.top_k, D = call.width;
+void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type) {
+  const int64_t K = plan.top_k, D = width;
   const std::vector<float> ones(K, 1.0f);
   constexpr int64_t kTokens = 16;  // of an item
   each((plan.tokens + kTokens - 1) / kTokens, 0.2 * static_cast<double>(kTokens * K * D), [&](int64_t i) {

@@ -31,8 +31,11 @@ struct Call {
   const char* x_row(int64_t token) const { return x + (first_token + token) * width * bytes_of(x_type); }
 };
 
-// `experts` and `dropped` must outlive the call.
-Call make_call(const Tensor& x, const Tensor& experts, const Tensor& weights, const std::optional<Tensor>& dropped,
+// Checks what `tokens` tokens chose, and the weights if there are any.
+void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped);
+
+// `experts` and `dropped` must outlive the call. `weights` null: nothing is weighted and summed in it.
+Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, const std::optional<Tensor>& dropped,
                const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
                const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16);
 
@@ -76,7 +79,7 @@ inline Right panels_of(const Plan& plan, int64_t first, int panels, const uint32
 }
 
 // y[t] = sum over a token's assignments n of weights_TK[t][k] · rows_ND[n], in the order of k; `weights_TK` null: 1.
-void sum_rows(const Call& call, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type);
+void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type);
 
 // -------------------------------------------------------------------------------------------------------------------
 // Streaming.

@@ -23,12 +23,22 @@ STABLE_TORCH_LIBRARY(handful, m) {
       "experts_quantized(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
       "Tensor gate_up_scales, Tensor down, Tensor down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
       "str activation, int hidden, int bits, int group, bool bf16) -> Tensor");
+  m.def(
+      "experts_rows(Tensor(a!) rows, Tensor x, Tensor experts, Tensor? dropped, Tensor places, Tensor gate_up, "
+      "Tensor? gate_up_scales, Tensor down, Tensor? down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
+      "str activation, int hidden, int bits, int group, bool bf16) -> int");
+  m.def(
+      "experts_sum(Tensor rows, Tensor experts, Tensor weights, Tensor? dropped, int count, bool bf16) -> Tensor");
+  m.def("experts_step(int count, int top_k) -> int");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int bits, int group) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&handful::feature_names)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&handful::feature_names));
+  m.impl("experts_step", TORCH_BOX(&handful::experts_step));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { 
   m.impl("read_bandwidth", TORCH_BOX(&handful::read_bandwidth));
@@ -36,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("experts_forward", TORCH_BOX(&handful::experts_forward));
   m.impl("experts_backward", TORCH_BOX(&handful::experts_backward));
   m.impl("experts_quantized", TORCH_BOX(&handful::experts_quantized));
+  m.impl("experts_rows", TORCH_BOX(&handful::experts_rows));
+  m.impl("experts_sum", TORCH_BOX(&handful::experts_sum));
   m.impl("linear", TORCH_BOX(&handful::linear));
   m.impl("linear_quantized", TORCH_BOX(&handful::linear_quantized));
 }

@@ -22,8 +22,17 @@ void check_shape(const Tensor& tensor, const char* name, int64_t count, int64_t 
                      tensor.size(lead) == rows && (width == 0 || tensor.size(lead + 1) == width);
   STD_TORCH_CHECK(right, name, " has shape ", shape_of(tensor), ": it must be (", count > 0 ? std::to_string(count) : "",
                   count > 0 ? ", " : "", rows, width > 0 ? ", " + std::to_string(width) : "", ")");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+  int64_t dense = 1;
+  bool contiguous = true;
+  for (int64_t d = tensor.dim() - 1; d >= lead; --d) {
+    contiguous = contiguous && (tensor.stride(d) == dense || tensor.size(d) <= 1);
+    dense *= tensor.size(d);
+  }
+  STD_TORCH_CHECK(contiguous, name, " is not contiguous");
 }
+
+// From one matrix of a stack to the next, in values.
+int64_t step_of(const Tensor& tensor, int64_t count) { return count > 1 ? tensor.stride(0) : 0; }
 
 float widened(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
@@ -36,15 +45,16 @@ float widened(uint16_t value) {
 
 Matrix Stack::operator[](int64_t i) const {
   Matrix m = first;
-  m.data += i * rows * first.stride;
-  if (m.scales != nullptr) m.scales += i * rows * first.scale_stride;
+  if (places != nullptr) i = places[i];
+  m.data += i * step;
+  if (m.scales != nullptr) m.scales += i * scale_step;
   return m;
 }
 
 int64_t Stack::bytes() const { return rows * (first.stride + 2 * first.scale_stride); }
 
 void Stack::copy_bias(float* out, int64_t i, int64_t row, int64_t some) const {
-  const int64_t at = i * rows + row;
+  const int64_t at = (places == nullptr ? i : places[i]) * bias_step + row;
   if (bias == nullptr) {
     std::fill(out, out + some, 0.0f);
   } else if (bias_type == Type::kFloat32) {
@@ -83,7 +93,8 @@ Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const ch
   if (given.bits == 0) {
     check_shape(given.codes, name, count, rows, width);
     m.type = float_type(given.codes, name);
-    m.stride = width * (m.type == Type::kFloat32 ? 4 : 2);
+    m.stride = width * bytes_of(m.type);
+    stack.step = step_of(given.codes, count) * bytes_of(m.type);
   } else {
     STD_TORCH_CHECK(given.bits == 8 || given.bits == 4, "bits = ", given.bits, ": 8 or 4");
     STD_TORCH_CHECK(given.group == 32 || given.group == 128, "group = ", given.group, ": 32 or 128");
@@ -100,12 +111,15 @@ Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const ch
     check_shape(given.codes, name, count, rows, m.stride);
     check_shape(*given.scales, (std::string(name) + "'s scales").c_str(), count, rows, m.scale_stride);
     m.scales = static_cast<const uint16_t*>(given.scales->const_data_ptr());
+    stack.step = step_of(given.codes, count);  // codes are bytes
+    stack.scale_step = step_of(*given.scales, count);
   }
   if (bias.has_value()) {
     const std::string bias_name = std::string(name) + "_bias";
     check_shape(*bias, bias_name.c_str(), count, rows, 0);
     stack.bias = bias->const_data_ptr();
     stack.bias_type = float_type(*bias, bias_name.c_str());
+    stack.bias_step = step_of(*bias, count);
   }
   return stack;
 }

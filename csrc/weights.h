@@ -21,12 +21,16 @@ struct Given {
   int64_t group = 0;  // columns that share a scale
 };
 
-// `count` matrices of `rows` × `width`, one after another; the bias is a row of float32 or bfloat16 for each.
+// `count` matrices of `rows` × `width`, at equal distances; the bias is a row of float32 or bfloat16 for each.
 struct Stack {
   Matrix first;
   int64_t count, rows, width;
   const void* bias;
   Type bias_type;
+  int64_t step = 0;        // from one matrix to the next, in bytes
+  int64_t scale_step = 0;  // in scales
+  int64_t bias_step = 0;   // in biases
+  const int64_t* places = nullptr;  // where matrix i is among them; null: at i
 
   Matrix operator[](int64_t i) const;
   // Bytes of one matrix, scales included.
@@ -38,8 +42,8 @@ struct Stack {
 Type float_type(const Tensor& tensor, const char* name);
 Activation activation_of(const std::string& name);
 
-// Checks everything: type, shape (count, rows, width), contiguity, the scales' and the bias's too. `count` 0: the
-// tensor has no first dimension, and is one matrix.
+// Checks everything: type, shape (count, rows, width), that each matrix is contiguous, the scales' and the bias's too.
+// `count` 0: the tensor has no first dimension, and is one matrix.
 Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width);
 

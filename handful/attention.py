@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
+from handful.experts import Linear
+from handful.experts.native import DTYPES, attend_one, available, plain_inference, rms_norm
 
 __all__ = [
     "Attention",
@@ -39,7 +42,13 @@ __all__ = [
 class RMSNorm(nn.RMSNorm):
     """RMSNorm in the weight's dtype: under autocast the input is bfloat16 and the weight float32."""
 
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)
+        self.has_native = available()
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.has_native and plain_inference(x, self.weight):
+            return rms_norm(x, self.weight, self.eps or 0.0)
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
 
 
@@ -141,6 +150,10 @@ class KVCache:
     def capacity(self) -> int:
         return self.held[0].shape[3]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.held[0].dtype
+
     def span(self, config: ModelConfig, new: int) -> Span:
         """The span of `new` tokens after the held ones. ConfigError if they do not fit."""
         if self.length + new > self.capacity:
@@ -218,6 +231,15 @@ class Span:
         positions = at_S if padding_B is None else (at_S - padding_B[:, None]).clamp_min(0)
         return Span(rope_table(config, positions), cache, _masks(config, past, at_S, padding_B))
 
+    @cached_property
+    def decodes(self) -> bool:
+        """Every sequence has one new token and a cache, and none is padded."""
+        spans = [(end - start, part) for start, end, part in self.parts] or [(self.rope[0].shape[-3], self)]
+        return all(
+            new == 1 and span.cache is not None and span.cache.padding_B is None and span.cache.dtype in DTYPES
+            for new, span in spans
+        )
+
     def over(self, look: Callable[..., Tensor], *new: Tensor) -> Tensor:
         """look(span, ...) of each sequence's part of tensors (B, S, ...): (B, S, ...)."""
         if not self.parts:
@@ -288,11 +310,13 @@ class Attention(nn.Module):
         self.window = config.window_of(layer)
         self.scale = d**-0.5 if config.attention_scale is None else config.attention_scale
         self.qk_norm = config.qk_norm
+        self.eps = config.norm_eps
+        self.has_native = available()
         self.adjacent = config.rope_adjacent
-        self.q = nn.Linear(D, H * d, bias=config.qkv_bias)
-        self.k = nn.Linear(D, J * d, bias=config.qkv_bias)
-        self.v = nn.Linear(D, J * d, bias=config.qkv_bias)
-        self.o = nn.Linear(H * d, D, bias=config.o_bias)
+        self.q = Linear(D, H * d, bias=config.qkv_bias)
+        self.k = Linear(D, J * d, bias=config.qkv_bias)
+        self.v = Linear(D, J * d, bias=config.qkv_bias)
+        self.o = Linear(H * d, D, bias=config.o_bias)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sinks else None
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
@@ -302,6 +326,8 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, span: Span) -> Tensor:
         B, S, _ = x_BSD.shape
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+        if span.decodes and self.has_native and plain_inference(q):
+            return self.o(self._one_more(q, k, v, span))  # type: ignore[no-any-return]
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BSHd, k_BSJd = q.view(B, S, self.heads, self.head_dim), k.view(B, S, self.kv_heads, self.head_dim)
@@ -311,6 +337,31 @@ class Attention(nn.Module):
         v_BSJd = v.view(B, S, self.kv_heads, self.head_dim)
         out: Tensor = self.o(span.over(self._look, q_BSHd, k_BSJd, v_BSJd))
         return out
+
+    def _one_more(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+        """What is below, for one new token of each sequence, by our kernels: through torch it is some thirty calls."""
+        parts = (
+            [(span.cache, 0, q.shape[0])]
+            if span.cache is not None
+            else [(part.cache, start, end) for start, end, part in span.parts]
+        )
+        norms = None if self.qk_norm == "none" else (self.q_norm.weight, self.k_norm.weight)
+        q_TX, k_TX, v_TX = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        cos, sin = (t.flatten(0, -2) for t in span.rope)
+        out = []
+        for cache, start, end in parts:
+            assert cache is not None
+            # One sequence's rope is one row for all of its batch.
+            at = start if len(cos) > 1 else 0
+            keys_BJCd, values_BJCd = (held[self.layer] for held in cache.held)
+            out.append(
+                attend_one(
+                    q_TX[start:end], k_TX[start:end], v_TX[start:end], norms, self.eps, self.qk_norm == "full",
+                    (cos[at], sin[at]), self.adjacent, keys_BJCd, values_BJCd, cache.length, self.window, self.scale,
+                    self.sinks,
+                )
+            )  # fmt: skip
+        return (out[0] if len(out) == 1 else torch.cat(out)).view(q.shape)
 
     def _look(self, span: Span, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor) -> Tensor:
         B, S = q_BSHd.shape[:2]
@@ -347,16 +398,16 @@ class LatentAttention(nn.Module):
         query = H * (mla.nope_dim + mla.rope_dim)
         # The published models keep these two norms at 1e-6, whatever the others have.
         if mla.q_rank is None:
-            self.q = nn.Linear(D, query, bias=False)
+            self.q = Linear(D, query, bias=False)
         else:
-            self.q_down = nn.Linear(D, mla.q_rank, bias=False)
+            self.q_down = Linear(D, mla.q_rank, bias=False)
             self.q_norm = RMSNorm(mla.q_rank, eps=1e-6)
-            self.q_up = nn.Linear(mla.q_rank, query, bias=False)
-        self.kv_down = nn.Linear(D, mla.kv_rank + mla.rope_dim, bias=False)
+            self.q_up = Linear(mla.q_rank, query, bias=False)
+        self.kv_down = Linear(D, mla.kv_rank + mla.rope_dim, bias=False)
         self.kv_norm = RMSNorm(mla.kv_rank, eps=1e-6)
-        # A parameter and no nn.Linear: decoding uses it as two matrices for each head.
+        # A parameter and no linear map: decoding uses it as two matrices for each head.
         self.kv_up = nn.Parameter(torch.empty(H * (mla.nope_dim + mla.v_dim), mla.kv_rank))
-        self.o = nn.Linear(H * mla.v_dim, D, bias=False)
+        self.o = Linear(H * mla.v_dim, D, bias=False)
 
     def forward(self, x_BSD: Tensor, span: Span) -> Tensor:
         B, S, _ = x_BSD.shape

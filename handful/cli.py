@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from handful.compare import Team
     from handful.config import ModelConfig
     from handful.count import Counted
+    from handful.encoder_decoder import EncoderDecoder
+    from handful.experts.stored import Store
     from handful.model import Decoder
     from handful.train import Event
     from handful.upcycle import Method, Partition
@@ -318,6 +320,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that came before less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws. Default: a new one each time.")] = None,
     quant: Annotated[str | None, typer.Option(help="Hold the weights as int8 or int4.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the weights may take, such as 4GB; the other experts wait on disk.")
+    ] = None,
     logprobs: Annotated[int | None, typer.Option(help="With --json: of every token, and of that many others.")] = None,
     routing: Annotated[
         Path | None, typer.Option(help="Write the experts of every token to this safetensors file.")
@@ -328,12 +333,14 @@ def generate(
     import time
     from dataclasses import asdict
 
-    from handful.console import LoadProgress
+    from handful.console import LoadProgress, memory_line
     from handful.encoder_decoder import EncoderDecoder
     from handful.engine import Delta, Engine, Sampling, stream, text_request
     from handful.engine import generate as run_generate
     from handful.families.io import load
+    from handful.memory import load as load_within
     from handful.observe import Recorder
+    from handful.units import parse_bytes
 
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
@@ -345,8 +352,12 @@ def generate(
         raise ConfigError(f"quant = {quant!r}: int8 or int4")
     if as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    store = None
     with LoadProgress(_screen()) as progress:
-        found = load(model, quantize=bits[quant], progress=progress)
+        if memory is None:
+            found = load(model, quantize=bits[quant], progress=progress)
+        else:
+            found, store = load_within(model, parse_bytes(memory), quantize=bits[quant], progress=progress)
     shown = sys.stderr if as_json else sys.stdout
     pieces: list[str] = []
     deltas: list[Delta] = []
@@ -373,6 +384,9 @@ def generate(
             finish = deltas[-1].finish or finish
     except KeyboardInterrupt:
         finish = "interrupted"
+    finally:
+        if store is not None:
+            store.close()
     print(file=shown)
     seconds = time.perf_counter() - began
     if not isinstance(found, EncoderDecoder):
@@ -382,16 +396,54 @@ def generate(
             # The last token was made, and did not pass through the model.
             passed = [*request.prompt, *tokens][: recorder.tokens]
             recorder.recording(passed).save(routing)
+    within = None if store is None else _within(model, found, store, quant, made / seconds)
     if as_json:
         _print_json(
             {"model": model, "prompt": prompt, "text": "".join(pieces), "finish": finish, "tokens": made,
              "seconds": seconds, "tokens_per_second": made / seconds,
-             "logprobs": [{"id": d.token, **asdict(d.logprobs)} for d in deltas if d.logprobs is not None] or None}
+             "logprobs": [{"id": d.token, **asdict(d.logprobs)} for d in deltas if d.logprobs is not None] or None,
+             "memory": within}
         )  # fmt: skip
     else:
         _screen().print(f"{made} tokens, {made / seconds:,.0f} tokens/s", style="dim")
+        if within is not None:
+            _screen().print(memory_line(within), style="dim")
     if finish == "interrupted":
         raise typer.Exit(130)
+
+
+def _within(
+    model: str, found: Decoder | EncoderDecoder, store: Store, quant: str | None, rate: float
+) -> dict[str, Any]:
+    """What a memory budget did, and the forecast beside it."""
+    from dataclasses import asdict
+
+    from handful.ceilings import ceilings
+    from handful.memory import resident_bytes
+    from handful.plan import plan as run_plan
+
+    stats = store.stats()
+    dtype = quant or str(found.embed.weight.dtype).removeprefix("torch.")
+    held = resident_bytes(found)
+    forecast = None
+    if dtype in ("float32", "bfloat16", "int8", "int4"):
+        planned = run_plan(
+            found.config, ceilings(store.pack.path.parent), dtype=dtype,
+            memory=held + stats.slots * stats.expert_bytes,
+        )  # fmt: skip
+        forecast = planned.decode_tokens_per_second(stats.hit_rate)
+    return {
+        "resident_bytes": held,
+        "slots": stats.slots,
+        "experts": stats.experts,
+        "expert_bytes": stats.expert_bytes,
+        "hit_rate": stats.hit_rate,
+        "bytes_read": stats.total("bytes_read"),
+        "wait_seconds": stats.total("wait_seconds"),
+        "forecast_tokens_per_second": forecast,
+        "tokens_per_second": rate,
+        "layers": {name: asdict(layer) for name, layer in stats.layers.items()},
+    }
 
 
 @app.command(epilog="Example: handful cost mixtral --context 8192 --ranks 8")
@@ -483,6 +535,8 @@ def plan(
     print()
     for found in plans:
         print(plan_line(found))
+    if plans[0].unforecast and not plans[0].lacks:
+        screen.print(f"no speed is forecast: {plans[0].unforecast}", style="dim")
 
 
 def _checkpoint_place(model: str) -> tuple[Path, bool]:

@@ -393,7 +393,9 @@ def plan_tables(name: str, machine: Ceilings, plans: Sequence[Plan], replays: Se
 
 
 def _rate(tokens_per_second: float | None) -> str:
-    return "not known" if tokens_per_second is None else f"{tokens_per_second:,.3g}"
+    if tokens_per_second is None:
+        return "not known"
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
 
 
 def plan_line(plan: Plan) -> str:
@@ -401,5 +403,17 @@ def plan_line(plan: Plan) -> str:
     if plan.verdict != "fits with memory":
         return f"{plan.dtype}: {plan.verdict}: {plan.reason}"
     assert plan.memory is not None
-    budget = f"{plan.memory / 1e9:g}GB" if plan.memory % 10**6 == 0 else str(plan.memory)
+    # As it is typed, and exact: in GB or MB if three digits behind the point will do.
+    unit, name = (10**9, "GB") if plan.memory >= 10**9 and plan.memory % 10**6 == 0 else (10**6, "MB")
+    exact = plan.memory % (unit // 1000) == 0
+    budget = f"{plan.memory / unit:.3f}".rstrip("0").rstrip(".") + name if exact else str(plan.memory)
     return f"{plan.dtype}: fits with --memory {budget}: {plan.reason}"
+
+
+def memory_line(within: Mapping[str, Any]) -> str:
+    """What a memory budget did, in a line; with the forecast, if there is one."""
+    held = f"{within['slots']:,} of {within['experts']:,} experts in memory"
+    forecast = within["forecast_tokens_per_second"]
+    told = "" if forecast is None else f"; forecast {forecast:,.0f} tokens/s"
+    waited = f"{within['wait_seconds']:.1f} s waited"
+    return f"{held}, {within['hit_rate']:.0%} of uses found there, {size(within['bytes_read'])} read, {waited}{told}"

@@ -83,7 +83,7 @@ def load_data(
     key.update((given.fingerprint if given else f"trained {vocab}").encode())
     for document in documents:
         key.update(content_hash(document))
-    path = (cache or _default_cache()) / "tokens" / f"{key.hexdigest()}.tokens"
+    path = (cache or default_cache()) / "tokens" / f"{key.hexdigest()}.tokens"
     stored = _read_cache(path)
     if stored is None:
         if path.exists():
@@ -184,7 +184,7 @@ def _tokenize(
 # aligned), training tokens, held-out tokens, and a hash of all that.
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     chosen = os.environ.get("HANDFUL_CACHE")
     return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "handful").expanduser()
 

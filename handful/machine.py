@@ -105,6 +105,10 @@ def machine() -> Machine:
 # The native extension.
 
 
+# Operations of this version that an extension built from an older one lacks.
+NEWEST = ("experts_rows", "attend_one", "rms_norm")
+
+
 @functools.cache
 def native_error() -> str | None:
     """Load the native extension, once, as torch.ops.handful. Returns None, or in one line why it is not there.
@@ -127,6 +131,9 @@ def native_error() -> str | None:
         isa = torch.ops.handful.isa()
     except RuntimeError as error:
         raise ConfigError(str(error).splitlines()[0]) from None
+    missing = [name for name in NEWEST if not hasattr(torch.ops.handful, name)]
+    if missing:
+        return f"the native extension is an older one, without {missing[0]}: reinstall Handful"
     if not isa:
         forced = os.environ.get("HANDFUL_ISA")
         return f"switched off by HANDFUL_ISA = {forced!r}" if forced else "this CPU has no AVX2"

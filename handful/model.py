@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from handful.attention import KVCache, KVCaches, RMSNorm, Span, make_attention
 from handful.config import ModelConfig
 from handful.errors import ConfigError, RoutingError
-from handful.experts import FeedForward
+from handful.experts import FeedForward, Linear
+from handful.experts.native import available, linear, plain_inference
 from handful.moe import MoE
 from handful.routing import Choice, Routing
 from handful.text import Tokenizer
@@ -81,7 +82,8 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, i, backend) for i in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.has_native = available()
+        self.head = None if config.tied else Linear(config.width, config.vocab, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -122,8 +124,13 @@ class Decoder(nn.Module):
 
     def logits(self, x_BSD: Tensor) -> Tensor:
         """The output layer: (..., D) of `hidden` -> (..., V)."""
-        out: Tensor = F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
-        return out
+        if self.head is not None:
+            out: Tensor = self.head(x_BSD)
+            return out
+        weight, few = self.embed.weight, x_BSD.numel() <= Linear.FEW * x_BSD.shape[-1]
+        if few and self.has_native and x_BSD.dtype == weight.dtype and plain_inference(x_BSD):
+            return linear(x_BSD, weight)
+        return F.linear(x_BSD, weight)
 
     def hidden(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class Router(nn.Module):
         E = config.experts
         self.weight = nn.Parameter(torch.randn(E, width) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(E)) if config.logits_bias else None
+        self._wide: tuple[Any, Tensor] | None = None
         # Zero, as in Shazeer et al.: every expert starts with the same noise, softplus(0) = 0.69.
         self.noise_weight = nn.Parameter(torch.zeros(E, width)) if config.noisy_top_k else None
         self.balance_bias: Tensor | None
@@ -59,6 +60,7 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         # `.to(bfloat16)` passes the balance bias by: steps of 0.001 would be lost, and other experts chosen.
+        self._wide = None
         bias = self.balance_bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != bias.dtype:
@@ -87,11 +89,21 @@ class Router(nn.Module):
         if noisy and self.config.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
+        logits_TE = F.linear(x_TD, self._wide_weight(x_TD.dtype), bias)
         if noisy and self.noise_weight is not None:
             size_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
             logits_TE = logits_TE + torch.randn_like(logits_TE) * size_TE
         return logits_TE
+
+    def _wide_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in the logits' dtype. In inference it is kept: converting it would cost more than its product."""
+        weight = self.weight
+        if weight.dtype == dtype or torch.is_grad_enabled() or weight.is_inference():
+            return weight.to(dtype)
+        key = (weight.data_ptr(), weight._version, dtype, weight.device)
+        if self._wide is None or self._wide[0] != key:
+            self._wide = key, weight.to(dtype)
+        return self._wide[1]
 
     def _tokens_choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int | None) -> Routing:
         cfg = self.config

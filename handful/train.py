@@ -39,7 +39,7 @@ from handful.runs import Run
 from handful.settings import Only
 from handful.watch import CollapseWatch, Event, Sink, routing_event
 
-__all__ = ["Event", "evaluate", "lr_at", "pick_dtype", "train"]
+__all__ = ["Event", "lr_at", "pick_dtype", "train"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 

@@ -5,6 +5,7 @@ Most tests call `main` in this process; what belongs to a process (exit, pipes, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -559,6 +560,38 @@ def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> N
     cut = document(handful("generate", "run", "the", *options, "--json", "--stop", "never here", "--stop", stop))
     assert (cut["text"], cut["finish"]) == (found["text"][: found["text"].find(stop)], "stop")
     assert document(handful("generate", "run", "the", "--max-tokens", "3", "--quant", "int4", "--json"))["tokens"] == 3
+
+
+def test_generate_within_a_budget(handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text, to the letter; what the budget did, and a forecast, beside it."""
+    from handful import ceilings
+    from handful.ceilings import Ceilings, Overhead
+
+    overhead = Overhead(**{field.name: 1e-5 for field in dataclasses.fields(Overhead)})
+    machine = Ceilings(
+        cpu="", threads=2, native_error=None, memory_bytes=10**9, disk_free_bytes=10**9, read_bytes_per_second=1e9,
+        disk_bytes_per_second=1e8, float32_flops=1e9, bfloat16_flops=1e9, overhead=overhead, measured_at=1.0,
+    )  # fmt: skip
+    monkeypatch.setattr(ceilings, "ceilings", lambda folder: machine)
+    options = ["--seed", "1", "--max-tokens", "12"]
+    whole = document(handful("generate", "run", "the", *options, "--json"))
+    assert whole["memory"] is None
+    result = handful("generate", "run", "the", *options, "--json", "--memory", "2MB")
+    within = document(result)
+    assert within["text"] == whole["text"]
+    held = within["memory"]
+    assert held["slots"] == held["experts"]
+    assert 0 < held["hit_rate"] < 1  # the first use of each is a miss
+    assert held["forecast_tokens_per_second"] > 0
+    least = held["resident_bytes"] + 2 * held["expert_bytes"]
+    tight = document(handful("generate", "run", "the", *options, "--json", "--memory", str(least)))
+    assert tight["text"] == whole["text"]
+    assert tight["memory"]["slots"] == 2
+    assert tight["memory"]["bytes_read"] > held["bytes_read"]
+    told = handful("generate", "run", "the", *options, "--memory", str(least)).err
+    assert re.search(r"2 of 8 experts in memory, \d+% of uses found there, .* read, .* waited; forecast", told)
+    assert "memory" in mistake(handful("generate", "run", "the", "--memory", str(least - 1)))
+    assert mistake(handful("generate", "run", "the", "--memory", "lots")).startswith("memory = 'lots': a size such as")
 
 
 def test_generate_is_interrupted(handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,3 +272,16 @@ def test_read_bandwidth_refuses(buffer: torch.Tensor, repeats: int, message: str
     assert native_error() is None
     with pytest.raises(RuntimeError, match=message):
         torch.ops.handful.read_bandwidth(buffer, repeats)
+
+
+def test_an_extension_of_an_older_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from handful import machine as module
+
+    module.native_error.cache_clear()
+    monkeypatch.setattr(module, "NEWEST", ("attend_one", "of_tomorrow"))
+    try:
+        error = module.native_error()
+        if module._native_library() is not None and "HANDFUL_ISA" not in os.environ:
+            assert error == "the native extension is an older one, without of_tomorrow: reinstall Handful"
+    finally:
+        module.native_error.cache_clear()

@@ -8,7 +8,7 @@ choice      what "auto" picks, and how quick each is here.
 
 from __future__ import annotations
 
-from handful.experts.layer import BACKENDS, Experts, FeedForward
+from handful.experts.layer import BACKENDS, Experts, FeedForward, Linear
 from handful.experts.reference import activate
 
-__all__ = ["BACKENDS", "Experts", "FeedForward", "activate"]
+__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "activate"]

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handful.config import GATED, Activation
 from handful.errors import ConfigError, RoutingError
 from handful.experts.grouped import grouped
-from handful.experts.native import available, native, takes
+from handful.experts.native import available, linear, native, plain_inference, takes
 from handful.experts.reference import activate, reference
 from handful.routing import Routing
 
-__all__ = ["BACKENDS", "Experts", "FeedForward"]
+__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear"]
 
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -100,14 +101,31 @@ class Experts(nn.Module):
         return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
 
 
+class Linear(nn.Linear):
+    """nn.Linear, whose few tokens in inference go to our kernels: they read a weight as fast as memory gives it."""
+
+    FEW = 8  # tokens: with more, torch's products are as good
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.has_native = available()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        few = x.numel() <= self.FEW * x.shape[-1]
+        if few and self.has_native and x.dtype == weight.dtype and plain_inference(x):
+            return linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)
+
+
 class FeedForward(nn.Module):
     """One dense feed-forward network: (..., D) -> (..., D). Also what shared experts are."""
 
     def __init__(self, width: int, hidden: int, activation: Activation = "swiglu") -> None:
         super().__init__()
         self.activation = activation
-        self.gate_up = nn.Linear(width, _first_rows(hidden, activation), bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = Linear(width, _first_rows(hidden, activation), bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(activate(self.gate_up(x), self.activation))

@@ -5,12 +5,14 @@ torch's threads. Products are in float32, or in bfloat16 with float32 sums; the 
 threads. Quantised weights (handful/quantize.py) have a forward pass only.
 
 Legend: T tokens · D model width · E experts · K experts per token · F an expert's hidden width · G = 2·F gate and up
-rows (F without a gate) · I inputs, O outputs of a linear map
+rows (F without a gate) · I inputs, O outputs of a linear map · N assignments · S slots
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +27,18 @@ from handful.routing import Routing
 if TYPE_CHECKING:
     from handful.experts.layer import Experts
 
-__all__ = ["available", "linear", "native", "quantized_experts", "takes"]
+__all__ = [
+    "Slots",
+    "attend_one",
+    "available",
+    "experts_in_parts",
+    "linear",
+    "native",
+    "plain_inference",
+    "quantized_experts",
+    "rms_norm",
+    "takes",
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
@@ -116,6 +129,87 @@ def quantized_experts(
     return y_TD
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slots:
+    """Weights of S experts, of whichever: gate_up (S, G, D), down (S, D, F), or their codes with scales, and biases
+    (S, G) and (S, D). Each matrix is contiguous; from one to the next it may be any distance."""
+
+    gate_up: Tensor
+    gate_up_scales: Tensor | None
+    down: Tensor
+    down_scales: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+    hidden: int
+    bits: int
+    group: int
+
+
+def experts_in_parts(
+    x_TD: Tensor,
+    routing: Routing,
+    count: int,
+    slots: Slots,
+    fetch: Callable[[Sequence[int], Tensor], Iterator[list[tuple[int, int]]]],
+) -> Tensor:
+    """Apply `count` experts that are not all there at once: the bits that `native` and `quantized_experts` give.
+
+    fetch   (experts that were chosen, their tokens' x) -> lists of (expert, slot), which need to be there until the
+            next list is asked for; every expert comes once. It is called for runs of tokens, one after another.
+
+    No gradients. RoutingError for an expert that does not exist.
+    """
+    x_TD, experts_TK, weights_TK, dropped_TK = _tokens(x_TD, routing)
+    bf16 = compute_dtype(x_TD) == torch.bfloat16
+    step = torch.ops.handful.experts_step(count, experts_TK.shape[1])
+    # Quantised experts have their biases in the dtype of the products. Those of an expert are there when it is.
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    biases = [slots.gate_up_bias, slots.down_bias]
+    turned = biases
+    if slots.bits:
+        turned = [b if b is None or b.dtype == dtype else torch.empty(b.shape, dtype=dtype) for b in biases]
+    parts = []
+    for t in range(0, max(1, len(x_TD)), step):
+        x_tD, experts_tK, weights_tK = (value[t : t + step] for value in (x_TD, experts_TK, weights_TK))
+        dropped_tK = None if dropped_TK is None else dropped_TK[t : t + step]
+        kept_N = experts_tK.flatten() if dropped_tK is None else experts_tK[~dropped_tK]
+        chosen = sorted(set(kept_N.tolist()))
+        for e in chosen:
+            if not 0 <= e < count:
+                raise RoutingError(f"routing names expert {e}: there are {count}, counted from 0")
+        rows_ND = torch.empty(len(kept_N), x_TD.shape[1])
+        try:
+            for ready in fetch(chosen, x_tD):
+                places = [-1] * count
+                for e, slot in ready:
+                    places[e] = slot
+                    for bias, to in zip(biases, turned, strict=True):
+                        if bias is not None and to is not None and to is not bias:
+                            to[slot] = bias[slot]
+                torch.ops.handful.experts_rows(
+                    rows_ND,
+                    x_tD,
+                    experts_tK,
+                    dropped_tK,
+                    torch.tensor(places),
+                    slots.gate_up,
+                    slots.gate_up_scales,
+                    slots.down,
+                    slots.down_scales,
+                    *turned,
+                    slots.activation,
+                    slots.hidden,
+                    slots.bits,
+                    slots.group,
+                    bf16,
+                )
+            parts.append(torch.ops.handful.experts_sum(rows_ND, experts_tK, weights_tK, dropped_tK, count, bf16))
+        except RuntimeError as error:
+            raise _explained(error) from None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def linear(x_TI: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias for float32 or bfloat16 x (..., I) and weight (O, I): (..., O) in x's dtype; no gradients."""
     x_TI, lead = x_TI.reshape(-1, x_TI.shape[-1]).contiguous(), x_TI.shape[:-1]
@@ -131,6 +225,49 @@ def linear(x_TI: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) ->
     except RuntimeError as error:
         raise _explained(error) from None
     out: Tensor = y_TO.view(*lead, y_TO.shape[-1])
+    return out
+
+
+def plain_inference(x: Tensor, *weights: Tensor) -> bool:
+    """Whether x and weights can go to the kernels that have no gradients: without autograd and autocast, on CPU."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype in DTYPES and all(weight.dtype in DTYPES for weight in weights)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension of float32 or bfloat16 x (..., D), in x's dtype; no gradients."""
+    y: Tensor = torch.ops.handful.rms_norm(x.contiguous(), weight, eps)
+    return y
+
+
+def attend_one(
+    q_BHd: Tensor,
+    k_BJd: Tensor,
+    v_BJd: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    whole_norm: bool,
+    rope: tuple[Tensor, Tensor],
+    adjacent: bool,
+    keys_BJCd: Tensor,
+    values_BJCd: Tensor,
+    length: int,
+    window: int | None,
+    scale: float,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """One more token of each of B sequences of equal length, (B, H·d): QK-norm, RoPE, its place in the cache (keys and
+    values, which hold `length` tokens) and attention, as one operation without gradients.
+
+    q_BHd, k_BJd, v_BJd   as the projections make them, (B, H·d) and (B, J·d).
+    rope                  cos and sin of the token's position, r/2 numbers each.
+    """
+    q_norm, k_norm = norms or (None, None)
+    out: Tensor = torch.ops.handful.attend_one(
+        q_BHd, k_BJd, v_BJd, q_norm, k_norm, eps, whole_norm, *rope, adjacent, keys_BJCd, values_BJCd, length,
+        window or 0, scale, sinks_H,
+    )  # fmt: skip
     return out
 
 
@@ -247,6 +384,10 @@ def _fake_linear(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _register() -> None:
     global _registered
     if _registered:
@@ -257,5 +398,7 @@ def _register() -> None:
     torch.library.register_fake("handful::experts_quantized", _fake_experts)
     torch.library.register_fake("handful::linear", _fake_linear)
     torch.library.register_fake("handful::linear_quantized", _fake_linear)
+    torch.library.register_fake("handful::rms_norm", _fake_like_first)
+    torch.library.register_fake("handful::attend_one", _fake_like_first)
     torch.library.register_autograd("handful::experts_forward", _backward, setup_context=_setup)
     _registered = True

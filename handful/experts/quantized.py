@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
-from handful.experts.layer import BACKENDS, Experts, _first_rows, check_fits
+from handful.experts.layer import BACKENDS, Experts, Linear, _first_rows, check_fits
 from handful.experts.native import available, compute_dtype, linear, quantized_experts, takes
 from handful.experts.reference import activate
 from handful.machine import native_error
@@ -335,7 +335,7 @@ def twin(
 
 def weights_of(module: nn.Module) -> tuple[str, ...]:
     """The names of the weights by which a module is quantised; of its own class alone, not of a subclass."""
-    return {Experts: ("gate_up", "down"), nn.Linear: ("weight",)}.get(type(module), ())
+    return {Experts: ("gate_up", "down"), nn.Linear: ("weight",), Linear: ("weight",)}.get(type(module), ())
 
 
 def _survey(model: nn.Module, skip: Sequence[str]) -> list[QuantizedTensor]:

@@ -24,7 +24,16 @@ from handful.text import Tokenizer, load_tokenizer
 
 LAYERS = 10_000  # no model has a tenth of them
 
-__all__ = ["checkpoint_files", "find_config", "find_folder", "load", "load_decoder", "read_into", "save"]
+__all__ = [
+    "checkpoint_files",
+    "find_config",
+    "find_folder",
+    "load",
+    "load_decoder",
+    "open_checkpoint",
+    "read_into",
+    "save",
+]
 
 
 def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
@@ -88,6 +97,23 @@ def load(
     """
     if quantize is not None:
         check_format(quantize, group)
+    model, state, folder = open_checkpoint(path_or_repo, backend)
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        # Only training on text needs a tokenizer that can write any: T5's cannot.
+        tokenizer = load_tokenizer(folder, any_text=isinstance(model, Decoder))
+    fill(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+def open_checkpoint(
+    path_or_repo: str | Path, backend: str = "auto"
+) -> tuple[Decoder | EncoderDecoder, checkpoint.Tensors, Path]:
+    """A model without memory, its checkpoint's tensors under our names, checked and not read yet, and its folder.
+
+    CheckpointError as in `load`.
+    """
     folder = find_folder(path_or_repo)
     values = _read_config(folder / "config.json")
     model: Decoder | EncoderDecoder
@@ -105,13 +131,7 @@ def load(
         state = tensors_from_hf(config, tensors)
         with torch.device("meta"):
             model = Decoder(config, backend=backend)
-    tokenizer = None
-    if (folder / "tokenizer.json").exists():
-        # Only training on text needs a tokenizer that can write any: T5's cannot.
-        tokenizer = load_tokenizer(folder, any_text=isinstance(model, Decoder))
-    fill(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
-    model.tokenizer = tokenizer
-    return model.eval()
+    return model, checkpoint.Tensors.of(state), folder
 
 
 def load_decoder(path_or_repo: str | Path, **options: Any) -> Decoder:

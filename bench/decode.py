@@ -1,0 +1,300 @@
+"""How quick is a whole model, beside transformers, llama.cpp and vLLM, and beside what memory and multipliers allow?
+
+    python bench/decode.py [--models DIR] [--only olmoe-4l] [--formats bfloat16 int8 int4] [--rounds 3]
+                           [--llama-bin DIR --gguf DIR] [--vllm PYTHON]
+
+olmoe-4l      OLMoE's shape in 4 layers: D=2048, 64 experts of 1024, 8 of a token, 16 heads, 8192 tokens
+mixtral-2l    Mixtral 8x7B's in 2 layers: D=4096, 8 experts of 14336, 2 of a token, 32 heads over 8
+
+Random weights, written to DIR as Hugging Face checkpoints where they are not there yet (4 GB and 6 GB). All run on this
+computer's cores, on prompts of the same lengths: prefill is a prompt of 512 tokens; decode goes from 16 tokens on, 64
+steps, one sequence or 16. Each engine is a process of its own, one after the other, and every round has all of them.
+
+llama.cpp     llama-bench (Q8_0 for int8, Q4_0 and Q4_K_M for int4) and llama-batched-bench, on DIR/NAME-FORMAT.gguf
+vLLM          a Python with vllm; DIR/NAME, DIR/NAME-w8a8 and DIR/NAME-w4a16 for its formats
+
+"of memory" is active bytes a token, times tokens a second, beside the rate at which memory is read here, measured
+before every engine; "of products" is 2 FLOPs for each active weight but the output layer's, beside torch's best
+bfloat16 product. Left out are engines that are not given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from timing import keep, show
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "olmoe-4l": {"architecture": "Olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
+                 "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
+    "mixtral-2l": {"architecture": "Mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+                   "num_experts_per_tok": 2},
+}  # fmt: skip
+VOCAB, PROMPT, START, STEPS, BATCH = 8192, 512, 16, 64, 16
+GGUF = {"bfloat16": ["bf16"], "int8": ["Q8_0"], "int4": ["Q4_0", "Q4_K_M"]}
+VLLM = {"bfloat16": "", "int8": "-w8a8", "int4": "-w4a16"}
+WORK = ("prefill", "decode", f"decode x{BATCH}")
+
+
+def make(folder: Path, shape: dict[str, Any]) -> None:
+    """A checkpoint of random weights."""
+    import torch
+    import transformers
+
+    values = {key: value for key, value in shape.items() if key != "architecture"}
+    config = getattr(transformers, f"{shape['architecture']}Config")(
+        vocab_size=VOCAB, tie_word_embeddings=False, **values
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{shape['architecture']}ForCausalLM")._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines. Each is a process that prints lines of JSON: {"work": ..., "tokens_per_second": ...}.
+
+
+def tell(work: str, tokens: int, seconds: float) -> None:
+    print(json.dumps({"work": work, "tokens_per_second": tokens / seconds}), flush=True)
+
+
+def run_handful(folder: Path, form: str) -> None:
+    import torch
+
+    from handful import load
+    from handful.engine import Engine, Request
+    from handful.sampling import Sampling
+
+    bits = {"bfloat16": None, "int8": 8, "int4": 4}[form]
+    model: Any = load(folder, dtype=torch.bfloat16, quantize=bits)
+    greedy = Sampling(temperature=0)
+    draw = torch.Generator().manual_seed(1)
+
+    def requests(count: int, length: int, new: int) -> list[Request]:
+        prompts = torch.randint(10, VOCAB, (count, length), generator=draw).tolist()
+        return [Request(prompt=prompt, max_tokens=new, sampling=greedy) for prompt in prompts]
+
+    def prefill() -> float:
+        engine = Engine(model, chunk=PROMPT)
+        engine.submit(requests(1, PROMPT, 2)[0])
+        began = time.perf_counter()
+        engine.step()
+        return time.perf_counter() - began
+
+    def decode(count: int) -> float:
+        engine = Engine(model, chunk=count * START, max_sequences=count)
+        for request in requests(count, START, STEPS + 1):
+            engine.submit(request)
+        engine.step()
+        began = time.perf_counter()
+        while engine.busy:
+            engine.step()
+        return time.perf_counter() - began
+
+    for work, run, tokens in (
+        ("prefill", prefill, PROMPT),
+        ("decode", lambda: decode(1), STEPS),
+        (f"decode x{BATCH}", lambda: decode(BATCH), BATCH * STEPS),
+    ):
+        run()
+        tell(work, tokens, statistics.median(run() for _ in range(3)))
+
+
+def run_transformers(folder: Path, implementation: str) -> None:
+    import importlib
+
+    import torch
+
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, experts_implementation=implementation
+    ).eval()
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        tokens = torch.randint(10, VOCAB, (1, PROMPT))
+        began = time.perf_counter()
+        model(tokens, logits_to_keep=1)
+        return time.perf_counter() - began
+
+    @torch.inference_mode()
+    def decode(count: int) -> float:
+        past = model(torch.randint(10, VOCAB, (count, START)), use_cache=True).past_key_values
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            model(torch.randint(10, VOCAB, (count, 1)), past_key_values=past, use_cache=True)
+        return time.perf_counter() - began
+
+    for work, run, tokens in (
+        ("prefill", prefill, PROMPT),
+        ("decode", lambda: decode(1), STEPS),
+        (f"decode x{BATCH}", lambda: decode(BATCH), BATCH * STEPS),
+    ):
+        run()
+        tell(work, tokens, statistics.median(run() for _ in range(3)))
+
+
+def run_llama(binaries: Path, gguf: Path) -> None:
+    threads = str(len(os.sched_getaffinity(0)))
+    common = ["-m", str(gguf), "-t", threads, "-ngl", "0"]
+    single = [*common, "-p", str(PROMPT), "-n", str(STEPS), "-r", "3", "-o", "json"]
+    out = subprocess.run([str(binaries / "llama-bench"), *single], capture_output=True, text=True, check=True).stdout
+    for row in json.loads(out):
+        work = "prefill" if row["n_prompt"] else "decode"
+        print(json.dumps({"work": work, "tokens_per_second": row["avg_ts"]}), flush=True)
+    many = [*common, "-c", "4096", "-b", "2048", "-npp", str(START), "-ntg", str(STEPS), "-npl", str(BATCH)]
+    out = subprocess.run(
+        [str(binaries / "llama-batched-bench"), *many], capture_output=True, text=True, check=True
+    ).stdout
+    # | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | ...
+    row = next(line for line in out.splitlines() if re.match(rf"\|\s*{START}\s*\|", line))
+    rate = float(row.split("|")[8])
+    print(json.dumps({"work": f"decode x{BATCH}", "tokens_per_second": rate}), flush=True)
+
+
+def run_vllm(folder: Path) -> None:
+    # Run by vLLM's own Python, which has no Handful: nothing of this repository is imported here.
+    import random
+
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
+
+    llm = LLM(model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=BATCH,
+              max_num_batched_tokens=8192, enable_prefix_caching=False)  # fmt: skip
+    draw = random.Random(0)
+
+    def seconds(count: int, length: int, new: int) -> float:
+        prompts = [{"prompt_token_ids": [draw.randrange(10, VOCAB - 100) for _ in range(length)]} for _ in range(count)]
+        settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        llm.generate(prompts, settings, use_tqdm=False)
+        return time.perf_counter() - began
+
+    def median(*of: int) -> float:
+        seconds(*of)
+        return statistics.median(seconds(*of) for _ in range(3))
+
+    tell("prefill", PROMPT, median(1, PROMPT, 1))
+    for work, count in (("decode", 1), (f"decode x{BATCH}", BATCH)):
+        tell(work, count * STEPS, median(count, START, STEPS + 1) - median(count, START, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def engines(arguments: argparse.Namespace, name: str, form: str) -> Iterator[tuple[str, list[str]]]:
+    """What runs a model in a format: a name and the command."""
+    this, folder = [sys.executable, __file__, "--run"], arguments.models / name
+    yield "Handful", [*this, "handful", str(folder), form]
+    if form == "bfloat16":
+        for implementation in ("eager", "grouped_mm"):
+            yield f"transformers, {implementation}", [*this, "transformers", str(folder), implementation]
+    if arguments.llama_bin is not None:
+        for kind in GGUF[form]:
+            file = arguments.gguf / f"{name}-{kind}.gguf"
+            yield f"llama.cpp, {kind}", [*this, "llama", str(arguments.llama_bin), str(file)]
+    if arguments.vllm is not None and Path(f"{folder}{VLLM[form]}").exists():
+        yield "vLLM", [str(arguments.vllm), __file__, "--run", "vllm", f"{folder}{VLLM[form]}"]
+
+
+def weights(folder: Path) -> tuple[int, dict[str, int]]:
+    """Active weights but the output layer's, and active bytes of a decoded token in each format."""
+    from handful import cost
+    from handful.families.io import find_config
+
+    config = find_config(folder)
+    active = cost(config).active_parameters
+    held = {}
+    for form in ("bfloat16", "int8", "int4"):
+        priced = cost(config, dtype=form)
+        # All but the input embedding is read, and of the experts those that are used.
+        share = active.excl_input_embedding / priced.total_parameters.excl_input_embedding
+        held[form] = round(priced.weight_bytes * share)
+    return active.excl_embeddings, held
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    from handful.machine import measure as rates
+
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    reads: list[float] = []
+    products: list[float] = []
+    for turn in range(arguments.rounds):
+        for name in arguments.only:
+            for form in arguments.formats:
+                for engine, command in engines(arguments, name, form):
+                    now = rates()
+                    reads.append(now.read_bytes_per_second)
+                    products.append(now.bfloat16_flops)
+                    print(f"round {turn + 1}: {name} {form} {engine}", file=sys.stderr, flush=True)
+                    out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                    if out.returncode:
+                        print(f"  failed: {' '.join(command)}", file=sys.stderr)
+                    for line in out.stdout.splitlines():
+                        if line.startswith('{"work"'):
+                            told = json.loads(line)
+                            found[name, form, engine][told["work"]].append(told["tokens_per_second"])
+    read, product = statistics.median(reads), statistics.median(products)
+    rows = []
+    for (name, form, engine), works in found.items():
+        active, held = weights(arguments.models / name)
+        row: dict[str, Any] = {"model": name, "format": form, "engine": engine}
+        for work in WORK:
+            row[work] = round(statistics.median(works[work]), 1) if works.get(work) else "-"
+        if engine == "Handful" and works:
+            row["of memory"] = f"{held[form] * statistics.median(works['decode']) / read:.0%}"
+            row["of products"] = f"{2 * active * statistics.median(works['prefill']) / product:.0%}"
+        rows.append({"of memory": "", "of products": ""} | row)
+    rows = [{key: row[key] for key in ("model", "format", "engine", *WORK, "of memory", "of products")} for row in rows]
+    show(rows)
+    notes = {"read_bytes_per_second": reads, "bfloat16_flops": products, "rounds": arguments.rounds}
+    print(f"tokens/s; memory read at {read / 1e9:.1f} GB/s, bfloat16 products at {product / 1e9:.0f} GFLOP/s (medians)")
+    keep("decode", rows, notes)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--run"]:
+        kind, *rest = sys.argv[2:]
+        runs: dict[str, Any] = {
+            "handful": lambda: run_handful(Path(rest[0]), rest[1]),
+            "transformers": lambda: run_transformers(Path(rest[0]), rest[1]),
+            "llama": lambda: run_llama(Path(rest[0]), Path(rest[1])),
+            "vllm": lambda: run_vllm(Path(rest[0])),
+        }
+        runs[kind]()
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("runs/bench-models"))
+    parser.add_argument("--only", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
+    parser.add_argument("--formats", nargs="+", choices=list(VLLM), default=list(VLLM))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-bin", type=Path, help="where llama-bench and llama-batched-bench are")
+    parser.add_argument("--gguf", type=Path, help="where NAME-FORMAT.gguf are")
+    parser.add_argument("--vllm", type=Path, help="a Python that has vllm")
+    arguments = parser.parse_args()
+    if (arguments.llama_bin is None) != (arguments.gguf is None):
+        parser.error("--llama-bin and --gguf go together")
+    for name in arguments.only:
+        if not (arguments.models / name / "config.json").exists():
+            make(arguments.models / name, SHAPES[name])
+    measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

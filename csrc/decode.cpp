@@ -1,0 +1,164 @@
+// What decoding does beside its matrices: RMSNorm, and one token's attention with its norms, its rotation and its place
+// in the cache, each as one operation. Through torch they would be some thirty for every layer.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "experts.h"
+#include "layer.h"
+#include "work.h"
+
+namespace handful {
+namespace {
+
+constexpr double kRowCost = 0.5;  // nanoseconds for each number of a row that is read and written
+
+const char* data_of(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+// One vector of a norm's weights, for rows of `width`.
+const char* norm_weight(const MaybeTensor& weight, int64_t width, const char* name, Type& type) {
+  if (!weight.has_value()) return nullptr;
+  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == width && weight->is_contiguous(), name, " does not fit");
+  type = float_type(*weight, name);
+  return data_of(*weight);
+}
+
+struct Rotation {
+  const float* cos;
+  const float* sin;
+  int64_t half;  // pairs of a head
+  bool adjacent;
+
+  // Adjacent pairs come out as two halves, as in attention.py.
+  void turn(float* head, float* scratch) const {
+    for (int64_t i = 0; i < half; ++i) {
+      const float first = head[adjacent ? 2 * i : i], second = head[adjacent ? 2 * i + 1 : i + half];
+      scratch[i] = first * cos[i] - second * sin[i];
+      scratch[i + half] = second * cos[i] + first * sin[i];
+    }
+    std::copy(scratch, scratch + 2 * half, head);
+  }
+};
+
+}  // namespace
+
+// x (..., D) of float32 or bfloat16 -> the same
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.is_contiguous(), "x is not contiguous");
+  const Type type = float_type(x, "x");
+  const int64_t width = x.size(x.dim() - 1);
+  Type weight_type{};
+  const char* scale = norm_weight(weight, width, "weight", weight_type);
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  const char* from = data_of(x);
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t rows = x.numel() / width, bytes = width * bytes_of(type), some = std::max<int64_t>(1, 16384 / width);
+  each((rows + some - 1) / some, kRowCost * static_cast<double>(width * some), [&](int64_t i) {
+    const Buffer buffer(width * 4);
+    float* row = buffer.as<float>();
+    for (int64_t r = i * some; r < std::min(rows, (i + 1) * some); ++r) {
+      stream().to_float(row, from + r * bytes, type, width);
+      stream().normalize(row, row, scale, weight_type, static_cast<float>(eps), width);
+      stream().from_float(to + r * bytes, row, type, width);
+    }
+  });
+  return y;
+}
+
+// The next token of each of B sequences of equal length: q (B, H·d), k and v (B, J·d) before norm and rotation; keys and
+// values (B, J, C, d), which hold `length` tokens and take this one. -> (B, H·d)
+Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
+                  Tensor cos, Tensor sin, bool adjacent, Tensor keys, Tensor values, int64_t length, int64_t window,
+                  double scale, MaybeTensor sinks) {
+  const Type type = float_type(q, "q"), held = float_type(keys, "keys");
+  STD_TORCH_CHECK(float_type(k, "k") == type && float_type(v, "v") == type && float_type(values, "values") == held,
+                  "q, k and v, and keys and values, are not of one dtype each");
+  STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && keys.dim() == 4 && values.dim() == 4 &&
+                      q.is_contiguous() && k.is_contiguous() && v.is_contiguous() && keys.is_contiguous() &&
+                      values.is_contiguous(),
+                  "q, k, v are not contiguous (batch, heads · width), keys, values (batch, heads, room, width)");
+  const int64_t B = keys.size(0), J = keys.size(1), room = keys.size(2), d = keys.size(3);
+  const int64_t H = d > 0 ? q.size(1) / d : 0, group = J > 0 ? H / J : 0;
+  STD_TORCH_CHECK(q.size(0) == B && k.size(0) == B && v.size(0) == B && q.size(1) == group * J * d && group >= 1 &&
+                      k.size(1) == J * d && v.size(1) == J * d,
+                  "q, k and v do not fit keys (batch, heads, room, width)");
+  STD_TORCH_CHECK(values.size(0) == B && values.size(1) == J && values.size(2) == room && values.size(3) == d,
+                  "values have another shape than keys");
+  STD_TORCH_CHECK(0 <= length && length < room, "length is not from 0 to the cache's room");
+  const int64_t half = cos.numel();
+  STD_TORCH_CHECK(sin.numel() == half && 2 * half <= d && cos.is_contiguous() && sin.is_contiguous() &&
+                      float_type(cos, "cos") == Type::kFloat32 && float_type(sin, "sin") == Type::kFloat32,
+                  "cos and sin are not float32 of at most half a head");
+  Type q_type{}, k_type{};
+  const char* q_scale = norm_weight(q_norm, whole_norm ? H * d : d, "q_norm", q_type);
+  const char* k_scale = norm_weight(k_norm, whole_norm ? J * d : d, "k_norm", k_type);
+  const Buffer sink_buffer(H * 4);
+  if (sinks.has_value()) {
+    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == H && sinks->is_contiguous(), "sinks are not one for each head");
+    stream().to_float(sink_buffer.as<float>(), data_of(*sinks), float_type(*sinks, "sinks"), H);
+  }
+
+  Tensor out = torch::stable::empty_like(q);
+  const Rotation rotation = {reinterpret_cast<const float*>(data_of(cos)), reinterpret_cast<const float*>(data_of(sin)),
+                             half, adjacent};
+  const int64_t first = window > 0 ? std::max<int64_t>(0, length + 1 - window) : 0, count = length + 1 - first;
+  const Buffer q_buffer(B * H * d * 4), k_buffer((J + 1) * d * 4), out_buffer(B * H * d * 4);
+  const auto normed = [&](float* rows, int64_t heads, const char* weight, Type of, float* scratch) {
+    if (weight != nullptr && whole_norm) {
+      stream().normalize(rows, rows, weight, of, static_cast<float>(eps), heads * d);
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      float* head = rows + h * d;
+      if (weight != nullptr && !whole_norm) stream().normalize(head, head, weight, of, static_cast<float>(eps), d);
+      rotation.turn(head, scratch);
+    }
+  };
+  const int64_t bytes = d * bytes_of(held);
+  char* key_data = static_cast<char*>(keys.mutable_data_ptr());
+  char* value_data = static_cast<char*>(values.mutable_data_ptr());
+  float* scratch = k_buffer.as<float>() + J * d;
+  for (int64_t b = 0; b < B; ++b) {
+    float* queries = q_buffer.as<float>() + b * H * d;
+    stream().to_float(queries, data_of(q) + b * H * d * bytes_of(type), type, H * d);
+    normed(queries, H, q_scale, q_type, scratch);
+    float* row = k_buffer.as<float>();
+    stream().to_float(row, data_of(k) + b * J * d * bytes_of(type), type, J * d);
+    normed(row, J, k_scale, k_type, scratch);
+    for (int64_t j = 0; j < J; ++j) {
+      stream().from_float(key_data + ((b * J + j) * room + length) * bytes, row + j * d, held, d);
+    }
+    stream().to_float(row, data_of(v) + b * J * d * bytes_of(type), type, J * d);
+    for (int64_t j = 0; j < J; ++j) {
+      stream().from_float(value_data + ((b * J + j) * room + length) * bytes, row + j * d, held, d);
+    }
+  }
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  each(B * J, kRowCost * static_cast<double>(2 * count * d * group), [&](int64_t i) {
+    const Buffer scores(group * count * 4);
+    const int64_t from = (i * room + first) * bytes, heads = i / J * H + i % J * group;
+    float* answers = out_buffer.as<float>() + heads * d;
+    const float* sink = sinks.has_value() ? sink_buffer.as<float>() + i % J * group : nullptr;
+    stream().attend({q_buffer.as<float>() + heads * d, group, d, d, key_data + from, value_data + from, held, bytes,
+                     bytes, count, static_cast<float>(scale), sink, scores.as<float>(), answers});
+    stream().from_float(to + heads * d * bytes_of(type), answers, type, group * d);
+  });
+  return out;
+}
+
+}  // namespace handful
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "attend_one(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool whole_norm, Tensor cos, "
+      "Tensor sin, bool adjacent, Tensor(a!) keys, Tensor(b!) values, int length, int window, float scale, "
+      "Tensor? sinks) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&handful::rms_norm));
+  m.impl("attend_one", TORCH_BOX(&handful::attend_one));
+}

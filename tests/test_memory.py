@@ -1,0 +1,284 @@
+"""A model in less memory than it needs gives the same bits; its pack is its own; memory is what was granted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_encoder_decoder import SMALL
+from tiny import dense, moe
+from torch import Tensor
+
+import handful
+from handful import memory
+from handful.checkpoint import Entry
+from handful.config import ModelConfig
+from handful.encoder_decoder import EncoderDecoder
+from handful.errors import CheckpointError, ConfigError
+from handful.experts.disk import PackFile
+from handful.experts.quantized import QuantizedLinear
+from handful.experts.stored import StoredExperts
+from handful.families.io import save
+from handful.model import Decoder, KVCache
+
+F32, BF16 = torch.float32, torch.bfloat16
+CONFIG = moe({"experts": 16, "top_k": 3}, layers=3, width=32, expert_width=24)
+
+
+def made(folder: Path, config: ModelConfig = CONFIG, seed: int = 0, dtype: torch.dtype = F32) -> Path:
+    """A checkpoint folder of a model with random weights."""
+    torch.manual_seed(seed)
+    save(Decoder(config).to(dtype), folder)
+    return folder
+
+
+@torch.inference_mode()
+def read(model: Any, prompt: int = 14, tokens: int = 6) -> list[Tensor]:
+    """Logits of a prompt, and of tokens after it, one by one."""
+    given = torch.randint(model.config.vocab, (1, prompt + tokens), generator=torch.Generator().manual_seed(3))
+    cache = KVCache(model.config, 1, prompt + tokens, dtype=model.embed.weight.dtype)
+    steps = [given[:, :prompt], *given[:, prompt:].split(1, dim=1)]
+    return [model(step, cache)[0] for step in steps]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(x.equal(y) for x, y in zip(a, b, strict=True))
+
+
+def budget(folder: Path, slots: int, **kwargs: Any) -> int:
+    """Bytes for a model and so many of its experts."""
+    model, store = memory.load(folder, 1 << 40, **kwargs)
+    with store:
+        return memory.resident_bytes(model) + slots * store.layout.record_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same bits.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kwargs"),
+    [
+        (F32, {}),
+        (BF16, {}),
+        (F32, {"dtype": BF16}),
+        (F32, {"quantize": 8}),
+        (BF16, {"quantize": 4, "group": 128}),
+        (F32, {"quantize": 4, "dtype": BF16}),
+    ],
+)
+def test_a_budget_changes_no_bit(tmp_path: Path, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
+    folder = made(tmp_path / "model", dtype=dtype)
+    right = read(handful.load(folder, **kwargs))
+    for slots, read_ahead in ((3, True), (10, True), (10, False), (30, True), (48, True)):
+        granted = budget(folder, slots, **kwargs)
+        model, store = memory.load(folder, granted, read_ahead=read_ahead, **kwargs)
+        with store:
+            assert store.slots == slots
+            assert not model.training
+            assert equal(read(model), right)
+            assert store.stats().total("misses") >= min(36, slots)
+    linear = model.get_submodule("layers.0.attn.q")
+    assert isinstance(linear, QuantizedLinear) == ("quantize" in kwargs)
+
+
+def test_attach_and_load_agree_and_guess(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model")
+    model = handful.load(folder)
+    assert isinstance(model, Decoder)
+    right = read(model)
+    memory.pack(model, tmp_path / "own.pack")
+    size = PackFile(tmp_path / "own.pack").layout.record_bytes
+    held = memory.resident_bytes(model)
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    assert held == sum(p.nbytes for p in model.parameters()) - experts
+    granted = held + 20 * size + size // 2
+    with memory.attach(model, tmp_path / "own.pack", granted) as store:
+        assert store.slots == 20
+        assert memory.resident_bytes(model) == held == sum(p.nbytes for p in model.parameters())
+        assert not any(".experts." in name for name in model.state_dict())
+        assert equal(read(model), right)
+        stats = store.stats()
+        assert list(stats.layers) == [f"layers.{i}.ffn.experts" for i in range(3)]
+        assert 0 < stats.total("ahead") <= stats.guesses
+        # A prompt of 14 tokens and six tokens, each with three experts in each of three layers.
+        uses = stats.total("hits") + stats.total("misses")
+        assert 6 * 9 + 9 <= uses <= 6 * 9 + 48
+        assert 0 < stats.hit_rate < 1
+        assert stats.total("bytes_read") >= stats.total("misses") * size
+
+
+def test_a_tied_model_of_another_dtype_takes_the_same_pack(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model", moe({"experts": 4, "top_k": 2}, tied=True))
+    memory.pack(folder, tmp_path / "e.pack", dtype=BF16)
+    model = handful.load(folder, dtype=BF16)
+    right = read(model)
+    with memory.attach(model, tmp_path / "e.pack", memory.resident_bytes(model) + 10**6):
+        assert equal(read(model), right)
+
+
+def test_an_encoder_decoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save(EncoderDecoder(SMALL), tmp_path / "model")
+    inputs, outputs = torch.randint(2, 13, (2, 7)), torch.randint(2, 13, (2, 5))
+    model, store = memory.load(tmp_path / "model", 1 << 30)
+    granted = memory.resident_bytes(model) + 3 * store.layout.record_bytes
+    store.close()
+    whole = handful.load(tmp_path / "model")
+    model, store = memory.load(tmp_path / "model", granted)
+    with torch.no_grad(), store:
+        assert store.slots == 3
+        assert model(inputs, outputs)[0].equal(whole(inputs, outputs)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packs and models.
+
+
+def test_a_pack_of_other_weights_is_refused_or_made_again(tmp_path: Path) -> None:
+    folder, other = made(tmp_path / "model"), made(tmp_path / "other", seed=1)
+    memory.pack(other, tmp_path / "other.pack")
+    granted = budget(folder, 9)
+    with pytest.raises(CheckpointError, match=r"other\.pack: holds the experts of other weights"):
+        memory.attach(handful.load(folder), tmp_path / "other.pack", granted)
+    right = read(handful.load(folder))
+    told: list[tuple[int, int]] = []
+    for written in (True, False):
+        told.clear()
+        model, store = memory.load(
+            folder, granted, file=tmp_path / "other.pack", progress=lambda *done: told.append(done)
+        )
+        with store:
+            assert equal(read(model), right)
+        assert len(told) == (48 if written else 0)
+    assert not written or told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("change", ["an expert", "a router"])
+def test_another_step_of_the_same_training_is_another_model(tmp_path: Path, change: str) -> None:
+    model = handful.load(made(tmp_path / "model"))
+    memory.pack(model, tmp_path / "e.pack")
+    name = "layers.1.ffn.experts.down" if change == "an expert" else "layers.2.ffn.router.weight"
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.01)
+    with pytest.raises(CheckpointError, match="other weights"):
+        memory.attach(model, tmp_path / "e.pack", 10**9)
+
+
+def test_a_pack_of_another_shape_or_format(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model")
+    made(tmp_path / "small", moe({"experts": 4, "top_k": 2}))
+    memory.pack(tmp_path / "small", tmp_path / "e.pack")
+    has = r"e\.pack: holds 2 layers of 4 experts in float32: the model has 3 of 16 in float32"
+    with pytest.raises(CheckpointError, match=has):
+        memory.attach(handful.load(folder), tmp_path / "e.pack", 10**9)
+    # A pack that was cut, of another version or of another format is made again.
+    for spoil in (b"", b"HANDFUL\x00\x09", b"HANDF"):
+        (tmp_path / "e.pack").write_bytes(spoil)
+        with memory.load(folder, 10**9, file=tmp_path / "e.pack", quantize=8)[1] as store:
+            assert store.layout.format == "int8/32"
+    with memory.load(folder, 10**9, file=tmp_path / "e.pack")[1] as store:
+        assert store.layout.format == "float32"
+    with memory.load(folder, 10**9, quantize=4)[1] as store:
+        assert store.pack.path == folder / "experts-int4-32.pack"
+
+
+def test_models_that_cannot_be_packed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no experts that can be packed"):
+        memory.pack(made(tmp_path / "dense", dense()), tmp_path / "e.pack")
+    folder = made(tmp_path / "model")
+    with pytest.raises(ConfigError, match="quantised already"):
+        memory.pack(handful.load(folder, quantize=4), tmp_path / "e.pack")
+    with pytest.raises(ConfigError, match="bits = 3"):
+        memory.pack(folder, tmp_path / "e.pack", quantize=3)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        memory.pack(tmp_path / "none", tmp_path / "e.pack")
+    assert not (tmp_path / "e.pack").exists()
+
+
+def test_too_little_memory_says_how_much_would_do(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model")
+    least = budget(folder, 3)
+    with pytest.raises(ConfigError, match=rf"memory = {least - 1:,} bytes: .* 3 experts .*: at least {least:,}"):
+        memory.load(folder, least - 1)
+    with memory.load(folder, least)[1] as store:
+        assert store.slots == 3
+    model = handful.load(folder)
+    right = read(model)
+    with pytest.raises(ConfigError, match=f"at least {least:,}"):
+        memory.attach(model, folder / "experts-float32.pack", least - 1)
+    assert equal(read(model), right)  # it is as it was
+
+
+def test_packing_reads_one_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path / "model")
+    stacks: list[int | None] = []
+    whole = Entry.read
+
+    def spy(entry: Entry, part: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if len(entry.shape) == 3:
+            stacks.append(part)
+        return whole(entry, part, *args, **kwargs)
+
+    monkeypatch.setattr(Entry, "read", spy)
+    with memory.load(folder, 10**9)[1]:
+        assert len(stacks) >= 2 * 48
+        assert None not in stacks
+
+
+def test_the_stored_model_says_what_it_is(tmp_path: Path) -> None:
+    model, store = memory.load(made(tmp_path / "model"), 10**9, quantize=4)
+    with store:
+        experts = model.get_submodule("layers.1.ffn.experts")
+        assert isinstance(experts, StoredExperts)
+        assert "16 experts, int4/32, activation=swiglu" in repr(experts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, seen from outside.
+
+# What a process needs beside weights: buffers of the kernels and of torch for these calls, threads, the pack's table.
+CONSTANT = 16 << 20
+CHILD = """
+import sys, torch
+from pathlib import Path
+import handful
+from handful import memory
+from test_memory import read, made
+torch.set_num_threads(1)
+def high():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+small, folder, granted = sys.argv[1], sys.argv[2], int(sys.argv[3])
+read(handful.load(small), 200)  # what torch and the kernels take once
+before = high()
+model, store = memory.load(folder, granted)
+with store:
+    held = memory.resident_bytes(model) + store.slots * store.layout.record_bytes
+    read(model, 200)
+    print(high() - before, held, store.stats().total("bytes_read"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
+    config = moe({"experts": 32, "top_k": 4}, layers=2, width=192, heads=4, expert_width=512)
+    folder = made(tmp_path / "model", config)
+    memory.pack(folder, folder / "experts-float32.pack")  # 75 MB
+    granted = budget(folder, 16)
+    assert granted < 22e6
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, made(tmp_path / "small"), folder, str(granted)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    assert run.returncode == 0, run.stderr
+    grown, held, bytes_read = (float(word) for word in run.stdout.split())
+    assert held <= granted
+    assert bytes_read > 70e6  # the prompt needs every expert
+    assert grown <= 1.05 * granted + CONSTANT
