@@ -11,7 +11,7 @@ computer's cores, on prompts of the same lengths: prefill is a prompt of 512 tok
 steps, one sequence or 16. Each engine is a process of its own, one after the other, and every round has all of them.
 
 llama.cpp     llama-bench (Q8_0 for int8, Q4_0 and Q4_K_M for int4) and llama-batched-bench, on DIR/NAME-FORMAT.gguf
-vLLM          a Python with vllm; DIR/NAME, DIR/NAME-w8a8 and DIR/NAME-w4a16 for its formats
+vLLM          a Python with vllm; DIR/NAME, DIR/NAME-w8a8 and DIR/NAME-w4g128 for its formats
 
 "of memory" is active bytes a token, times tokens a second, beside the rate at which memory is read here, measured
 before every engine; "of products" is 2 FLOPs for each active weight but the output layer's, beside torch's best
@@ -33,8 +33,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timing import keep, show
-
 SHAPES: dict[str, dict[str, Any]] = {
     "olmoe-4l": {"architecture": "Olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
                  "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
@@ -44,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VOCAB, PROMPT, START, STEPS, BATCH = 8192, 512, 16, 64, 16
 GGUF = {"bfloat16": ["bf16"], "int8": ["Q8_0"], "int4": ["Q4_0", "Q4_K_M"]}
-VLLM = {"bfloat16": "", "int8": "-w8a8", "int4": "-w4a16"}
+VLLM = {"bfloat16": "", "int8": "-w8a8", "int4": "-w4g128"}
 WORK = ("prefill", "decode", f"decode x{BATCH}")
 
 
@@ -230,6 +228,9 @@ def weights(folder: Path) -> tuple[int, dict[str, int]]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    # Here and not above: vLLM's Python runs this file too, and has neither.
+    from timing import keep, show
+
     from handful.machine import measure as rates
 
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

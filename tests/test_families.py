@@ -303,7 +303,7 @@ def test_tensors_there_and_back_are_the_same_bytes(name: str, folders: dict[str,
 def test_logits_are_those_of_transformers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     model = load(folders[name])
     expected = theirs(folders[name])
-    assert distance(ours(model), expected) < 1e-6
+    assert distance(ours(model), expected) < 1e-5
     save(model, tmp_path / "saved")
     assert torch.equal(theirs(tmp_path / "saved"), expected)
     assert torch.equal(ours(load(tmp_path / "saved")), ours(model))

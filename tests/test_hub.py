@@ -110,7 +110,14 @@ class Hub:
     def environment(self, cache: Path, **changes: str) -> dict[str, str]:
         address = f"http://127.0.0.1:{self.server.server_port}"
         kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        return {**kept, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **changes}
+        return {
+            **kept,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            **changes,
+        }
 
 
 @pytest.fixture

@@ -568,7 +568,7 @@ def test_subclasses_and_what_is_quantised_stay() -> None:
 def test_skip() -> None:
     model = Decoder(all_of_it())
     report = quantize_model(model, skip=["head", "layers.1", "*.attn.?.weight", "layers.2.ffn.shared_gate.weight"])
-    assert type(model.head) is nn.Linear
+    assert isinstance(model.head, nn.Linear)
     assert not any(isinstance(module, PackedWeight) for module in model.layers[1].modules())
     left = {row.name for row in report.tensors if row.reason == "skipped, as asked"}
     kinds = ("q.weight", "k.weight", "v.weight", "o.weight", "gate_up", "down", "gate_up.weight", "down.weight",
