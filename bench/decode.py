@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,17 @@ def tell(work: str, tokens: int, seconds: float) -> None:
     print(json.dumps({"work": work, "tokens_per_second": tokens / seconds}), flush=True)
 
 
+def tell_all(prefill: Callable[[], float], decode: Callable[[int], float]) -> None:
+    """Tell of a prompt and of 1 and BATCH sequences: the functions give seconds, of which the first do not count."""
+    for work, run, tokens in (
+        ("prefill", prefill, PROMPT),
+        ("decode", lambda: decode(1), STEPS),
+        (f"decode x{BATCH}", lambda: decode(BATCH), BATCH * STEPS),
+    ):
+        run()
+        tell(work, tokens, statistics.median(run() for _ in range(3)))
+
+
 def run_handful(folder: Path, form: str) -> None:
     import torch
 
@@ -101,13 +112,7 @@ def run_handful(folder: Path, form: str) -> None:
             engine.step()
         return time.perf_counter() - began
 
-    for work, run, tokens in (
-        ("prefill", prefill, PROMPT),
-        ("decode", lambda: decode(1), STEPS),
-        (f"decode x{BATCH}", lambda: decode(BATCH), BATCH * STEPS),
-    ):
-        run()
-        tell(work, tokens, statistics.median(run() for _ in range(3)))
+    tell_all(prefill, decode)
 
 
 def run_transformers(folder: Path, implementation: str) -> None:
@@ -137,13 +142,7 @@ def run_transformers(folder: Path, implementation: str) -> None:
             model(torch.randint(10, VOCAB, (count, 1)), past_key_values=past, use_cache=True)
         return time.perf_counter() - began
 
-    for work, run, tokens in (
-        ("prefill", prefill, PROMPT),
-        ("decode", lambda: decode(1), STEPS),
-        (f"decode x{BATCH}", lambda: decode(BATCH), BATCH * STEPS),
-    ):
-        run()
-        tell(work, tokens, statistics.median(run() for _ in range(3)))
+    tell_all(prefill, decode)
 
 
 def run_llama(binaries: Path, gguf: Path) -> None:

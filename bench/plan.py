@@ -26,11 +26,11 @@ from torch import Tensor
 from handful.attention import Attention, KVCache
 from handful.ceilings import Ceilings, measure_overhead
 from handful.config import ModelConfig, RouterConfig
-from handful.engine import Engine, Request, Sampling
+from handful.engine import CHUNK, Engine, Request, Sampling
 from handful.experts.quantized import quantize_model
 from handful.machine import machine, measure
 from handful.model import Decoder
-from handful.plan import CHUNK, FORMATS, plan
+from handful.plan import FORMATS, plan
 
 SHAPE = ModelConfig(
     vocab=16384,

@@ -187,10 +187,11 @@ class KVCaches:
     def span(self, config: ModelConfig, new: int) -> Span:
         assert new == sum(self.new)
         device = self.caches[0].held[0].device
-        at = [torch.arange(c.length, c.length + n, device=device) for c, n in zip(self.caches, self.new, strict=True)]
-        rope = rope_table(config, torch.cat(at))
+        places = [c.length + i for c, n in zip(self.caches, self.new, strict=True) for i in range(n)]
+        at_T = torch.tensor(places, device=device)
+        rope = rope_table(config, at_T)
         parts, start = [], 0
-        for cache, n, at_S in zip(self.caches, self.new, at, strict=True):
+        for cache, n, at_S in zip(self.caches, self.new, at_T.split(list(self.new)), strict=True):
             parts.append((start, start + n, Span(rope, cache, _masks(config, cache.length, at_S, None))))
             start += n
         return Span(rope, None, {}, tuple(parts))

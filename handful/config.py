@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Activation = Literal["swiglu", "geglu", "relu", "gelu", "swiglu_clamped"]
+MOST_LAYERS = 10_000  # no model has a tenth of them; what a hostile config asks for must not be counted up to
 GATED: frozenset[str] = frozenset({"swiglu", "geglu", "swiglu_clamped"})
 
 
@@ -264,7 +265,7 @@ class ModelConfig:
 
         for name in ("vocab", "width", "layers", "heads", "moe_every", "context"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        need(self.layers <= 10_000, "layers", "at most 10000")  # no model has a tenth of them
+        need(self.layers <= MOST_LAYERS, "layers", f"at most {MOST_LAYERS}")
         for name in ("ffn", "expert_width", "shared_width", "dense_first"):
             need(getattr(self, name) >= 0, name, "at least 0")
         if self.kv_heads is None:

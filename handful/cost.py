@@ -26,7 +26,7 @@ from math import comb
 from typing import Any
 
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
-from handful.count import Attention, Counted, Pass, Weights, count, count_encoder_decoder
+from handful.count import Attention, Counted, Pass, Weights, counted
 from handful.errors import ConfigError
 
 __all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Traffic", "cost"]
@@ -339,10 +339,7 @@ def cost(
 
     ConfigError for a context or a number of ranks below 1, no context where the model has none, or another dtype.
     """
-    if isinstance(model, ModelConfig):
-        model = count(model)
-    elif isinstance(model, EncoderDecoderConfig):
-        model = count_encoder_decoder(model)
+    model = counted(model)
     context = model.context if context is None else context
     if context is None:
         raise ConfigError("context = None: give one, for this model names none")

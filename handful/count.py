@@ -27,6 +27,7 @@ __all__ = [
     "Weights",
     "count",
     "count_encoder_decoder",
+    "counted",
     "feed_forward",
     "grouped_attention",
     "scores",
@@ -189,6 +190,13 @@ def tables(vocab: int, width: int, tied: bool, head_bias: bool = False) -> tuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A decoder of ours.
+
+
+def counted(model: ModelConfig | EncoderDecoderConfig | Counted) -> Counted:
+    """What a model is made of, whichever way it is described."""
+    if isinstance(model, ModelConfig):
+        return count(model)
+    return count_encoder_decoder(model) if isinstance(model, EncoderDecoderConfig) else model
 
 
 def count(config: ModelConfig) -> Counted:

@@ -28,6 +28,7 @@ from handful.sampling import Logprobs, Sampler, Sampling, logprobs
 from handful.text import Stream, Tokenizer
 
 __all__ = [
+    "CHUNK",
     "Delta",
     "Engine",
     "Finish",
@@ -40,6 +41,8 @@ __all__ = [
     "stream",
     "text_request",
 ]
+
+CHUNK = 512  # tokens of prompts that a step reads at most, where nothing is said
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -151,7 +154,7 @@ class Engine:
         *,
         max_sequences: int = 16,
         cache_tokens: int | None = None,
-        chunk: int = 512,
+        chunk: int = CHUNK,
         on_routing: Callable[[Sequence[Job], Sequence[int], list[Routing]], None] | None = None,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens), ("chunk", chunk)):

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +19,8 @@ from handful.attention import KVCache, KVCaches, RMSNorm, Span, make_attention
 from handful.config import ModelConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import FeedForward, Linear
-from handful.experts.native import available, linear, plain_inference
+from handful.experts.layer import multiply
+from handful.experts.native import available
 from handful.moe import MoE
 from handful.routing import Choice, Routing
 from handful.text import Tokenizer
@@ -124,13 +124,10 @@ class Decoder(nn.Module):
 
     def logits(self, x_BSD: Tensor) -> Tensor:
         """The output layer: (..., D) of `hidden` -> (..., V)."""
-        if self.head is not None:
-            out: Tensor = self.head(x_BSD)
-            return out
-        weight, few = self.embed.weight, x_BSD.numel() <= Linear.FEW * x_BSD.shape[-1]
-        if few and self.has_native and x_BSD.dtype == weight.dtype and plain_inference(x_BSD):
-            return linear(x_BSD, weight)
-        return F.linear(x_BSD, weight)
+        if self.head is None:
+            return multiply(x_BSD, self.embed.weight, None, self.has_native)
+        out: Tensor = self.head(x_BSD)
+        return out
 
     def hidden(
         self,

@@ -27,9 +27,11 @@ import torch
 from handful.ceilings import Ceilings
 from handful.config import EncoderDecoderConfig, ModelConfig
 from handful.cost import BYTES, attended_flops, byte_counts, held_bytes, held_tokens
-from handful.count import Counted, Pass, Weights, count, count_encoder_decoder
+from handful.count import Counted, Pass, Weights, counted
+from handful.engine import CHUNK
 from handful.errors import ConfigError
 from handful.experts.disk import Layout, layout_of
+from handful.experts.native import FEW, PANEL
 from handful.experts.stored import GUESSES
 
 __all__ = ["EFFICIENCY", "FORMATS", "Efficiency", "Plan", "Step", "plan"]
@@ -38,10 +40,7 @@ Verdict = Literal["fits", "fits with memory", "does not fit", "not run"]
 
 FORMATS = {"float32": 0, "bfloat16": 0, "int8": 8, "int4": 4}  # bits of a packed weight; 0: not packed
 CONTEXT = 4096  # tokens of a sequence, where nothing is said
-CHUNK = 512  # tokens of a prompt that pass through the model together (the engine's)
 STREAM = 400  # bytes that norms, sums and the like move for each number of the stream, in a layer
-PANEL = 32  # tokens that the native kernels multiply side by side
-FEW = 8  # tokens up to which they read an expert's weights as a stream
 PROCESS = 400_000_000  # bytes of Python, torch and what they load
 
 
@@ -258,10 +257,7 @@ def plan(
     for name, value in (("memory", memory), ("context", context), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value}: at least 1")
-    if isinstance(model, ModelConfig):
-        model = count(model)
-    elif isinstance(model, EncoderDecoderConfig):
-        model = count_encoder_decoder(model)
+    model = counted(model)
     context = min(model.context or CONTEXT, CONTEXT) if context is None else context
     sizes = _sizes(model, dtype, context, batch)
     layout = _layout(model, dtype)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from handful.config import EncoderDecoderConfig, ModelConfig
-from handful.count import Counted, count, count_encoder_decoder
+from handful.count import Counted, counted
 from handful.errors import ConfigError
 from handful.experts.cache import belady, simulate
 from handful.experts.stored import DEFAULT_POLICY
@@ -67,10 +67,7 @@ def replay(recording: Recording, capacity: int, *, policy: str = DEFAULT_POLICY)
 
 def check_recording(recording: Recording, model: ModelConfig | EncoderDecoderConfig | Counted, name: str) -> None:
     """ConfigError unless a recording can be of this model."""
-    if isinstance(model, ModelConfig):
-        model = count(model)
-    elif isinstance(model, EncoderDecoderConfig):
-        model = count_encoder_decoder(model)
+    model = counted(model)
     routed = [weights for weights in model.weights if weights.part == "routed_experts"]
     experts = max((weights.copies for weights in routed), default=0)
     layers, top_k = model.moe_layers, max((weights.active for weights in routed), default=0)

@@ -39,16 +39,16 @@ from torch.autograd.function import once_differentiable
 from handful.errors import ConfigError, MissingExtraError, RoutingError
 from handful.experts import BACKENDS, activate
 from handful.experts.grouped import (
+    Combine,
+    Dispatch,
     Layout,
-    _Combine,
-    _Dispatch,
-    _has_kernel,
-    _outer,
-    _Product,
-    _rows_times,
-    _with_zero_row,
+    Product,
+    has_kernel,
     lay_out,
     lay_out_sorted,
+    outer,
+    rows_times,
+    with_zero_row,
 )
 from handful.experts.layer import check_fits
 from handful.experts.native import available, compute_dtype
@@ -225,26 +225,26 @@ def _routing(module: Any, count: int, experts_TK: Tensor, weights_TK: Tensor) ->
 
 
 class _TurnedProduct(Function):
-    """`_Product` for matrices that are stored turned, (E, i, o); their gradient comes out as they lie."""
+    """`Product` for matrices that are stored turned, (E, i, o); their gradient comes out as they lie."""
 
     @staticmethod
     def forward(ctx: Any, a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(a_Ri, w_Eio)
         ctx.layout = layout
-        return _rows_times(a_Ri, w_Eio, layout)
+        return rows_times(a_Ri, w_Eio, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a_Ri, w_Eio = ctx.saved_tensors
-        grad_a = _rows_times(grad_Ro, w_Eio.mT, ctx.layout) if ctx.needs_input_grad[0] else None
-        grad_w = _outer(a_Ri, grad_Ro, w_Eio, ctx.layout) if ctx.needs_input_grad[1] else None
+        grad_a = rows_times(grad_Ro, w_Eio.mT, ctx.layout) if ctx.needs_input_grad[0] else None
+        grad_w = outer(a_Ri, grad_Ro, w_Eio, ctx.layout) if ctx.needs_input_grad[1] else None
         return grad_a, grad_w, None
 
 
 def _lay_out(routing: Routing, experts: Borrowed, device: str, dtype: torch.dtype) -> Layout:
     read: Any = experts
-    if _has_kernel(read, device, dtype):
+    if has_kernel(read, device, dtype):
         return lay_out_sorted(routing)
     # A batch reads every expert's weights. Where less than half of them are needed, as in decoding, a loop is quicker.
     few = int((routing.plan().counts_E > 0).sum()) < experts.count / 2
@@ -260,19 +260,19 @@ def _with_own_gate(x_TD: Tensor, routing: Routing, experts: Borrowed, module: An
 
     def product(a_Ri: Tensor, w_Eoi: Tensor, bias_Eo: Tensor | None) -> Tensor:
         a_Ri, w_Eoi = a_Ri.to(dtype), w_Eoi.to(dtype)
-        function, w = (_TurnedProduct, w_Eoi.mT) if experts.turned else (_Product, w_Eoi)
+        function, w = (_TurnedProduct, w_Eoi.mT) if experts.turned else (Product, w_Eoi)
         out_Ro: Tensor = function.apply(a_Ri, w, layout)  # type: ignore[no-untyped-call]
         if bias_Eo is not None:
-            out_Ro = out_Ro + _with_zero_row(bias_Eo.to(dtype)).index_select(0, layout.expert_R)
+            out_Ro = out_Ro + with_zero_row(bias_Eo.to(dtype)).index_select(0, layout.expert_R)
         return out_Ro
 
     with torch.autocast(device, enabled=False):
-        x_RD = _Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
+        x_RD = Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
         a_RF = between(module)(product(x_RD, experts.gate_up, experts.gate_up_bias))
         out_RD = product(a_RF, experts.down, experts.down_bias)
         if module.has_post_expert_norm:
             out_RD = module.post_expert_norm(out_RD)
-        y_TD: Tensor = _Combine.apply(out_RD.to(dtype) * weight_R, layout)  # type: ignore[no-untyped-call]
+        y_TD: Tensor = Combine.apply(out_RD.to(dtype) * weight_R, layout)  # type: ignore[no-untyped-call]
     return y_TD
 
 

@@ -369,7 +369,7 @@ def test_which_experts_the_cuda_kernel_takes(
     device: str, width: int, hidden: int, dtype: torch.dtype, has: bool
 ) -> None:
     """Rows must be multiples of 16 bytes, and float64 is not among its dtypes: `grouped_mm` itself is asked."""
-    assert grouped_module._has_kernel(Experts(2, width, hidden), device, dtype) is has
+    assert grouped_module.has_kernel(Experts(2, width, hidden), device, dtype) is has
     a, offsets = torch.zeros(3, hidden, dtype=dtype), torch.tensor([1, 3], dtype=torch.int32)
     w = torch.zeros(2, hidden, width, dtype=dtype)
     if device == "cuda" and not has:

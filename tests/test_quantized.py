@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_quantize import FORMATS, distance
 from tiny import dense, moe
 from torch import Tensor, nn
 
@@ -43,22 +44,7 @@ from handful.routing import Routing
 
 F64, BF16 = torch.float64, torch.bfloat16
 ACTIVATIONS: Sequence[Activation] = get_args(Activation)
-FORMATS = [(4, 32), (4, 128), (8, 32), (8, 128)]
-LARGEST = {8: 127, 4: 7}
 KERNELS = 2e-4  # what the native kernels may be off by in float32, relative to the size of the values
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖; where nothing is wanted, nothing may come."""
-    assert got.shape == want.shape
-    got, want = got.detach().to(F64), want.detach().to(F64)
-    size, off = float(want.norm()), float((got - want).norm())
-    return off / size if size else (0.0 if off == 0 else math.inf)
-
-
-def same(a: Packed, b: Packed) -> bool:
-    forms = [(packed.bits, packed.group, packed.inputs) for packed in (a, b)]
-    return a.codes.equal(b.codes) and a.scales.equal(b.scales) and forms[0] == forms[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

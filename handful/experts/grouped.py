@@ -142,24 +142,24 @@ def _fill(
     )
 
 
-def _has_kernel(experts: Experts, device: str, dtype: torch.dtype) -> bool:
+def has_kernel(experts: Experts, device: str, dtype: torch.dtype) -> bool:
     """Whether CUDA's grouped_mm takes these experts: no float64, and rows that start at multiples of 16 bytes."""
     _, rows, width = experts.gate_up.shape
     aligned = all(n * dtype.itemsize % 16 == 0 for n in (rows, width, experts.down.shape[2]))
     return device == "cuda" and dtype != torch.float64 and aligned
 
 
-def _with_zero_row(x_TD: Tensor) -> Tensor:
+def with_zero_row(x_TD: Tensor) -> Tensor:
     return F.pad(x_TD, (0, 0, 0, 1))
 
 
-class _Dispatch(Function):
+class Dispatch(Function):
     """Copy tokens to their rows; backward sums a token's rows, in float32."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
-        return _with_zero_row(x_TD).index_select(0, layout.token_R)
+        return with_zero_row(x_TD).index_select(0, layout.token_R)
 
     @staticmethod
     @once_differentiable
@@ -167,7 +167,7 @@ class _Dispatch(Function):
         return F.embedding_bag(ctx.layout.row_TK, grad_RD.contiguous(), mode="sum"), None
 
 
-class _Combine(Function):
+class Combine(Function):
     """Sum a token's rows, in float32; backward copies the token's gradient to its rows. Dispatch, turned round."""
 
     @staticmethod
@@ -178,31 +178,31 @@ class _Combine(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return _with_zero_row(grad_TD).index_select(0, ctx.layout.token_R), None
+        return with_zero_row(grad_TD).index_select(0, ctx.layout.token_R), None
 
 
-class _Product(Function):
+class Product(Function):
     """Multiply every row by its own expert's matrix: out[r] = a[r] @ w[expert of r]ᵀ. The last row stays zero."""
 
     @staticmethod
     def forward(ctx: Any, a_Ri: Tensor, w_Eoi: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(a_Ri, w_Eoi)
         ctx.layout = layout
-        return _rows_times(a_Ri, w_Eoi.mT, layout)
+        return rows_times(a_Ri, w_Eoi.mT, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a_Ri, w_Eoi = ctx.saved_tensors
-        grad_a = _rows_times(grad_Ro, w_Eoi, ctx.layout) if ctx.needs_input_grad[0] else None
-        grad_w = _outer(grad_Ro, a_Ri, w_Eoi, ctx.layout) if ctx.needs_input_grad[1] else None
+        grad_a = rows_times(grad_Ro, w_Eoi, ctx.layout) if ctx.needs_input_grad[0] else None
+        grad_w = outer(grad_Ro, a_Ri, w_Eoi, ctx.layout) if ctx.needs_input_grad[1] else None
         return grad_a, grad_w, None
 
 
-def _rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
+def rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
     E, i, o = w_Eio.shape
     if layout.offsets_E is not None:
-        return _with_zero_row(F.grouped_mm(a_Ri[:-1].contiguous(), w_Eio, offs=layout.offsets_E))
+        return with_zero_row(F.grouped_mm(a_Ri[:-1].contiguous(), w_Eio, offs=layout.offsets_E))
     out_Ro = a_Ri.new_empty(len(a_Ri), o)
     batch = E * layout.depth
     if batch:
@@ -213,7 +213,7 @@ def _rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
     return out_Ro
 
 
-def _outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> Tensor:
+def outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> Tensor:
     """Each expert's weight gradient: the sum over its rows of grad ⊗ a."""
     E, o, i = like_Eoi.shape
     if layout.offsets_E is not None:
@@ -259,18 +259,18 @@ def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
     if device == "cpu" and not torch.is_grad_enabled() and routing.experts_TK.numel() <= FEW:
         return one_by_one(x_TD, routing, experts, dtype)
-    layout = lay_out_sorted(routing) if _has_kernel(experts, device, dtype) else lay_out(routing, dtype)
+    layout = lay_out_sorted(routing) if has_kernel(experts, device, dtype) else lay_out(routing, dtype)
     weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
     with torch.autocast(device, enabled=False):
-        x_RD = _Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
-        h_RG = _Product.apply(x_RD, experts.gate_up.to(dtype), layout)  # type: ignore[no-untyped-call]
+        x_RD = Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
+        h_RG = Product.apply(x_RD, experts.gate_up.to(dtype), layout)  # type: ignore[no-untyped-call]
         if experts.gate_up_bias is not None:
-            h_RG = h_RG + _with_zero_row(experts.gate_up_bias.to(dtype)).index_select(0, layout.expert_R)
+            h_RG = h_RG + with_zero_row(experts.gate_up_bias.to(dtype)).index_select(0, layout.expert_R)
         # The weight goes on the F hidden values and not on the D outputs: in fine-grained experts F is the smaller.
         # It is zero for rows that stand for nothing.
         a_RF = activate(h_RG, experts.activation) * weight_R
-        out_RD = _Product.apply(a_RF, experts.down.to(dtype), layout)  # type: ignore[no-untyped-call]
+        out_RD = Product.apply(a_RF, experts.down.to(dtype), layout)  # type: ignore[no-untyped-call]
         if experts.down_bias is not None:
-            out_RD = out_RD + _with_zero_row(experts.down_bias.to(dtype)).index_select(0, layout.expert_R) * weight_R
-        y_TD: Tensor = _Combine.apply(out_RD, layout)  # type: ignore[no-untyped-call]
+            out_RD = out_RD + with_zero_row(experts.down_bias.to(dtype)).index_select(0, layout.expert_R) * weight_R
+        y_TD: Tensor = Combine.apply(out_RD, layout)  # type: ignore[no-untyped-call]
     return y_TD

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from handful.config import GATED, Activation
 from handful.errors import ConfigError, RoutingError
 from handful.experts.grouped import grouped
-from handful.experts.native import available, linear, native, plain_inference, takes
+from handful.experts.native import FEW, available, linear, native, plain_inference, takes
 from handful.experts.reference import activate, reference
 from handful.routing import Routing
 
-__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear"]
+__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "multiply"]
 
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -101,21 +101,24 @@ class Experts(nn.Module):
         return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
 
 
-class Linear(nn.Linear):
-    """nn.Linear, whose few tokens in inference go to our kernels: they read a weight as fast as memory gives it."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, has_native: bool) -> Tensor:
+    """x · weightᵀ + bias. In inference few tokens go to our kernels, which read a weight as fast as memory gives it;
+    with more, torch's products are as good."""
+    few = x.numel() <= FEW * x.shape[-1]
+    if few and has_native and x.dtype == weight.dtype and plain_inference(x):
+        return linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
-    FEW = 8  # tokens: with more, torch's products are as good
+
+class Linear(nn.Linear):
+    """nn.Linear by `multiply`."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.has_native = available()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        few = x.numel() <= self.FEW * x.shape[-1]
-        if few and self.has_native and x.dtype == weight.dtype and plain_inference(x):
-            return linear(x, weight, self.bias)
-        return F.linear(x, weight, self.bias)
+        return multiply(x, self.weight, self.bias, self.has_native)
 
 
 class FeedForward(nn.Module):

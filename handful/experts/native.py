@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
+FEW = 8  # tokens up to which they read a matrix as a stream (kFew in csrc/layer.h)
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
 
 _registered = False

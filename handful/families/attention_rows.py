@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from handful.config import ModelConfig
+from handful.config import MOST_LAYERS, ModelConfig
 from handful.families.rows import Row, Values, get, refusal, setting
 
 __all__ = [
@@ -122,9 +122,6 @@ def _rope_kind(rope: Values) -> Any:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-LAYERS_AT_MOST = 10_000  # a config.json that says more is not a model's
-
-
 @dataclass(frozen=True)
 class FullAttention(Row):
     """The family has no sliding window: a config that asks for one is refused."""
@@ -162,8 +159,8 @@ class Window(Row):
         window, layers = self._window(values), get(values, "num_hidden_layers")
         if window is None:
             return {}
-        if layers > LAYERS_AT_MOST:
-            raise refusal("num_hidden_layers", layers, f"at most {LAYERS_AT_MOST}")
+        if layers > MOST_LAYERS:
+            raise refusal("num_hidden_layers", layers, f"at most {MOST_LAYERS}")
         full: tuple[int, ...] = ()
         if self.slides is not None:
             kinds = get(values, "layer_types", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from handful.families.elsewhere import hint
 from handful.families.rows import Row, Values, refusal
 from handful.families.weights import Names
 
-__all__ = ["Family", "has_dense"]
+__all__ = ["NO_MATHS", "Family", "check_known", "has_dense", "read_rows"]
 
 # Fields that change no logits: names, token ids, how weights began, what training and generation do.
 NO_MATHS = frozenset(
@@ -77,20 +78,9 @@ class Family:
         if self.counted_only and not count_only:
             lacks = f"it has {self.counted_only}{hint(self.model_type)}"
             raise refusal("model_type", self.model_type, f"can be counted but not run: {lacks}")
-        nested: dict[str, Any] = {}
-        for row in self.rows:
-            try:
-                if not count_only:
-                    row.check(values)
-                settings = row.read(values)
-            except (ArithmeticError, AttributeError, TypeError, ValueError):
-                given = ", ".join(f"{key} = {values[key]!r}" for key in row.keys if key in values)
-                raise CheckpointError(f"config.json: {given}: malformed") from None
-            for path, value in settings.items():
-                *outer, name = path.split(".")
-                (nested.setdefault(outer[0], {}) if outer else nested)[name] = value
+        nested = read_rows(self.rows, values, count_only=count_only)
         if not count_only:
-            self._check_unknown(values)
+            check_known(self.model_type, self.rows, values, NO_MATHS)
         try:
             config = from_dict(ModelConfig, nested)
         except ConfigError as error:
@@ -98,18 +88,37 @@ class Family:
         # Some give dense layers a width where there are none.
         return config if has_dense(config) else dataclasses.replace(config, ffn=0)
 
-    def _check_unknown(self, values: Values) -> None:
-        known = NO_MATHS.union(*(row.keys for row in self.rows))
-        for key, value in values.items():
-            if value and key not in known:
-                raise refusal(key, value, f"not known for {self.model_type}; remove it if it changes no logits")
-
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Our config as a config.json's values, as far as they can say it."""
         out: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for row in self.rows:
             out |= row.write(config)
         return out
+
+
+def read_rows(rows: Sequence[Row], values: Values, *, count_only: bool = False) -> dict[str, Any]:
+    """What rows read of a config.json, nested as our configs are. CheckpointError as in `Family.read`."""
+    nested: dict[str, Any] = {}
+    for row in rows:
+        try:
+            if not count_only:
+                row.check(values)
+            settings = row.read(values)
+        except (ArithmeticError, AttributeError, TypeError, ValueError):
+            given = ", ".join(f"{key} = {values[key]!r}" for key in row.keys if key in values)
+            raise CheckpointError(f"config.json: {given}: malformed") from None
+        for path, value in settings.items():
+            *outer, name = path.split(".")
+            (nested.setdefault(outer[0], {}) if outer else nested)[name] = value
+    return nested
+
+
+def check_known(model_type: str, rows: Sequence[Row], values: Values, harmless: frozenset[str]) -> None:
+    """CheckpointError for a field that says something, that no row knows and that may change logits."""
+    known = harmless.union(*(row.keys for row in rows))
+    for key, value in values.items():
+        if value and key not in known:
+            raise refusal(key, value, f"not known for {model_type}; remove it if it changes no logits")
 
 
 def has_dense(config: ModelConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from handful.config import MOST_LAYERS
 from handful.errors import CheckpointError
 from handful.families.rows import Values, refusal
 
@@ -13,7 +14,7 @@ __all__ = ["EXPERTS", "SHARED", "Fields", "check_sizes"]
 REQUIRED = object()
 LARGEST = 2**48
 # Beyond these no model is near, and counting would no longer be quick.
-MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000
+MOST_EXPERTS = 100_000
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "num_decoder_layers")
 SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -27,8 +28,6 @@ def check_sizes(values: Values) -> None:
                 check_sizes(item)
             elif isinstance(item, int) and abs(item) > LARGEST:
                 raise refusal(str(key), _short(item), f"at most {LARGEST}")
-        if key in SHARED and key != "num_shared_expert" and not isinstance(value, int | None):
-            raise refusal(key, value, "a whole number")
         for names, most in ((LAYERS, MOST_LAYERS), (EXPERTS, MOST_EXPERTS)):
             if key in names and isinstance(value, int) and value > most:
                 raise refusal(key, value, f"at most {most}")

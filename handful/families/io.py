@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from handful import checkpoint
-from handful.config import EncoderDecoderConfig, ModelConfig
+from handful.config import MOST_LAYERS, EncoderDecoderConfig, ModelConfig
 from handful.count import Counted
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
@@ -21,8 +21,6 @@ from handful.families.pricing import count_from_hf
 from handful.model import Decoder
 from handful.quantize import check_format
 from handful.text import Tokenizer, load_tokenizer
-
-LAYERS = 10_000  # no model has a tenth of them
 
 __all__ = [
     "checkpoint_files",
@@ -149,8 +147,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     while left:
         table = left.pop()
         for key, value in table.items():
-            if isinstance(value, int) and value > (LAYERS if key.endswith("layers") else 1 << 63):
-                most = f"at most {LAYERS}" if key.endswith("layers") else "no size is as large"
+            if isinstance(value, int) and value > (MOST_LAYERS if key.endswith("layers") else 1 << 63):
+                most = f"at most {MOST_LAYERS}" if key.endswith("layers") else "no size is as large"
                 raise CheckpointError(f"{file}: {key} = {str(value)[:40]}: {most}")
             left += [value] if isinstance(value, dict) else []
     return values

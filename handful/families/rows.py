@@ -207,7 +207,7 @@ class SharedExperts(Row):
     def read(self, values: Values) -> dict[str, Any]:
         count = get(values, self.key, 0)
         if not isinstance(count, int):
-            raise refusal(self.key, count, "must be a whole number")
+            raise refusal(self.key, count, "a whole number")
         if not count and not self.optional:
             raise refusal(self.key, count, "at least 1 in this family")
         return {"shared_width": count * get(values, "moe_intermediate_size")}

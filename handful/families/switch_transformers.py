@@ -14,16 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from handful.checkpoint import Entry, Tensors, check_tensors
 from handful.config import EncoderDecoderConfig, ModelConfig, from_dict, to_dict
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
-from handful.families.family import NO_MATHS
+from handful.families.family import NO_MATHS, check_known, read_rows
 from handful.families.rows import Field, Implied, Only, Row, Values, get, refusal, setting
-from handful.families.weights import FLOATS
+from handful.families.weights import FLOATS, shapes_of, where
 
 __all__ = ["config_from_hf", "config_to_hf", "is_encoder_decoder", "shapes", "tensors_from_hf", "tensors_to_hf"]
 
@@ -48,9 +47,8 @@ class MoEEvery(Row):
     def read(self, values: Values) -> dict[str, Any]:
         step, count = (values.get(key) for key in self.keys)
         if step is None:
-            layers = get(
-                values, "num_layers" if self.stack == "encoder" else "num_decoder_layers", values["num_layers"]
-            )
+            both = get(values, "num_layers")
+            layers = both if self.stack == "encoder" else get(values, "num_decoder_layers", both)
             step = layers // get(values, self.keys[1], 3) if count != 0 else layers
         return {f"{self.stack}_moe_every": step}
 
@@ -159,20 +157,8 @@ def config_from_hf(values: Values) -> EncoderDecoderConfig:
         if not isinstance(nested, Mapping):
             raise refusal(OURS_KEY, nested, "must be an object")
     else:
-        for row in ROWS:
-            try:
-                row.check(values)
-                settings = row.read(values)
-            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-                given = ", ".join(f"{key} = {values[key]!r}" for key in row.keys if key in values)
-                raise CheckpointError(f"config.json: {given}: malformed") from None
-            for path, value in settings.items():
-                *outer, name = path.split(".")
-                (nested.setdefault(outer[0], {}) if outer else nested)[name] = value
-        known = NO_EFFECT.union(*(row.keys for row in ROWS))
-        for key, value in values.items():
-            if value and key not in known:
-                raise refusal(key, value, f"not known for {MODEL_TYPE}; remove it if it changes no logits")
+        nested = read_rows(ROWS, values)
+        check_known(MODEL_TYPE, ROWS, values, NO_EFFECT)
     try:
         return from_dict(EncoderDecoderConfig, nested, OURS_KEY)
     except ConfigError as error:
@@ -229,12 +215,7 @@ UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight
 
 def shapes(config: EncoderDecoderConfig) -> dict[str, tuple[int, ...]]:
     """Our tensors' names and shapes, without allocating them. CheckpointError for sizes that no tensor can have."""
-    try:
-        with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in EncoderDecoder(config).state_dict().items()}
-    except (OverflowError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"config.json: sizes that no tensor can have: {reason}") from None
+    return shapes_of(lambda: EncoderDecoder(config))
 
 
 def theirs(ours: str) -> str:
@@ -294,7 +275,7 @@ def tensors_from_hf(config: EncoderDecoderConfig, found: Mapping[str, Tensor]) -
     entries = {ours: _entry(list(per_expert(ours, E)), shape, tensors) for ours, shape in wanted.items()}
     for name in copies:
         if not tensors[name].equal(tensors[EMBED]):
-            raise CheckpointError(f"{_where(name, tensors)} differs from {EMBED!r}: must be a copy of it")
+            raise CheckpointError(f"{where(name, tensors)} differs from {EMBED!r}: must be a copy of it")
     return Tensors(entries)
 
 
@@ -304,9 +285,9 @@ def _entry(names: list[str], shape: tuple[int, ...], found: Tensors) -> Entry:
     dtype = parts[0].dtype
     for name, part in zip(names, parts, strict=True):
         if part.dtype not in FLOATS:
-            raise CheckpointError(f"{_where(name, found)} is {part.dtype}: quantized weights cannot be loaded")
+            raise CheckpointError(f"{where(name, found)} is {part.dtype}: quantized weights cannot be loaded")
         if part.dtype != dtype:
-            raise CheckpointError(f"{_where(name, found)} is {part.dtype}: must be {dtype} as its neighbours")
+            raise CheckpointError(f"{where(name, found)} is {part.dtype}: must be {dtype} as its neighbours")
     if parts[0].shape == shape:
         return parts[0]
 
@@ -315,8 +296,3 @@ def _entry(names: list[str], shape: tuple[int, ...], found: Tensors) -> Entry:
             part.fill(to, None)
 
     return Entry(dtype, shape, fill)
-
-
-def _where(name: str, found: Tensors) -> str:
-    file = found.where(name)
-    return f"{file}: tensor {name!r}" if file is not None else f"tensor {name!r}"

@@ -14,11 +14,11 @@ import dataclasses
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handful.checkpoint import Entry, Tensors, check_tensors
 from handful.config import ModelConfig
@@ -29,13 +29,16 @@ from handful.quantize import MX_GROUP, unpack_mxfp4
 __all__ = [
     "DECODER_NAMES",
     "DENSE_NAMES",
+    "FLOATS",
     "FUSED",
     "Names",
     "Stored",
     "from_public",
     "moe_names",
     "shapes",
+    "shapes_of",
     "to_public",
+    "where",
 ]
 
 
@@ -99,11 +102,15 @@ def moe_names(block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", 
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our tensors' names and shapes, without allocating them. ConfigError for attention that cannot be run,
-    CheckpointError for sizes that no tensor can have."""
+    """Our tensors' names and shapes, without allocating them. CheckpointError for sizes that no tensor can have."""
+    return shapes_of(lambda: Decoder(config))
+
+
+def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of the model that `make` makes, without allocating them."""
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+            return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
     except (OverflowError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"config.json: sizes that no tensor can have: {reason}") from None
@@ -153,7 +160,7 @@ class Part:
             found.entry(names[0]).fill(out, index)
             return
         read = [found.entry(name).read(index) for name in names]
-        theirs = unpack_mxfp4(read[0], read[1], _where(names[1], found)) if self.stored.mxfp4 else read[0]
+        theirs = unpack_mxfp4(read[0], read[1], where(names[1], found)) if self.stored.mxfp4 else read[0]
         theirs = theirs.mT if self.stored.transposed else theirs
         if self.stored.interleaved:
             half = len(out) // 2
@@ -255,11 +262,11 @@ def _assembled(layout: list[Part], shape: tuple[int, ...], found: Tensors) -> En
         for name, _ in part.tensors():
             has = found.entry(name).dtype
             if part.stored.mxfp4 and has != torch.uint8:
-                raise CheckpointError(f"{_where(name, found)} is {has}: must be {torch.uint8}")
+                raise CheckpointError(f"{where(name, found)} is {has}: must be {torch.uint8}")
             if not part.stored.mxfp4 and has not in FLOATS:
-                raise CheckpointError(f"{_where(name, found)} is {has}: quantized weights cannot be loaded")
+                raise CheckpointError(f"{where(name, found)} is {has}: quantized weights cannot be loaded")
             if not part.stored.mxfp4 and has != dtype:
-                raise CheckpointError(f"{_where(name, found)} is {has}: must be {dtype} as its neighbours")
+                raise CheckpointError(f"{where(name, found)} is {has}: must be {dtype} as its neighbours")
 
     def fill(out: Tensor, expert: int | None) -> None:
         if first.experts is None and expert is not None:  # nobody asks for a row of what is no stack
@@ -282,6 +289,7 @@ def _assembled(layout: list[Part], shape: tuple[int, ...], found: Tensors) -> En
     return Entry(dtype, shape, fill, found.where(first.names()[0]))
 
 
-def _where(name: str, found: Tensors) -> str:
+def where(name: str, found: Tensors) -> str:
+    """A tensor, with the file that holds it if one does, as an error names it."""
     file = found.where(name)
     return f"{file}: tensor {name!r}" if file else f"tensor {name!r}"
