@@ -123,7 +123,7 @@ def shares(formats: list[str], repeats: int) -> list[dict[str, Any]]:
         matrices = [matrix for layer in layers for matrix in (layer.q, layer.k, layer.v, layer.o)]
         one, many = torch.randn(1, 1, 2048).to(wide), torch.randn(1, CHUNK, 2048).to(wide)
         short, long = KVCache(shape, 1, past, dtype=wide), KVCache(shape, 1, past, dtype=wide)
-        for held in long.held:
+        for held in (t for held in long.held for t in held):
             held.normal_()
         long.length = past - 1
         x, w = torch.randn(1024, 2048).to(wide), torch.randn(2048, 2048).to(wide)
@@ -151,7 +151,7 @@ def shares(formats: list[str], repeats: int) -> list[dict[str, Any]]:
         size = sum(t.nbytes for layer in layers for t in (*layer.parameters(), *layer.buffers()))
         flops = 2 * 4 * shape.layers * 2048 * 2048 * CHUNK
         scores = 4 * shape.layers * 2048 * CHUNK * (CHUNK + 1) / 2
-        cached = sum(held.nbytes for held in long.held)
+        cached = sum(t.nbytes for held in long.held for t in held)
         rows.append({
             "format": dtype, "matrices": size / took["matrices"] / read,
             "attention": cached / (took["all"] - took["one"]) / read,

@@ -42,6 +42,17 @@ struct Rotation {
   }
 };
 
+// One sequence's keys and values, of one layer.
+struct Past {
+  char* keys;
+  char* values;
+  int64_t room, length;  // in tokens
+  int64_t cache;         // which of the given ones it lies in
+
+  // Tokens that the next one looks at, itself included.
+  int64_t count(int64_t window) const { return window > 0 ? std::min(window, length + 1) : length + 1; }
+};
+
 }  // namespace
 
 // x (..., D) of float32 or bfloat16 -> the same
@@ -68,30 +79,47 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return y;
 }
 
-// The next token of each of B sequences of equal length: q (B, H·d), k and v (B, J·d) before norm and rotation; keys and
-// values (B, J, C, d), which hold `length` tokens and take this one. -> (B, H·d)
+// The next token of each of B sequences: q (B, H·d), k and v (B, J·d) before norm and rotation. The sequences lie in
+// several caches, in order: keys and values (b, J, C, d) of each, for b sequences that hold `lengths` tokens, and whose
+// new one is turned by its row of cos and sin. -> (B, H·d)
 Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
-                  Tensor cos, Tensor sin, bool adjacent, Tensor keys, Tensor values, int64_t length, int64_t window,
-                  double scale, MaybeTensor sinks) {
-  const Type type = float_type(q, "q"), held = float_type(keys, "keys");
-  STD_TORCH_CHECK(float_type(k, "k") == type && float_type(v, "v") == type && float_type(values, "values") == held,
-                  "q, k and v, and keys and values, are not of one dtype each");
-  STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && keys.dim() == 4 && values.dim() == 4 &&
-                      q.is_contiguous() && k.is_contiguous() && v.is_contiguous() && keys.is_contiguous() &&
-                      values.is_contiguous(),
-                  "q, k, v are not contiguous (batch, heads · width), keys, values (batch, heads, room, width)");
-  const int64_t B = keys.size(0), J = keys.size(1), room = keys.size(2), d = keys.size(3);
+                  Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,
+                  std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks) {
+  const auto caches = static_cast<int64_t>(keys.size());
+  STD_TORCH_CHECK(caches >= 1 && keys.size() == values.size() && keys.size() == lengths.size(),
+                  "keys, values and lengths are not of the same caches");
+  const Type type = float_type(q, "q"), held = float_type(keys[0], "keys");
+  STD_TORCH_CHECK(float_type(k, "k") == type && float_type(v, "v") == type, "q, k and v are not of one dtype");
+  STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && keys[0].dim() == 4 && q.is_contiguous() &&
+                      k.is_contiguous() && v.is_contiguous(),
+                  "q, k, v are not contiguous (batch, heads · width), keys (batch, heads, room, width)");
+  const int64_t B = q.size(0), J = keys[0].size(1), d = keys[0].size(3);
   const int64_t H = d > 0 ? q.size(1) / d : 0, group = J > 0 ? H / J : 0;
-  STD_TORCH_CHECK(q.size(0) == B && k.size(0) == B && v.size(0) == B && q.size(1) == group * J * d && group >= 1 &&
-                      k.size(1) == J * d && v.size(1) == J * d,
+  STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && q.size(1) == group * J * d && group >= 1 && k.size(1) == J * d &&
+                      v.size(1) == J * d,
                   "q, k and v do not fit keys (batch, heads, room, width)");
-  STD_TORCH_CHECK(values.size(0) == B && values.size(1) == J && values.size(2) == room && values.size(3) == d,
-                  "values have another shape than keys");
-  STD_TORCH_CHECK(0 <= length && length < room, "length is not from 0 to the cache's room");
-  const int64_t half = cos.numel();
-  STD_TORCH_CHECK(sin.numel() == half && 2 * half <= d && cos.is_contiguous() && sin.is_contiguous() &&
+  const int64_t half = cos.dim() == 2 ? cos.size(1) : -1;
+  STD_TORCH_CHECK(cos.dim() == 2 && sin.dim() == 2 && cos.size(0) == caches && sin.size(0) == caches &&
+                      sin.size(1) == half && 2 * half <= d && cos.is_contiguous() && sin.is_contiguous() &&
                       float_type(cos, "cos") == Type::kFloat32 && float_type(sin, "sin") == Type::kFloat32,
-                  "cos and sin are not float32 of at most half a head");
+                  "cos and sin are not float32 (caches, at most half a head)");
+  std::vector<Past> pasts;
+  for (int64_t c = 0; c < caches; ++c) {
+    const Tensor &key = keys[c], &value = values[c];
+    STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4 && key.size(1) == J && key.size(3) == d && key.is_contiguous() &&
+                        value.is_contiguous() && float_type(key, "keys") == held && float_type(value, "values") == held,
+                    "keys and values are not contiguous (batch, heads, room, width) of one dtype");
+    const int64_t room = key.size(2), length = lengths[c];
+    STD_TORCH_CHECK(value.size(0) == key.size(0) && value.size(1) == J && value.size(2) == room && value.size(3) == d,
+                    "values have another shape than keys");
+    STD_TORCH_CHECK(0 <= length && length < room, "length is not from 0 to the cache's room");
+    const int64_t step = J * room * d * bytes_of(held);
+    for (int64_t b = 0; b < key.size(0); ++b) {
+      pasts.push_back({static_cast<char*>(key.mutable_data_ptr()) + b * step,
+                       static_cast<char*>(value.mutable_data_ptr()) + b * step, room, length, c});
+    }
+  }
+  STD_TORCH_CHECK(static_cast<int64_t>(pasts.size()) == B, "keys are not of as many sequences as q");
   Type q_type{}, k_type{};
   const char* q_scale = norm_weight(q_norm, whole_norm ? H * d : d, "q_norm", q_type);
   const char* k_scale = norm_weight(k_norm, whole_norm ? J * d : d, "k_norm", k_type);
@@ -102,46 +130,47 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
   }
 
   Tensor out = torch::stable::empty_like(q);
-  const Rotation rotation = {reinterpret_cast<const float*>(data_of(cos)), reinterpret_cast<const float*>(data_of(sin)),
-                             half, adjacent};
-  const int64_t first = window > 0 ? std::max<int64_t>(0, length + 1 - window) : 0, count = length + 1 - first;
-  const Buffer q_buffer(B * H * d * 4), k_buffer((J + 1) * d * 4), out_buffer(B * H * d * 4);
-  const auto normed = [&](float* rows, int64_t heads, const char* weight, Type of, float* scratch) {
-    if (weight != nullptr && whole_norm) {
-      stream().normalize(rows, rows, weight, of, static_cast<float>(eps), heads * d);
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-      float* head = rows + h * d;
-      if (weight != nullptr && !whole_norm) stream().normalize(head, head, weight, of, static_cast<float>(eps), d);
-      rotation.turn(head, scratch);
-    }
-  };
+  const Buffer q_buffer(B * H * d * 4), out_buffer(B * H * d * 4);
   const int64_t bytes = d * bytes_of(held);
-  char* key_data = static_cast<char*>(keys.mutable_data_ptr());
-  char* value_data = static_cast<char*>(values.mutable_data_ptr());
-  float* scratch = k_buffer.as<float>() + J * d;
-  for (int64_t b = 0; b < B; ++b) {
+  each(B, kRowCost * static_cast<double>((H + 2 * J) * d), [&](int64_t b) {
+    const Past& past = pasts[b];
+    const Rotation rotation = {reinterpret_cast<const float*>(data_of(cos)) + past.cache * half,
+                               reinterpret_cast<const float*>(data_of(sin)) + past.cache * half, half, adjacent};
+    const Buffer row_buffer((J + 1) * d * 4);
+    float *row = row_buffer.as<float>(), *scratch = row + J * d;
+    const auto normed = [&](float* rows, int64_t heads, const char* weight, Type of) {
+      if (weight != nullptr && whole_norm) {
+        stream().normalize(rows, rows, weight, of, static_cast<float>(eps), heads * d);
+      }
+      for (int64_t h = 0; h < heads; ++h) {
+        float* head = rows + h * d;
+        if (weight != nullptr && !whole_norm) stream().normalize(head, head, weight, of, static_cast<float>(eps), d);
+        rotation.turn(head, scratch);
+      }
+    };
+    const auto hold = [&](char* to) {
+      for (int64_t j = 0; j < J; ++j) stream().from_float(to + (j * past.room + past.length) * bytes, row + j * d, held, d);
+    };
     float* queries = q_buffer.as<float>() + b * H * d;
     stream().to_float(queries, data_of(q) + b * H * d * bytes_of(type), type, H * d);
-    normed(queries, H, q_scale, q_type, scratch);
-    float* row = k_buffer.as<float>();
+    normed(queries, H, q_scale, q_type);
     stream().to_float(row, data_of(k) + b * J * d * bytes_of(type), type, J * d);
-    normed(row, J, k_scale, k_type, scratch);
-    for (int64_t j = 0; j < J; ++j) {
-      stream().from_float(key_data + ((b * J + j) * room + length) * bytes, row + j * d, held, d);
-    }
+    normed(row, J, k_scale, k_type);
+    hold(past.keys);
     stream().to_float(row, data_of(v) + b * J * d * bytes_of(type), type, J * d);
-    for (int64_t j = 0; j < J; ++j) {
-      stream().from_float(value_data + ((b * J + j) * room + length) * bytes, row + j * d, held, d);
-    }
-  }
+    hold(past.values);
+  });
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  each(B * J, kRowCost * static_cast<double>(2 * count * d * group), [&](int64_t i) {
+  double looked_at = 0;
+  for (const Past& past : pasts) looked_at += static_cast<double>(past.count(window));
+  each(B * J, kRowCost * 2 * looked_at / static_cast<double>(B) * static_cast<double>(d * group), [&](int64_t i) {
+    const Past& past = pasts[i / J];
+    const int64_t count = past.count(window), from = (i % J * past.room + past.length + 1 - count) * bytes;
+    const int64_t heads = i / J * H + i % J * group;
     const Buffer scores(group * count * 4);
-    const int64_t from = (i * room + first) * bytes, heads = i / J * H + i % J * group;
     float* answers = out_buffer.as<float>() + heads * d;
     const float* sink = sinks.has_value() ? sink_buffer.as<float>() + i % J * group : nullptr;
-    stream().attend({q_buffer.as<float>() + heads * d, group, d, d, key_data + from, value_data + from, held, bytes,
+    stream().attend({q_buffer.as<float>() + heads * d, group, d, d, past.keys + from, past.values + from, held, bytes,
                      bytes, count, static_cast<float>(scale), sink, scores.as<float>(), answers});
     stream().from_float(to + heads * d * bytes_of(type), answers, type, group * d);
   });
@@ -154,7 +183,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "attend_one(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool whole_norm, Tensor cos, "
-      "Tensor sin, bool adjacent, Tensor(a!) keys, Tensor(b!) values, int length, int window, float scale, "
+      "Tensor sin, bool adjacent, Tensor(a!)[] keys, Tensor(b!)[] values, int[] lengths, int window, float scale, "
       "Tensor? sinks) -> Tensor");
 }
 

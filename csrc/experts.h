@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace handful {
 
@@ -58,5 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
 // x (T, I) · weight (O, I) → (T, O) in x's type.
 Tensor linear(Tensor x, Tensor weight, MaybeTensor bias);
 Tensor linear_quantized(Tensor x, Tensor weight, Tensor scales, MaybeTensor bias, int64_t bits, int64_t group);
+
+// Several weights of one dtype and the same x: a result for each. `scales` and `biases` are empty, or of all of them.
+std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                            std::vector<Tensor> biases, int64_t bits, int64_t group);
 
 }  // namespace handful

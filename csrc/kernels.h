@@ -133,6 +133,8 @@ struct Stream {
   // RMSNorm of one row; the weight is of `type`. `out` may be `x`.
   void (*normalize)(float* out, const float* x, const char* weight, Type type, float eps, int64_t width);
   void (*attend)(const Attend& job);
+  // A router's scores of `count` logits: their softmax, or a sigmoid of each.
+  void (*score)(float* out, const float* logits, bool sigmoids, int64_t count);
 };
 
 // The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them.

@@ -32,7 +32,7 @@ INLINE F permute(F values, U lanes) {
 }  // namespace
 
 const Stream kAvx512VnniStream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
-                            from_float,     normalize, attend};
+                            from_float,     normalize, attend,  score};
 
 }  // namespace handful
 

@@ -114,24 +114,32 @@ struct StreamItem {
 void add_stream_items(std::vector<StreamItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
                       int64_t first, int count);
 
-// out(n)[row] = stack[matrix][row] · vector(n) + bias; out(n) are `stride` floats apart within an item.
+// out(n)[row] = stack[matrix][row] · vector(n) + bias; out(n) are `stride` floats apart.
+template <class Vector, class Out>
+void run_stream_item(const Stack& stack, const StreamItem& item, const Vector& vector, const Out& out, int64_t stride) {
+  std::vector<const char*> vectors(item.count);
+  for (int v = 0; v < item.count; ++v) vectors[v] = vector(item.first + v);
+  float* to = out(item.first) + item.row;
+  stream().multiply(to, stride, stack[item.matrix], item.row, item.rows, vectors.data(), item.count, stack.width);
+  if (stack.bias == nullptr) return;
+  std::vector<float> bias(item.rows);
+  stack.copy_bias(bias.data(), item.matrix, item.row, item.rows);
+  for (int v = 0; v < item.count; ++v) {
+    for (int64_t r = 0; r < item.rows; ++r) to[v * stride + r] += bias[r];
+  }
+}
+
+// The cost of an item like the given one, for `each`.
+inline double stream_cost(const Stack& stack, const StreamItem& item) {
+  return 0.05 * static_cast<double>(item.rows * stack.first.stride);
+}
+
 template <class Vector, class Out>
 void run_stream_items(const Stack& stack, const std::vector<StreamItem>& items, const Vector& vector, const Out& out,
                       int64_t stride) {
-  const double cost = items.empty() ? 0 : 0.05 * static_cast<double>(items[0].rows * stack.first.stride);
-  each(static_cast<int64_t>(items.size()), cost, [&](int64_t i) {
-    const StreamItem& item = items[i];
-    std::vector<const char*> vectors(item.count);
-    for (int v = 0; v < item.count; ++v) vectors[v] = vector(item.first + v);
-    float* to = out(item.first) + item.row;
-    stream().multiply(to, stride, stack[item.matrix], item.row, item.rows, vectors.data(), item.count, stack.width);
-    if (stack.bias == nullptr) return;
-    std::vector<float> bias(item.rows);
-    stack.copy_bias(bias.data(), item.matrix, item.row, item.rows);
-    for (int v = 0; v < item.count; ++v) {
-      for (int64_t r = 0; r < item.rows; ++r) to[v * stride + r] += bias[r];
-    }
-  });
+  const double cost = items.empty() ? 0 : stream_cost(stack, items[0]);
+  each(static_cast<int64_t>(items.size()), cost,
+       [&](int64_t i) { run_stream_item(stack, items[i], vector, out, stride); });
 }
 
 }  // namespace handful

@@ -10,20 +10,39 @@
 namespace handful {
 namespace {
 
-void stream_tokens(const Stack& stack, const char* x, Type type, int64_t tokens, char* y) {
-  const int64_t I = stack.width, O = stack.rows;
-  const Prepared prepared(tokens, I, stack.first);
+// The matrices are of one type and width.
+void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+                   const std::vector<char*>& y) {
+  const Stack& like = stacks[0];
+  const int64_t I = like.width;
+  const Prepared prepared(tokens, I, like.first);
   each(tokens, 1.0 * I, [&](int64_t t) { prepared.fill(t, x + t * I * bytes_of(type), type); });
-  const Buffer out_buffer(tokens * O * 4);
-  float* out_TO = out_buffer.as<float>();
+  int64_t rows = 0;
+  for (const Stack& stack : stacks) rows += stack.rows;
+  const Buffer out_buffer(tokens * rows * 4);
+  std::vector<float*> out(stacks.size());
   std::vector<StreamItem> items;
-  add_stream_items(items, stack, 1, 0, 0, static_cast<int>(tokens));
-  run_stream_items(stack, items, [&](int64_t t) { return prepared.row(t); },
-                   [&](int64_t t) { return out_TO + t * O; }, O);
+  std::vector<size_t> matrix;  // of each item
+  for (size_t m = 0; m < stacks.size(); ++m) {
+    out[m] = m == 0 ? out_buffer.as<float>() : out[m - 1] + tokens * stacks[m - 1].rows;
+    if (stacks[m].rows > 0) {
+      add_stream_items(items, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
+    }
+    matrix.resize(items.size(), m);
+  }
+  if (items.empty()) return;
+  each(static_cast<int64_t>(items.size()), stream_cost(like, items[0]), [&](int64_t i) {
+    const Stack& stack = stacks[matrix[i]];
+    run_stream_item(stack, items[i], [&](int64_t t) { return prepared.row(t); },
+                    [&](int64_t t) { return out[matrix[i]] + t * stack.rows; }, stack.rows);
+  });
   const float one = 1;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float* row = out_TO + t * O;
-    stream().combine(y + t * O * bytes_of(type), type, &row, &one, 1, O);
+  for (size_t m = 0; m < stacks.size(); ++m) {
+    const int64_t O = stacks[m].rows;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* row = out[m] + t * O;
+      stream().combine(y[m] + t * O * bytes_of(type), type, &row, &one, 1, O);
+    }
   }
 }
 
@@ -61,30 +80,54 @@ void multiply_tokens(const Stack& stack, const char* x, Type type, int64_t token
   });
 }
 
-Tensor run(const Tensor& x, const Given& weight, const MaybeTensor& bias) {
+std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+                        const std::vector<Tensor>& biases, int64_t bits, int64_t group) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, inputs)");
-  STD_TORCH_CHECK(weight.codes.dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");
+  STD_TORCH_CHECK((scales.empty() || scales.size() == weights.size()) &&
+                      (biases.empty() || biases.size() == weights.size()),
+                  "scales and biases are not of all weights");
   const Type type = float_type(x, "x");
   const int64_t tokens = x.size(0);
-  const Stack stack = make_stack(weight, bias, "weight", 0, weight.codes.size(0), x.size(1));
-  Tensor y = torch::stable::new_empty(x, {tokens, stack.rows});
-  char* out = static_cast<char*>(y.mutable_data_ptr());
-  if (tokens == 0 || stack.rows == 0) return y;
-  const auto work = tokens <= kFew ? stream_tokens : multiply_tokens;
-  work(stack, static_cast<const char*>(x.const_data_ptr()), type, tokens, out);
-  return y;
+  STD_TORCH_CHECK(!weights.empty(), "there is no weight");
+  std::vector<Stack> stacks;
+  std::vector<Tensor> results;
+  std::vector<char*> y;
+  bool alike = true;
+  for (size_t m = 0; m < weights.size(); ++m) {
+    STD_TORCH_CHECK(weights[m].dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");
+    const MaybeTensor scale = scales.empty() ? MaybeTensor() : MaybeTensor(scales[m]);
+    const MaybeTensor bias = biases.empty() ? MaybeTensor() : MaybeTensor(biases[m]);
+    stacks.push_back(make_stack({weights[m], scale, bits, group}, bias, "weight", 0, weights[m].size(0), x.size(1)));
+    results.push_back(torch::stable::new_empty(x, {tokens, stacks[m].rows}));
+    y.push_back(static_cast<char*>(results[m].mutable_data_ptr()));
+    alike = alike && stacks[m].first.type == stacks[0].first.type;
+  }
+  STD_TORCH_CHECK(alike, "weights are not of one dtype");
+  if (tokens == 0) return results;
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  if (tokens <= kFew) {
+    stream_tokens(stacks, from, type, tokens, y);
+  } else {
+    for (size_t m = 0; m < stacks.size(); ++m) multiply_tokens(stacks[m], from, type, tokens, y[m]);
+  }
+  return results;
+}
+
+std::vector<Tensor> given(const MaybeTensor& tensor) {
+  return tensor.has_value() ? std::vector<Tensor>{*tensor} : std::vector<Tensor>();
 }
 
 }  // namespace
 
-Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) {
-  const MaybeTensor none;
-  return run(x, {weight, none}, bias);
-}
+Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) { return run(x, {weight}, {}, given(bias), 0, 0)[0]; }
 
 Tensor linear_quantized(Tensor x, Tensor weight, Tensor scales, MaybeTensor bias, int64_t bits, int64_t group) {
-  const MaybeTensor given = scales;
-  return run(x, {weight, given, bits, group}, bias);
+  return run(x, {weight}, {scales}, given(bias), bits, group)[0];
+}
+
+std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                            std::vector<Tensor> biases, int64_t bits, int64_t group) {
+  return run(x, weights, scales, biases, bits, group);
 }
 
 }  // namespace handful

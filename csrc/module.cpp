@@ -33,6 +33,8 @@ STABLE_TORCH_LIBRARY(handful, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int bits, int group) -> Tensor");
+  m.def(
+      "linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, int bits, int group) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) {
@@ -50,4 +52,5 @@ STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("experts_sum", TORCH_BOX(&handful::experts_sum));
   m.impl("linear", TORCH_BOX(&handful::linear));
   m.impl("linear_quantized", TORCH_BOX(&handful::linear_quantized));
+  m.impl("linears", TORCH_BOX(&handful::linears));
 }

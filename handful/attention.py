@@ -1,6 +1,7 @@
 """Attention: how a token looks at the ones before it. Positions, what is kept of the past, and two kinds of it.
 
-    rope_table    the angles by which RoPE turns positions, stretched where a config asks for it
+    rope_table    the angles by which RoPE turns positions; rope_frequency: how quickly, stretched where a config asks
+                  for it
     KVCache       what decoding one more token needs of the past; KVCaches: of several sequences at once
     Span          where a forward pass's tokens stand; every layer is given the same one
     Attention     grouped-query attention, with optional biases, QK-norm, sliding window and sinks
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
 from handful.experts import Linear
+from handful.experts.layer import multiply_all
 from handful.experts.native import DTYPES, attend_one, available, plain_inference, rms_norm
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "RMSNorm",
     "Span",
     "make_attention",
+    "rope_frequency",
     "rope_table",
     "rotate",
 ]
@@ -56,16 +59,26 @@ class RMSNorm(nn.RMSNorm):
 # Positions.
 
 
-def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (..., 1, r/2) float32, of the angles by which RoPE turns positions (...)."""
+def rope_frequency(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
+    """By how much each pair of a head turns from one position to the next, (r/2,) float32 in radians, and what cos and
+    sin are multiplied by."""
     r = config.rotary_dim
-    exponent = torch.arange(0, r, 2, device=positions.device, dtype=torch.float32) / r
+    exponent = torch.arange(0, r, 2, device=device, dtype=torch.float32) / r
     frequency = 1.0 / config.rope_theta**exponent
-    factor = 1.0
-    if config.rope_scaling is not None:
-        frequency, factor = _stretched(config.rope_scaling, config.rope_theta, frequency)
+    return (
+        (frequency, 1.0)
+        if config.rope_scaling is None
+        else _stretched(config.rope_scaling, config.rope_theta, frequency)
+    )
+
+
+def rope_table(turns: tuple[Tensor, float], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (..., 1, r/2) float32, of the angles by which RoPE turns positions (...), for the frequency and
+    the factor of `rope_frequency`."""
+    frequency, factor = turns
     angle = positions.float()[..., None, None] * frequency
-    return angle.cos() * factor, angle.sin() * factor
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def _stretched(scaling: RopeScaling, theta: float, frequency: Tensor) -> tuple[Tensor, float]:
@@ -136,29 +149,30 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         if config.mla is None:
-            held = [(config.n_kv_heads, config.d_head)] * 2
+            shapes = [(batch, config.n_kv_heads, capacity, config.d_head)] * 2
         else:
-            held = [(1, config.mla.kv_rank + config.mla.rope_dim)]
+            shapes = [(batch, 1, capacity, config.mla.kv_rank + config.mla.rope_dim)]
+        # Of every layer: keys and values, or latents.
         self.held = [
-            torch.zeros((config.layers, batch, heads, capacity, width), dtype=dtype, device=device)
-            for heads, width in held
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes) for _ in range(config.layers)
         ]
+        self.turns = rope_frequency(config, device)
         self.length = 0
         self.padding_B: Tensor | None = None
 
     @property
     def capacity(self) -> int:
-        return self.held[0].shape[3]
+        return self.held[0][0].shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.held[0].dtype
+        return self.held[0][0].dtype
 
     def span(self, config: ModelConfig, new: int) -> Span:
         """The span of `new` tokens after the held ones. ConfigError if they do not fit."""
         if self.length + new > self.capacity:
             raise ConfigError(f"cache holds {self.length} tokens of at most {self.capacity}: {new} more do not fit")
-        return Span.of(config, new, self, self.padding_B, self.held[0].device)
+        return Span.of(config, new, self, self.padding_B, self.turns[0].device)
 
     def advance(self, new: int) -> None:
         """Hold `new` tokens more: every layer has appended them."""
@@ -168,9 +182,9 @@ class KVCache:
         """Store what a layer has made of the new tokens, each (B, J, S, d), after the `length` held ones; returns all
         of the layer's, (B, J, P, d)."""
         end = self.length + new[0].shape[2]
-        for held, made in zip(self.held, new, strict=True):
-            held[layer, :, :, self.length : end] = made
-        return tuple(held[layer, :, :, :end] for held in self.held)
+        for held, made in zip(self.held[layer], new, strict=True):
+            held[:, :, self.length : end] = made
+        return tuple(held[:, :, :end] for held in self.held[layer])
 
 
 class KVCaches:
@@ -186,10 +200,10 @@ class KVCaches:
 
     def span(self, config: ModelConfig, new: int) -> Span:
         assert new == sum(self.new)
-        device = self.caches[0].held[0].device
+        turns = self.caches[0].turns
         places = [c.length + i for c, n in zip(self.caches, self.new, strict=True) for i in range(n)]
-        at_T = torch.tensor(places, device=device)
-        rope = rope_table(config, at_T)
+        at_T = torch.tensor(places, device=turns[0].device)
+        rope = rope_table(turns, at_T)
         parts, start = [], 0
         for cache, n, at_S in zip(self.caches, self.new, at_T.split(list(self.new)), strict=True):
             parts.append((start, start + n, Span(rope, cache, _masks(config, cache.length, at_S, None))))
@@ -224,13 +238,18 @@ class Span:
 
     @staticmethod
     def of(
-        config: ModelConfig, new: int, cache: KVCache | None, padding_B: Tensor | None, device: torch.device
+        config: ModelConfig,
+        new: int,
+        cache: KVCache | None,
+        padding_B: Tensor | None,
+        device: torch.device,
     ) -> Span:
         """The span of `new` tokens after the cached ones."""
         past = 0 if cache is None else cache.length
+        turns = rope_frequency(config, device) if cache is None else cache.turns
         at_S = torch.arange(past, past + new, device=device)
         positions = at_S if padding_B is None else (at_S - padding_B[:, None]).clamp_min(0)
-        return Span(rope_table(config, positions), cache, _masks(config, past, at_S, padding_B))
+        return Span(rope_table(turns, positions), cache, _masks(config, past, at_S, padding_B))
 
     @cached_property
     def decodes(self) -> bool:
@@ -326,7 +345,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, span: Span) -> Tensor:
         B, S, _ = x_BSD.shape
-        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+        q, k, v = multiply_all(x_BSD, self.q, self.k, self.v)
         if span.decodes and self.has_native and plain_inference(q):
             return self.o(self._one_more(q, k, v, span))  # type: ignore[no-any-return]
         if self.qk_norm == "full":
@@ -341,28 +360,15 @@ class Attention(nn.Module):
 
     def _one_more(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
         """What is below, for one new token of each sequence, by our kernels: through torch it is some thirty calls."""
-        parts = (
-            [(span.cache, 0, q.shape[0])]
-            if span.cache is not None
-            else [(part.cache, start, end) for start, end, part in span.parts]
-        )
+        caches = [cache for cache in (span.cache, *(part.cache for _, _, part in span.parts)) if cache is not None]
         norms = None if self.qk_norm == "none" else (self.q_norm.weight, self.k_norm.weight)
-        q_TX, k_TX, v_TX = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        cos, sin = (t.flatten(0, -2) for t in span.rope)
-        out = []
-        for cache, start, end in parts:
-            assert cache is not None
-            # One sequence's rope is one row for all of its batch.
-            at = start if len(cos) > 1 else 0
-            keys_BJCd, values_BJCd = (held[self.layer] for held in cache.held)
-            out.append(
-                attend_one(
-                    q_TX[start:end], k_TX[start:end], v_TX[start:end], norms, self.eps, self.qk_norm == "full",
-                    (cos[at], sin[at]), self.adjacent, keys_BJCd, values_BJCd, cache.length, self.window, self.scale,
-                    self.sinks,
-                )
-            )  # fmt: skip
-        return (out[0] if len(out) == 1 else torch.cat(out)).view(q.shape)
+        out_TX = attend_one(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), norms, self.eps, self.qk_norm == "full",
+            (span.rope[0].flatten(0, -2), span.rope[1].flatten(0, -2)), self.adjacent,
+            [cache.held[self.layer] for cache in caches], [cache.length for cache in caches],
+            self.window, self.scale, self.sinks,
+        )  # fmt: skip
+        return out_TX.view(q.shape)
 
     def _look(self, span: Span, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor) -> Tensor:
         B, S = q_BSHd.shape[:2]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Experts, FeedForward
+from handful.experts.native import ROUTED, available, plain_inference, route
 from handful.routing import Choice, Routing
 
 __all__ = ["MoE", "NotCausalWarning", "Router"]
@@ -43,7 +44,7 @@ class Router(nn.Module):
         E = config.experts
         self.weight = nn.Parameter(torch.randn(E, width) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(E)) if config.logits_bias else None
-        self._wide: tuple[Any, Tensor] | None = None
+        self.has_native = available()
         # Zero, as in Shazeer et al.: every expert starts with the same noise, softplus(0) = 0.69.
         self.noise_weight = nn.Parameter(torch.zeros(E, width)) if config.noisy_top_k else None
         self.balance_bias: Tensor | None
@@ -60,7 +61,6 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         # `.to(bfloat16)` passes the balance bias by: steps of 0.001 would be lost, and other experts chosen.
-        self._wide = None
         bias = self.balance_bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if bias is not None and self.balance_bias is not None and self.balance_bias.dtype != bias.dtype:
@@ -75,6 +75,8 @@ class Router(nn.Module):
         choice     the experts to take, and what to drop, whatever the scores say. The weights are made from the scores
                    as ever, with their gradients: the same router gives the same weights.
         """
+        if self._is_plain(x_TD):
+            return self._at_once(x_TD, choice)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
@@ -84,26 +86,32 @@ class Router(nn.Module):
                 return self._experts_choose(logits_TE, scores_TE)
             return self._tokens_choose(logits_TE, scores_TE, sequence)
 
+    def _is_plain(self, x_TD: Tensor) -> bool:
+        """Few tokens in inference, each for itself: what one operation of ours does."""
+        if not self.has_native or self.training or len(x_TD) > ROUTED or not self.config.independent:
+            return False
+        return plain_inference(x_TD, self.weight)
+
+    def _at_once(self, x_TD: Tensor, choice: Choice | Routing | None) -> Routing:
+        """What the methods below do together."""
+        chosen_TK, dropped_TK = None, None
+        if choice is not None:
+            chosen_TK, dropped_TK = self._told(choice, len(x_TD), x_TD.device), choice.dropped_TK
+        logits_TE, scores_TE, experts_TK, weights_TK = route(
+            x_TD, self.weight, self.bias, self.balance_bias, chosen_TK, self.config
+        )
+        return Routing(logits_TE, scores_TE, experts_TK, weights_TK, dropped_TK)
+
     def _logits(self, x_TD: Tensor) -> Tensor:
         noisy = self.training
         if noisy and self.config.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        logits_TE = F.linear(x_TD, self._wide_weight(x_TD.dtype), bias)
+        logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
         if noisy and self.noise_weight is not None:
             size_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
             logits_TE = logits_TE + torch.randn_like(logits_TE) * size_TE
         return logits_TE
-
-    def _wide_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight in the logits' dtype. In inference it is kept: converting it would cost more than its product."""
-        weight = self.weight
-        if weight.dtype == dtype or torch.is_grad_enabled() or weight.is_inference():
-            return weight.to(dtype)
-        key = (weight.data_ptr(), weight._version, dtype, weight.device)
-        if self._wide is None or self._wide[0] != key:
-            self._wide = key, weight.to(dtype)
-        return self._wide[1]
 
     def _tokens_choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int | None) -> Routing:
         cfg = self.config
@@ -122,20 +130,24 @@ class Router(nn.Module):
         return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) if self.config.normalize else weights_TK
 
     def _chosen(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice | Routing) -> Routing:
-        T, E = scores_TE.shape
-        experts_TK = choice.experts_TK.to(device=scores_TE.device, dtype=torch.int64)
-        K = E if self.config.choice == "expert" else self.config.top_k
-        if experts_TK.shape != (T, K):
-            raise RoutingError(f"choice.experts_TK has shape {tuple(experts_TK.shape)}: it must be {(T, K)}")
-        low, high = (int(bound) for bound in experts_TK.aminmax()) if T else (0, 0)
-        if low < 0 or high >= E:
-            raise RoutingError(f"choice names expert {low if low < 0 else high}: there are {E}, counted from 0")
+        experts_TK = self._told(choice, len(scores_TE), scores_TE.device)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.config.choice == "expert" and choice.dropped_TK is not None:
             weights_TK = weights_TK.masked_fill(choice.dropped_TK, 0)
         return Routing(
             logits_TE, scores_TE, experts_TK, self._weights(weights_TK) * self.config.scale, choice.dropped_TK
         )
+
+    def _told(self, choice: Choice | Routing, tokens: int, device: torch.device) -> Tensor:
+        """The experts to take, (T, K). RoutingError unless they are of as many tokens, and exist."""
+        experts_TK = choice.experts_TK.to(device=device, dtype=torch.int64)
+        E, K = self.config.experts, self.config.experts if self.config.choice == "expert" else self.config.top_k
+        if experts_TK.shape != (tokens, K):
+            raise RoutingError(f"choice.experts_TK has shape {tuple(experts_TK.shape)}: it must be {(tokens, K)}")
+        low, high = (int(bound) for bound in experts_TK.aminmax()) if tokens else (0, 0)
+        if low < 0 or high >= E:
+            raise RoutingError(f"choice names expert {low if low < 0 else high}: there are {E}, counted from 0")
+        return experts_TK
 
     @torch.no_grad()
     def _drop(self, experts_TK: Tensor, weights_TK: Tensor, sequence: int | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from handful.attention import Attention, KVCache, LatentAttention, Span, rope_table, rotate
+from handful.attention import Attention, KVCache, LatentAttention, Span, rope_frequency, rope_table, rotate
 from handful.config import MLAConfig, ModelConfig, RopeScaling
 from handful.errors import ConfigError
 from handful.model import Decoder
@@ -224,7 +224,7 @@ def test_attention_equals_a_plain_rewrite(name: str, layer: int) -> None:
 
 
 def table(config: ModelConfig, start: int, end: int) -> tuple[Tensor, Tensor]:
-    return rope_table(config, torch.arange(start, end))
+    return rope_table(rope_frequency(config), torch.arange(start, end))
 
 
 def test_rotate_by_hand() -> None:
@@ -398,7 +398,7 @@ def test_cached_decoding_equals_the_full_pass(name: str, chunks: list[int]) -> N
 
 def test_latent_attention_caches_the_latents_alone() -> None:
     cache = KVCache(LATENT, 2, 9)
-    assert [held.shape for held in cache.held] == [(2, 2, 1, 9, MLA.kv_rank + MLA.rope_dim)]
+    assert [[t.shape for t in held] for held in cache.held] == [[(2, 1, 9, MLA.kv_rank + MLA.rope_dim)]] * 2
     assert isinstance(decoder(LATENT).layers[0].attn, LatentAttention)
 
 

@@ -1,4 +1,4 @@
-"""What decoding does by our kernels, beside the same through torch: norms, linear maps, one token's attention.
+"""What decoding does by our kernels, beside the same through torch: norms, linear maps, routers, one token's attention.
 
 Legend: B batch · S tokens · H heads · J key-value heads · d head width
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import SHAPES, SMALL, tokens
 from torch import Tensor
+from torch.library import opcheck
 
 from handful.attention import KVCache, KVCaches, RMSNorm
 from handful.config import ModelConfig, RouterConfig
+from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Linear
-from handful.experts.native import available, linear, rms_norm
+from handful.experts.layer import multiply_all
+from handful.experts.native import ROUTED, available, linear, linears, rms_norm, route
+from handful.experts.quantized import QuantizedLinear
 from handful.machine import native_error
 from handful.model import Decoder
 from handful.moe import Router
+from handful.routing import Choice, Routing
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
 
@@ -164,27 +170,205 @@ def test_few_tokens_of_a_linear_map(dtype: torch.dtype, monkeypatch: pytest.Monk
     assert taken == [1, 8]
 
 
-def test_a_router_s_wide_weight_follows_its_weight() -> None:
-    router = Router(16, RouterConfig(experts=4, top_k=2)).bfloat16()
-    x_TD = torch.randn(3, 16).bfloat16()
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_several_linear_maps_at_once(tokens: int, bias: bool, bits: int | None) -> None:
+    """The same bits as one after the other, of 4,000 rows and of 3, in one operation."""
+    floats = [Linear(72, rows, bias=bias).bfloat16() for rows in (4000, 3, 40)]
+    maps: Sequence[Any] = floats if bits is None else [QuantizedLinear.pack(m, bits) for m in floats]
+    x = torch.randn(1, tokens, 72).bfloat16()
+    with torch.inference_mode():
+        want = [m(x) for m in maps]
+        given = [m.for_kernels(x) for m in maps]
+        for a, b in zip(multiply_all(x, *maps), want, strict=True):
+            assert a.equal(b)
+    # Floats of many tokens are for torch.
+    assert [operands is None for operands in given] == [bits is None and tokens == 9] * 3
 
-    def logits() -> Tensor:
-        with torch.no_grad():
-            found: Tensor = router(x_TD).logits_TE
-            assert found.equal(torch.nn.functional.linear(x_TD.float(), router.weight.float()))
-        return found
 
-    first = logits()
-    assert logits().equal(first)
+def test_linear_maps_that_are_called_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever hooks into a linear map, or puts another into its place, is called."""
+    from handful.experts import layer
+
+    together: list[int] = []
+
+    def spy(x: Tensor, given: Any) -> list[Tensor]:
+        together.append(len(given))
+        return linears(x, given)
+
+    monkeypatch.setattr(layer, "linears", spy)
+
+    class Doubled(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    plain, x = [Linear(8, rows, bias=False) for rows in (4, 6)], torch.randn(2, 8)
+    seen: list[str] = []
+    with torch.inference_mode():
+        multiply_all(x, *plain)
+        multiply_all(x, plain[0], QuantizedLinear.pack(plain[1]))
+        multiply_all(x, plain[0], Linear(8, 5))  # with a bias
+        assert together == [2, 2, 2]
+        double = Doubled(8, 4, bias=False)
+        double.load_state_dict(plain[0].state_dict())
+        assert multiply_all(x, double, plain[1])[0].equal(2 * plain[0](x))
+        hook = plain[1].register_forward_hook(lambda *_: seen.append("hook"))
+        multiply_all(x, *plain)
+        hook.remove()
+        everywhere = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: seen.append("all"))
+        multiply_all(x, *plain)
+        everywhere.remove()
+        plain[0].forward = lambda x: torch.zeros(2, 4)  # type: ignore[method-assign]
+        assert not multiply_all(x, *plain)[0].any()
+    multiply_all(x, *plain)  # gradients are asked for
+    assert (together, seen) == ([2, 2, 2], ["hook", "all", "all"])
+
+
+def test_linear_maps_that_do_not_fit() -> None:
+    x = torch.randn(1, 8)
+    with pytest.raises(HandfulError, match="no weight"):
+        linears(x, [])
+    with pytest.raises(HandfulError, match="weight"):
+        linears(x, [(torch.randn(4, 7), None)])
+    packed = QuantizedLinear.pack(Linear(7, 4)).packed.value
+    with pytest.raises(ConfigError, match="x of width 8: its weight takes 7"):
+        linears(x, [(packed, None), (packed, None)])
+
+
+def test_what_torch_is_told_of_the_operations() -> None:
+    """Shapes and dtypes without data, as torch.compile asks for them."""
+    x, weight, packed = torch.randn(2, 64), torch.randn(4, 64), QuantizedLinear.pack(Linear(64, 3)).packed.value
+    ops, checks = torch.ops.handful, ("test_schema", "test_faketensor")
+    opcheck(ops.linears, (x, [weight, weight[:1]], [], [], 0, 0), test_utils=checks)
+    opcheck(ops.linears, (x, [packed.codes], [packed.scales], [torch.randn(3)], 4, 32), test_utils=checks)
+    for chosen in (None, torch.tensor([[0, 1], [3, 2]])):
+        router = (x.bfloat16(), weight, None, torch.randn(4), chosen, True, 2, 1, True, 2, True, 1.0)
+        opcheck(ops.route, router, test_utils=checks)
+
+
+ROUTERS = st.fixed_dictionaries(
+    {
+        "score": st.sampled_from(["softmax", "sigmoid"]),
+        "normalize": st.booleans(),
+        "logits_bias": st.booleans(),
+        "balance_bias": st.booleans(),
+        "scale": st.sampled_from([1.0, 2.5]),
+    }
+)
+GROUPS = st.sampled_from([(1, 1, "max"), (4, 2, "max"), (4, 3, "top2"), (2, 1, "top2")])
+
+
+def router_of(config: RouterConfig, width: int, dtype: torch.dtype) -> Router:
+    router = Router(width, config).to(dtype).eval()
     with torch.no_grad():
-        router.weight.mul_(2)
-    assert not logits().equal(first)
-    router.load_state_dict({"weight": torch.randn(4, 16)})
-    logits()
-    router.load_state_dict({"weight": torch.randn(4, 16).bfloat16()}, assign=True)
-    logits()
-    router.double().bfloat16()
-    logits()
+        for held in (router.bias, router.balance_bias):
+            if held is not None:
+                held.normal_(0, 0.3)
+    return router
+
+
+def through_torch(router: Router, x_TD: Tensor, choice: Routing | None = None) -> Routing:
+    router.has_native = False
+    try:
+        routing: Routing = router(x_TD, choice=choice)
+        return routing
+    finally:
+        router.has_native = True
+
+
+@given(
+    ROUTERS, GROUPS, st.integers(1, 40), st.integers(1, 300), st.integers(1, 5), st.integers(1, 4),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**30),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_a_router_of_few_tokens(
+    fields: dict[str, Any], groups: tuple[int, int, Any], tokens: int, width: int, size: int, top_k: int,
+    dtype: torch.dtype, seed: int,
+) -> None:  # fmt: skip
+    """One operation, beside the same through torch: the same experts, and numbers as near as float32 is."""
+    torch.manual_seed(seed)
+    count, limit, score = groups
+    size = max(size, 2 if score == "top2" else 1)
+    top_k = min(top_k, limit * size)
+    config = RouterConfig(
+        experts=count * size, top_k=top_k, groups=count, top_groups=limit, group_score=score, **fields
+    )
+    router, x_TD = router_of(config, width, dtype), torch.randn(tokens, width).to(dtype)
+    with torch.inference_mode():
+        want, got = through_torch(router, x_TD), router(x_TD)
+    assert got.experts_TK.equal(want.experts_TK)
+    assert got.dropped_TK is None
+    for name in ("logits_TE", "scores_TE", "weights_TK"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert a.dtype == b.dtype == torch.float32
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= 3e-6 * max(1.0, float(b.abs().max())), name
+    with torch.inference_mode():
+        again = router(x_TD, choice=got)
+        turned = replace(got, experts_TK=(got.experts_TK + 1) % config.experts)
+        other, as_torch = router(x_TD, choice=turned), through_torch(router, x_TD, turned)
+    assert again.weights_TK.equal(got.weights_TK)
+    assert again.scores_TE.equal(got.scores_TE)
+    assert other.experts_TK.equal(turned.experts_TK)
+    assert torch.allclose(other.weights_TK, as_torch.weights_TK, rtol=1e-5, atol=1e-7)
+
+
+def test_which_routers_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, autograd, many tokens, float64, and tokens that compete: all by the plain maths."""
+    from handful import moe as module
+
+    taken: list[int] = []
+
+    def spy(x_TD: Tensor, *others: Any) -> Any:
+        taken.append(len(x_TD))
+        return route(x_TD, *others)
+
+    monkeypatch.setattr(module, "route", spy)
+    plain = RouterConfig(experts=4, top_k=2)
+    router, x_TD = Router(8, plain), torch.randn(3, 8)
+    router(x_TD)
+    router.eval()(x_TD)  # gradients are asked for
+    with torch.inference_mode():
+        router(torch.randn(ROUTED + 1, 8))
+        router.train()(x_TD)
+        router.eval().double()(x_TD.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            router.float()(x_TD)
+        Router(8, replace(plain, eval_capacity_factor=1.0)).eval()(x_TD)
+        Router(8, replace(plain, sequence_capacity=2)).eval()(x_TD)
+        assert taken == []
+        router(x_TD)
+        router(torch.randn(ROUTED, 8))
+        router(torch.empty(0, 8))
+    assert taken == [3, ROUTED, 0]
+
+
+def test_equal_scores_and_scores_that_are_none() -> None:
+    """The first of equals is taken; a NaN is above all, as to torch, and is seen in what follows."""
+    router = router_of(RouterConfig(experts=6, top_k=3), 4, torch.float32)
+    with torch.no_grad():
+        router.weight.zero_()
+        found = router(torch.randn(2, 4))
+        assert found.experts_TK.tolist() == [[0, 1, 2]] * 2
+        assert found.weights_TK.allclose(torch.full((2, 3), 1 / 3))
+        spoilt = router(torch.tensor([[1.0, float("nan"), 0, 0], [1.0, 0, 0, 0]]))
+    assert spoilt.weights_TK[0].isnan().all()
+    assert not spoilt.weights_TK[1].isnan().any()
+    assert sorted(spoilt.experts_TK[0].tolist()) == sorted(set(spoilt.experts_TK[0].tolist()))
+
+
+def test_a_router_refuses_experts_that_do_not_exist() -> None:
+    config = RouterConfig(experts=4, top_k=2)
+    router, x_TD = Router(8, config).eval(), torch.randn(1, 8)
+    with torch.inference_mode():
+        chosen = torch.tensor([[0, 4]])
+        with pytest.raises(RoutingError, match=r"^choice names expert 4: there are 4, counted from 0$"):
+            router(x_TD, choice=Choice(chosen))
+        with pytest.raises(RoutingError, match="routing names expert 4: there are 4"):
+            route(x_TD, router.weight, None, None, chosen, config)
+        with pytest.raises(RoutingError, match=r"shape \(1, 1\): it must be \(1, 2\)"):
+            router(x_TD, choice=Choice(chosen[:, :1]))
 
 
 CHILD = """

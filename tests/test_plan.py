@@ -129,7 +129,7 @@ def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_pat
     assert found.expert == layout.record_bytes
     assert found.experts == layout.records == 12
     cache = KVCache(shape, 3, shape.context, dtype=wide)
-    assert found.cache == sum(t.nbytes for t in cache.held)
+    assert found.cache == sum(t.nbytes for held in cache.held for t in held)
     if bits:
         quantize_model(Decoder(shape).to(wide), bits)
         with pytest.MonkeyPatch.context() as patch:

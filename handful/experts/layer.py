@@ -6,20 +6,21 @@ Legend: T tokens · D model width · E experts · F an expert's hidden width · 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
+from typing import TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from handful.config import GATED, Activation
 from handful.errors import ConfigError, RoutingError
 from handful.experts.grouped import grouped
-from handful.experts.native import FEW, available, linear, native, plain_inference, takes
+from handful.experts.native import FEW, available, linear, linears, native, plain_inference, takes
 from handful.experts.reference import activate, reference
 from handful.routing import Routing
 
-__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "multiply"]
+__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "multiply", "multiply_all"]
 
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -101,17 +102,20 @@ class Experts(nn.Module):
         return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, has_native: bool) -> Tensor:
-    """x · weightᵀ + bias. In inference few tokens go to our kernels, which read a weight as fast as memory gives it;
-    with more, torch's products are as good."""
+def streams(x: Tensor, weight: Tensor, has_native: bool) -> bool:
+    """Whether our kernels are to multiply x by a float weight: few tokens in inference, which read a weight as fast as
+    memory gives it. With more, torch's products are as good."""
     few = x.numel() <= FEW * x.shape[-1]
-    if few and has_native and x.dtype == weight.dtype and plain_inference(x):
-        return linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return few and has_native and x.dtype == weight.dtype and plain_inference(x)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, has_native: bool) -> Tensor:
+    """x · weightᵀ + bias."""
+    return linear(x, weight, bias) if streams(x, weight, has_native) else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `multiply`."""
+    """nn.Linear that leaves few tokens in inference to our kernels."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias=bias)
@@ -119,6 +123,28 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return multiply(x, self.weight, self.bias, self.has_native)
+
+    def for_kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, if our kernels are to multiply x by them."""
+        return (self.weight, self.bias) if streams(x, self.weight, self.has_native) else None
+
+
+def multiply_all(x: Tensor, *maps: nn.Module) -> list[Tensor]:
+    """Outputs of several linear maps of the same x: by one operation if all of them are for our kernels."""
+    given = []
+    for m in maps:
+        operands = m.for_kernels(x) if _is_bare(m) else None
+        if operands is None:
+            return [m(x) for m in maps]
+        given.append(operands)
+    return linears(x, given)
+
+
+def _is_bare(module: nn.Module) -> TypeGuard[Linear]:
+    """Whether calling it does what its class says and no more: no subclass, no hook, no forward of its own."""
+    own = module.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or _has_any_global_hook()
+    return "for_kernels" in type(module).__dict__ and "forward" not in own and not hooked
 
 
 class FeedForward(nn.Module):

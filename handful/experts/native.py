@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from handful.config import RouterConfig
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.machine import native_error
 from handful.quantize import Packed
@@ -33,15 +34,18 @@ __all__ = [
     "available",
     "experts_in_parts",
     "linear",
+    "linears",
     "native",
     "plain_inference",
     "quantized_experts",
     "rms_norm",
+    "route",
     "takes",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
 FEW = 8  # tokens up to which they read a matrix as a stream (kFew in csrc/layer.h)
+ROUTED = 32  # tokens up to which a router is one operation; for more, torch's product is the quicker
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
 
 _registered = False
@@ -213,20 +217,28 @@ def experts_in_parts(
 
 def linear(x_TI: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias for float32 or bfloat16 x (..., I) and weight (O, I): (..., O) in x's dtype; no gradients."""
+    return linears(x_TI, [(weight, bias)])[0]
+
+
+def linears(x_TI: Tensor, maps: Sequence[tuple[Tensor | Packed, Tensor | None]]) -> list[Tensor]:
+    """`linear` of one x and several weights with their biases; one operation for those that are of one kind."""
+    weights, biases = [weight for weight, _ in maps], [bias for _, bias in maps if bias is not None]
+    packed = [weight for weight in weights if isinstance(weight, Packed)]
+    kinds = {(w.bits, w.group, w.inputs) if isinstance(w, Packed) else (w.dtype, w.shape[1]) for w in weights}
+    if len(kinds) > 1 or len(biases) not in (0, len(maps)):
+        return [linear(x_TI, weight, bias) for weight, bias in maps]
+    if packed and x_TI.shape[-1] != packed[0].inputs:
+        raise ConfigError(f"linear was given x of width {x_TI.shape[-1]}: its weight takes {packed[0].inputs}")
+    codes = [w.codes if isinstance(w, Packed) else w.contiguous() for w in weights]
+    bits, group = (packed[0].bits, packed[0].group) if packed else (0, 0)
     x_TI, lead = x_TI.reshape(-1, x_TI.shape[-1]).contiguous(), x_TI.shape[:-1]
     try:
-        if isinstance(weight, Packed):
-            if x_TI.shape[1] != weight.inputs:
-                raise ConfigError(f"linear was given x of width {x_TI.shape[1]}: its weight takes {weight.inputs}")
-            y_TO = torch.ops.handful.linear_quantized(
-                x_TI, weight.codes, weight.scales, _whole(bias), weight.bits, weight.group
-            )
-        else:
-            y_TO = torch.ops.handful.linear(x_TI, weight.contiguous(), _whole(bias))
+        found: list[Tensor] = torch.ops.handful.linears(
+            x_TI, codes, [w.scales for w in packed], [bias.contiguous() for bias in biases], bits, group
+        )
     except RuntimeError as error:
         raise _explained(error) from None
-    out: Tensor = y_TO.view(*lead, y_TO.shape[-1])
-    return out
+    return [y_TO.view(*lead, y_TO.shape[-1]) for y_TO in found]
 
 
 def plain_inference(x: Tensor, *weights: Tensor) -> bool:
@@ -243,33 +255,56 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attend_one(
-    q_BHd: Tensor,
-    k_BJd: Tensor,
-    v_BJd: Tensor,
+    q_BX: Tensor,
+    k_BX: Tensor,
+    v_BX: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
     whole_norm: bool,
     rope: tuple[Tensor, Tensor],
     adjacent: bool,
-    keys_BJCd: Tensor,
-    values_BJCd: Tensor,
-    length: int,
+    held: Sequence[tuple[Tensor, ...]],
+    lengths: Sequence[int],
     window: int | None,
     scale: float,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """One more token of each of B sequences of equal length, (B, H·d): QK-norm, RoPE, its place in the cache (keys and
-    values, which hold `length` tokens) and attention, as one operation without gradients.
+    """One more token of each of B sequences: QK-norm, RoPE, its place in a cache and attention, as one operation; no
+    gradients.
 
-    q_BHd, k_BJd, v_BJd   as the projections make them, (B, H·d) and (B, J·d).
-    rope                  cos and sin of the token's position, r/2 numbers each.
+    q_BX, k_BX, v_BX   as the projections make them, (B, H·d) and (B, J·d).
+    held               keys and values (b, J, C, d) of the caches that the sequences lie in, in order, for b sequences
+                       each; lengths: how many tokens each cache holds.
+    rope               cos and sin of the new tokens' positions, (caches, r/2).
     """
     q_norm, k_norm = norms or (None, None)
     out: Tensor = torch.ops.handful.attend_one(
-        q_BHd, k_BJd, v_BJd, q_norm, k_norm, eps, whole_norm, *rope, adjacent, keys_BJCd, values_BJCd, length,
-        window or 0, scale, sinks_H,
+        q_BX, k_BX, v_BX, q_norm, k_norm, eps, whole_norm, *rope, adjacent, [keys for keys, _ in held],
+        [values for _, values in held], lengths, window or 0, scale, sinks_H,
     )  # fmt: skip
     return out
+
+
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    balance_bias_E: Tensor | None,
+    chosen_TK: Tensor | None,
+    config: RouterConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A router's logits and scores (T, E), chosen experts and weights (T, K), as one operation without gradients.
+
+    chosen_TK   int64: the experts to take whatever the scores. RoutingError for one that does not exist.
+    """
+    try:
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.handful.route(
+            x_TD.contiguous(), weight_ED, bias_E, balance_bias_E, chosen_TK, config.score == "sigmoid", config.groups,
+            config.top_groups, config.group_score == "top2", config.top_k, config.normalize, config.scale,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise _explained(error) from None
+    return found
 
 
 def _tokens(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -385,6 +420,21 @@ def _fake_linear(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _fake_linears(x: Tensor, weights: Sequence[Tensor], *others: Any) -> list[Tensor]:
+    return [_fake_linear(x, weight) for weight in weights]
+
+
+def _fake_route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, balance_bias: Tensor | None, chosen: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (tokens, _), experts, top_k = x.shape, weight.shape[0], others[4]
+    scores, weights = (
+        x.new_empty((tokens, experts), dtype=torch.float32),
+        x.new_empty((tokens, top_k), dtype=torch.float32),
+    )
+    return scores, torch.empty_like(scores), weights.new_empty(weights.shape, dtype=torch.int64), weights
+
+
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
@@ -399,7 +449,9 @@ def _register() -> None:
     torch.library.register_fake("handful::experts_quantized", _fake_experts)
     torch.library.register_fake("handful::linear", _fake_linear)
     torch.library.register_fake("handful::linear_quantized", _fake_linear)
+    torch.library.register_fake("handful::linears", _fake_linears)
     torch.library.register_fake("handful::rms_norm", _fake_like_first)
     torch.library.register_fake("handful::attend_one", _fake_like_first)
+    torch.library.register_fake("handful::route", _fake_route)
     torch.library.register_autograd("handful::experts_forward", _backward, setup_context=_setup)
     _registered = True

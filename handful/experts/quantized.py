@@ -258,6 +258,13 @@ class QuantizedLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), unpack(self.packed.value, dtype), _cast(self.bias, dtype))
 
+    def for_kernels(self, x: Tensor) -> tuple[Packed, Tensor | None] | None:
+        """Weight and bias, if our kernels are to multiply x by them."""
+        fits = x.shape[-1:] == (self.in_features,) and x.dtype == compute_dtype(x)
+        if torch.is_grad_enabled() or not fits or not (self.has_native and takes(x)):
+            return None
+        return self.packed.value, _cast(self.bias, x.dtype)
+
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         # What a turn to another dtype would have made of the weight.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.codes.device)).dtype

@@ -1,0 +1,129 @@
+// A router for few tokens: logits, scores, the chosen experts and their weights, as one operation. Through torch they
+// would be a dozen, of which each takes longer than its maths.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "experts.h"
+#include "layer.h"
+
+namespace handful {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr float kOut = -std::numeric_limits<float>::infinity();
+
+// A NaN is above all numbers, as it is to torch: what it spoils is then seen.
+bool above(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
+
+// The places of the `count` largest of `size` numbers, the largest first, earlier places first among equals.
+void largest(int64_t* places, int64_t count, const float* numbers, int64_t size) {
+  for (int64_t k = 0; k < count; ++k) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < size; ++i) {
+      if (std::find(places, places + k, i) != places + k) continue;
+      if (best < 0 || above(numbers[i], numbers[best])) best = i;
+    }
+    places[k] = best;
+  }
+}
+
+// Rules out what is not in the best `kept` of `groups` groups of experts.
+void limit_groups(float* select, int64_t experts, int64_t groups, int64_t kept, bool two_best) {
+  const int64_t size = experts / groups, together = two_best ? 2 : 1;
+  std::vector<float> scores(groups);
+  std::vector<int64_t> places(std::max(kept, together));
+  for (int64_t g = 0; g < groups; ++g) {
+    largest(places.data(), together, select + g * size, size);
+    for (int64_t i = 0; i < together; ++i) scores[g] += select[g * size + places[i]];
+  }
+  largest(places.data(), kept, scores.data(), groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    const bool in = std::find(places.begin(), places.begin() + kept, g) != places.begin() + kept;
+    if (!in) std::fill_n(select + g * size, size, kOut);
+  }
+}
+
+const float* floats(const MaybeTensor& given, int64_t size, const char* name) {
+  if (!given.has_value()) return nullptr;
+  STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size && given->is_contiguous() &&
+                      given->scalar_type() == ScalarType::Float,
+                  name, " is not float32, one for each expert");
+  return given->const_data_ptr<float>();
+}
+
+}  // namespace
+
+// x (T, D) · weight (E, D) · bias, balance_bias (E) · chosen (T, K) int64: the experts to take, whatever the scores ->
+// logits, scores (T, E) float32, experts (T, K) int64, weights (T, K) float32
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor balance_bias,
+                                                 MaybeTensor chosen, bool sigmoids, int64_t groups, int64_t top_groups,
+                                                 bool two_best, int64_t top_k, bool normalize, double scale) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && x.size(1) >= 1, "weight is not a matrix (experts, width)");
+  const int64_t T = x.size(0), D = x.size(1), E = weight.size(0), K = top_k;
+  STD_TORCH_CHECK(1 <= K && K <= E, "top_k is not from 1 to the number of experts");
+  STD_TORCH_CHECK(groups >= 1 && E % groups == 0 && 1 <= top_groups && top_groups <= groups &&
+                      (!two_best || E / groups >= 2),
+                  "groups do not divide the experts");
+  const MaybeTensor none;
+  const Type type = float_type(x, "x");
+  const Stack stack = make_stack({weight, none}, bias, "weight", 0, E, D);
+  const float* balance = floats(balance_bias, E, "balance_bias");
+  if (chosen.has_value()) check_choices(*chosen, T, nullptr, none);
+  STD_TORCH_CHECK(!chosen.has_value() || chosen->size(1) == K, "chosen is not of top_k experts");
+
+  Tensor logits = torch::stable::new_empty(x, {T, E}, ScalarType::Float);
+  Tensor scores = torch::stable::new_empty(x, {T, E}, ScalarType::Float);
+  Tensor experts = torch::stable::new_empty(x, {T, K}, ScalarType::Long);
+  Tensor weights = torch::stable::new_empty(x, {T, K}, ScalarType::Float);
+  if (T == 0) return {logits, scores, experts, weights};
+  auto* logit = logits.mutable_data_ptr<float>();
+  auto* score = scores.mutable_data_ptr<float>();
+  auto* expert = experts.mutable_data_ptr<int64_t>();
+  auto* share = weights.mutable_data_ptr<float>();
+
+  const Prepared prepared(T, D, stack.first);
+  const char* rows = static_cast<const char*>(x.const_data_ptr());
+  for (int64_t t = 0; t < T; ++t) prepared.fill(t, rows + t * D * bytes_of(type), type);
+  std::vector<StreamItem> items;
+  add_stream_items(items, stack, 1, 0, 0, static_cast<int>(T));
+  run_stream_items(stack, items, [&](int64_t t) { return prepared.row(t); }, [&](int64_t t) { return logit + t * E; }, E);
+
+  const int64_t* given = chosen.has_value() ? chosen->const_data_ptr<int64_t>() : nullptr;
+  std::vector<float> select(E);
+  for (int64_t t = 0; t < T; ++t, score += E, expert += K, share += K) {
+    stream().score(score, logit + t * E, sigmoids, E);
+    if (given != nullptr) {
+      std::copy_n(given + t * K, K, expert);
+    } else {
+      for (int64_t e = 0; e < E; ++e) select[e] = balance == nullptr ? score[e] : score[e] + balance[e];
+      if (top_groups < groups) limit_groups(select.data(), E, groups, top_groups, two_best);
+      largest(expert, K, select.data(), E);
+    }
+    float sum = 1e-20f;  // sigmoids can all be next to nothing
+    for (int64_t k = 0; k < K; ++k) {
+      STD_TORCH_CHECK(0 <= expert[k] && expert[k] < E, "routing names expert ", expert[k], ": there are ", E,
+                      ", counted from 0");
+      share[k] = score[expert[k]];
+      sum += share[k];
+    }
+    for (int64_t k = 0; k < K; ++k) share[k] = static_cast<float>(scale) * (normalize ? share[k] / sum : share[k]);
+  }
+  return {logits, scores, experts, weights};
+}
+
+}  // namespace handful
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def(
+      "route(Tensor x, Tensor weight, Tensor? bias, Tensor? balance_bias, Tensor? chosen, bool sigmoids, int groups, "
+      "int top_groups, bool two_best, int top_k, bool normalize, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("route", TORCH_BOX(&handful::route)); }
