@@ -1,0 +1,107 @@
+"""`handful train`: one model."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from handful.cli.shared import DataOption, Json, RouterOption, command_line, decoder_of, open_screen, print_json
+from handful.errors import ConfigError
+
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="A tokenizer.json or its folder. Default: trained on the data.")
+]
+
+EXAMPLE = "handful train --router olmoe --experts 32 --top-k 4 --steps 300 --out runs/olmoe-like"
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help=r"A TOML file: \[model], \[train], \[data].")] = None,
+    data: DataOption = None,
+    tokenizer: TokenizerOption = None,
+    router: RouterOption = None,
+    experts: Annotated[int | None, typer.Option(help="Experts in a layer.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    width: Annotated[int | None, typer.Option(help="Model width.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    expert_width: Annotated[int | None, typer.Option(help="Hidden width of an expert.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in an optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens, instead of steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    balance: Annotated[str | None, typer.Option(help="none, switch, global, sequence, gshard or loss-free.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto (the quicker here).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights, the order of the data and the noise.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Go on from a model: a run or checkpoint folder, or org/name.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="all, experts or routers: what is trained. Default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model; the run folder holds its events, checkpoints and report."""
+    from handful import report, runs
+    from handful.console import RunProgress, duration, facts
+    from handful.settings import resumed_settings, training_settings
+    from handful.train import train
+    from handful.watch import tensorboard
+
+    screen = open_screen()
+    given: dict[str, dict[str, Any]] = {
+        "data": {"source": data, "tokenizer": tokenizer},
+        "model": {
+            "experts": experts, "top_k": top_k, "width": width, "layers": layers, "heads": heads,
+            "expert_width": expert_width,
+        },
+        "train": {
+            "context": context, "batch": batch, "steps": steps, "tokens": tokens, "lr": lr, "dtype": dtype,
+            "seed": seed,
+        },
+    }  # fmt: skip
+    if resume:
+        extra = [name for group in given.values() for name, value in group.items() if value is not None]
+        if extra or config or router or balance or start or only:
+            raise ConfigError("resume: the run goes on with its own settings; give --out and --resume alone")
+        asked = resumed_settings(out)
+    else:
+        runs.check_free(out)
+        asked = training_settings(config, router, balance, given, start=start, only=only)
+    begin = decoder_of(asked.start, dtype="float32") if asked.start is not None else None
+    text = asked.load_data(screen.print)
+    model, settings = begin or asked.model(text.tokenizer.vocab_size), asked.train
+    last: dict[str, Any] = {}
+    with RunProgress(screen) as progress, tensorboard(out) as sink:
+        for event in train(model, settings, text, out, only=asked.only, resume=resume, sinks=[sink]):
+            progress(out.name, event)
+            last = event
+    page = report.write(
+        report.from_events(runs.read_events(out), title=str(out), command=command_line()),
+        out / "report.html",
+    )
+    interrupted = last["event"] == "interrupted"
+    document = {**last, "out": str(out), "model": str(out / "model"), "report": str(page)}
+    if as_json:
+        print_json(document)
+    elif not interrupted:
+        Console().print(
+            facts(
+                str(out),
+                [
+                    ("held-out loss", f"{last['loss']:.4f} nats a token"),
+                    ("", f"{last['bits_per_byte']:.4f} bits a byte"),
+                    ("time", f"{duration(last['seconds'])}, {last['tokens_per_second']:,.0f} tokens/s"),
+                    ("model", str(out / "model")),
+                    ("report", str(page)),
+                ],
+            )
+        )
+    if interrupted:
+        screen.print(f"interrupted at step {last['step']}; go on with --resume --out {shlex.quote(str(out))}")
+        raise typer.Exit(130)
