@@ -19,7 +19,7 @@ from handful.observe import Recording
 
 __all__ = ["Replay", "check_recording", "replay"]
 
-STEPS = 50_000_000  # of simulation: the optimum's, a use takes as many as the cache has places
+USES = 2_000_000  # of experts, that are played
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,15 @@ class Replay:
 def replay(recording: Recording, capacity: int, *, policy: str = DEFAULT_POLICY) -> Replay:
     """Play a recording through a cache of `capacity` experts, shared by all layers as in `handful.experts.stored`.
 
-    Every token is taken for one that decodes alone. The optimum takes longer, the larger the cache: no more tokens
-    are played than it finds in about ten seconds. ConfigError for another policy, no capacity or an empty recording.
+    Every token is taken for one that decodes alone. No more tokens are played than there is time for in about ten
+    seconds: two million uses of experts. ConfigError for another policy, no capacity or an empty recording.
     """
     if capacity < 1:
         raise ConfigError(f"capacity = {capacity}: at least 1 expert")
     if not len(recording) or not recording.tokens:
         raise ConfigError("trace: it holds no token's routing")
     uses = sum(layer.shape[1] for layer in recording.experts_TK)
-    tokens = min(recording.tokens, max(1, STEPS // (uses * capacity)))
+    tokens = min(recording.tokens, max(1, USES // uses))
     calls = list(_calls(recording, tokens))
     count = sum(map(len, calls))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Hashable, Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from handful.errors import ConfigError
 from handful.experts.cache import LFU, LRU, POLICIES, S3FIFO, Policy, belady, simulate
@@ -115,6 +118,39 @@ def test_belady_lets_go_what_is_needed_latest() -> None:
     assert best("abcab", 2) == "mmmhh"
     assert best("abcabc", 2) == "mmmhhm"
     assert best("abcabcabc", 2) == "mmmhhmhhm"
+
+
+def plain_belady(calls: Sequence[Sequence[str]], capacity: int) -> list[list[bool]]:
+    """The definition: of all that is held, what is needed latest goes."""
+    flat = "".join(key for keys in calls for key in keys)
+    held: set[str] = set()
+    found: list[bool] = []
+    for i, key in enumerate(flat):
+        found.append(key in held)
+        held.add(key)
+        if len(held) > capacity:
+            held.remove(max(held, key=lambda other: flat.find(other, i + 1) % (len(flat) + 1)))  # -1 is after the end
+    left = iter(found)
+    return [[next(left) for _ in keys] for keys in calls]
+
+
+@given(calls=st.lists(st.text("abcdefgh", max_size=5), max_size=25), capacity=st.integers(0, 9))
+@settings(max_examples=300)
+def test_belady_is_what_it_is_defined_as(calls: list[str], capacity: int) -> None:
+    assert belady(calls, capacity) == plain_belady(calls, capacity)
+
+
+def test_a_large_cache_takes_belady_no_longer_than_a_small_one() -> None:
+    draw = random.Random(0)
+    calls = [[draw.randrange(20_000)] for _ in range(20_000)]
+
+    def seconds(capacity: int) -> float:
+        began = time.process_time()
+        belady(calls, capacity)
+        return time.process_time() - began
+
+    # Where each miss looks at all that is held, it takes forty times as long.
+    assert min(seconds(4000) for _ in range(3)) < 8 * min(seconds(8) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", POLICIES)

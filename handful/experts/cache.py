@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from typing import Protocol
@@ -225,12 +224,15 @@ def belady(calls: Sequence[Sequence[Key]], capacity: int) -> list[list[bool]]:
     """`simulate`, by one who knows all that will be needed: what is needed latest gives way (Belady 1966). A bound on
     the hits, not a policy."""
     flat = [key for keys in calls for key in keys]
-    again: list[float] = [math.inf] * len(flat)
+    again = [len(flat)] * len(flat)  # when each is needed next; beyond the end: never
     last: dict[Key, int] = {}
     for i in range(len(flat) - 1, -1, -1):
-        again[i] = last.get(flat[i], math.inf)
+        again[i] = last.get(flat[i], len(flat))
         last[flat[i]] = i
-    held: dict[Key, float] = {}  # key -> when it is needed next
+    held: set[Key] = set()
+    # (-when it is needed next, its last use). An entry whose key was needed since then names a time that has passed, so
+    # it lies below those of all keys that are held: the first entry is never out of date.
+    heap: list[tuple[int, int]] = []
     found = []
     i = 0
     for keys in calls:
@@ -238,9 +240,10 @@ def belady(calls: Sequence[Sequence[Key]], capacity: int) -> list[list[bool]]:
         for key in keys:
             hits.append(key in held)
             # What just came is not kept either, if it is needed later than all others.
-            held[key] = again[i]
+            held.add(key)
+            heapq.heappush(heap, (-again[i], i))
             i += 1
             if len(held) > capacity:
-                del held[max(held, key=held.__getitem__)]
+                held.remove(flat[heapq.heappop(heap)[1]])
         found.append(hits)
     return found
