@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from handful.cost import Cost
+from handful.units import si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
     from handful.ceilings import Ceilings
@@ -32,29 +33,9 @@ __all__ = [
     "facts",
     "plan_line",
     "plan_tables",
-    "si",
-    "size",
     "upcycle_table",
     "verification_table",
 ]
-
-
-PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
-
-
-def si(value: float, unit: str = "") -> str:
-    """A number in three digits with an SI prefix: 46.7 G, 305 kB, 500 FLOP."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f} {unit}".rstrip()
-    value = float(f"{value:.2e}")  # rounded first: 999.5 is 1.00 k
-    factor, prefix = next(pair for pair in PREFIXES if abs(value) >= pair[0])
-    value /= factor or 1.0
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f} {prefix}{unit}".rstrip()
-
-
-def size(count: float) -> str:
-    """Bytes: 93.4 GB."""
-    return si(count, "B")
 
 
 def duration(seconds: float) -> str:

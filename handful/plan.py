@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from handful.errors import ConfigError
 from handful.experts.disk import Layout, layout_of
 from handful.experts.native import FEW, PANEL
 from handful.experts.stored import GUESSES
+from handful.units import size
 
 __all__ = ["EFFICIENCY", "FORMATS", "Efficiency", "Plan", "Step", "plan"]
 
@@ -282,7 +284,7 @@ def plan(
         decode=decode,
         prefill=prefill,
         unforecast=unforecast,
-        fits_gpu=max(size for _, size in machine.gpus) >= sizes.weights + scratch if machine.gpus else None,
+        fits_gpu=max(held for _, held in machine.gpus) >= sizes.weights + scratch if machine.gpus else None,
     )
 
 
@@ -309,6 +311,9 @@ class _Fit:
     slots: int
     capacity: int
     pack: int
+
+
+_size = partial(size, short=True)  # as sentences have it
 
 
 def _routed(model: Counted) -> list[Weights]:
@@ -407,13 +412,8 @@ def _disk(machine: Ceilings, pack: int, download: int) -> str:
     """Why the disk is too small; empty if it is not."""
     if pack + download <= machine.disk_free_bytes:
         return ""
-    parts = [f"{_size(size)} of {what}" for what, size in (("checkpoint", download), ("pack", pack)) if size]
+    parts = [f"{_size(count)} of {what}" for what, count in (("checkpoint", download), ("pack", pack)) if count]
     return f"{_size(machine.disk_free_bytes)} of disk are free: it takes {' and '.join(parts)}"
-
-
-def _size(count: int) -> str:
-    """Bytes, in GB or MB, rounded to three digits."""
-    return f"{count / 1e9:,.3g} GB" if count >= 10**9 else f"{count / 1e6:,.3g} MB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ from handful.checkpoint import write_file
 from handful.config import ModelConfig, from_dict
 from handful.errors import DataError
 from handful.observe import collapsed
+from handful.units import PREFIXES, si, size
 
 __all__ = ["collapse", "finding", "from_events", "routing_history", "write"]
 
 Doc = Mapping[str, Any]
 
-_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
 _COLORS = {"dense-active": "var(--dense-active)", "moe": "var(--moe)", "dense-total": "var(--dense-total)"}
 MAX_SNAPSHOTS = 200  # of the load, kept in a page: more are finer than a slider's pixels and only make the file large
@@ -172,11 +172,11 @@ def _alone(team: Doc) -> list[str]:
     loss, bits = _loss(team), _finite(team["bits_per_byte"]["mean"])
     total, active = team["parameters"]["total"], team["parameters"]["active"]
     label = team["label"][:1].upper() + team["label"][1:]
-    uses = f"{_si(active)} of its {_si(total)} parameters" if active < total else f"all of its {_si(total)} parameters"
+    uses = f"{si(active, short=True)} of its {si(total, short=True)} parameters" if active < total else f"all of its {si(total, short=True)} parameters"
     out = [f"{label}: every token uses {uses}."]
     if loss is None:
         return [*out, "There is no finite held-out loss: the training diverged or was cut short."]
-    after = f"After {_si(team['curve'][-1]['tokens'])} tokens the" if team["curve"] else "The"
+    after = f"After {si(team['curve'][-1]['tokens'], short=True)} tokens the" if team["curve"] else "The"
     return [
         *out,
         f"{after} held-out loss is {loss:.3f} nats per token" + (f", {bits:.3f} bits per byte." if bits else "."),
@@ -372,17 +372,12 @@ def _plain(key: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     if key.endswith("_bytes"):
-        return _si(value) + "B"
+        return size(value, short=True)
     return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _list(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
-
-
-def _si(value: float) -> str:
-    scale, prefix = next((s or 1.0, p) for s, p in _PREFIXES if value >= s)
-    return f"{value / scale:.3g} {prefix}".strip()
 
 
 def _row(numbers: Sequence[float | None], unit: str) -> tuple[str, list[str]]:
@@ -392,7 +387,7 @@ def _row(numbers: Sequence[float | None], unit: str) -> tuple[str, list[str]]:
     if unit == "s":
         scale, unit = (3600.0, "h") if largest >= 7200 else (60.0, "min") if largest >= 120 else (1.0, "s")
     else:
-        scale, prefix = next((s or 1.0, p) for s, p in _PREFIXES if largest >= s)
+        scale, prefix = next((s or 1.0, p) for s, p in PREFIXES if largest >= s)
         unit = f"{prefix} {unit}" if prefix and unit == "tokens/s" else prefix + unit
     decimals = min(3, max(0, 2 - math.floor(math.log10(least / scale))))  # three digits of the smallest
     return unit, ["—" if number is None else f"{number / scale:,.{decimals}f}" for number in numbers]

@@ -1,15 +1,17 @@
-"""Sizes as people write them: "4GB", "3.5GiB", "500M"."""
+"""Sizes as people write them, "4GB", "3.5GiB", "500M", and as they are shown to people: 4.00 GB."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from handful.errors import ConfigError
 
-__all__ = ["parse_bytes"]
+__all__ = ["PREFIXES", "parse_bytes", "si", "size"]
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?([KMGT]?)(I?)(B?)", re.ASCII)
+PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
 
 
 def parse_bytes(text: str, name: str = "memory") -> int:
@@ -28,3 +30,24 @@ def parse_bytes(text: str, name: str = "memory") -> int:
     if not 1 <= count < 1 << 63:
         raise ConfigError(f"{name} = {text!r}: at least 1 byte, and less than 2^63")
     return count
+
+
+def si(value: float, unit: str = "", *, short: bool = False) -> str:
+    """A number in three digits with an SI prefix: 46.7 G, 305 kB, 500 FLOP.
+
+    short   without zeros at the end, for a sentence: 8 GB, where columns of a table have 8.00 GB.
+    """
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f} {unit}".rstrip()
+    value = float(f"{value:.2e}")  # rounded first: 999.5 is 1.00 k
+    factor, prefix = next(pair for pair in PREFIXES if abs(value) >= pair[0])
+    value /= factor or 1.0
+    digits = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    if short and "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def size(count: float, *, short: bool = False) -> str:
+    """Bytes, as `si` shows them: 93.4 GB."""
+    return si(count, "B", short=short)

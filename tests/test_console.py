@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from tiny import Event, moe, of_kind, tiny_data, training
 
-from handful.console import RunProgress, comparison_table, cost_tables, duration, facts, si, size
+from handful.console import RunProgress, comparison_table, cost_tables, duration, facts
 from handful.cost import cost
 from handful.presets import PRESETS, small_model
 from handful.train import train
+from handful.units import si, size
 
 
 def shown(*things: Any, width: int = 120) -> str:
@@ -33,44 +34,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers.
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.00123, "0.00123"),
-        (0.5, "0.500"),
-        (1, "1.00"),
-        (45, "45.0"),
-        (999, "999"),
-        (999.4, "999"),
-        (999.5, "1.00 k"),  # rounded before the prefix is chosen
-        (1000, "1.00 k"),
-        (12345, "12.3 k"),
-        (999_499, "999 k"),
-        (999_500, "1.00 M"),
-        (46.7e9, "46.7 G"),
-        (1e12, "1.00 T"),
-        (1e15, "1.00 P"),
-        (1e18, "1.00 E"),
-        (1.5e21, "1500 E"),
-        (-2500, "-2.50 k"),
-        (math.inf, "inf"),
-        (-math.inf, "-inf"),
-        (math.nan, "nan"),
-    ],
-)
-def test_si(value: float, text: str) -> None:
-    assert si(value) == text
-
-
-def test_units() -> None:
-    assert si(46.7e9, "FLOP") == "46.7 GFLOP"
-    assert si(0, "FLOP") == "0 FLOP"
-    assert si(500, "FLOP") == "500 FLOP"
-    assert (size(0), size(305e3), size(93.4e9), size(math.inf)) == ("0 B", "305 kB", "93.4 GB", "inf B")
+# Durations.
 
 
 @pytest.mark.parametrize(
