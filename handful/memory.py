@@ -24,11 +24,10 @@ from handful.experts import Experts
 from handful.experts.disk import Layout, PackFile, layout_of, write_pack
 from handful.experts.stored import DEFAULT_POLICY, Store, StoredExperts
 from handful.families.fill import fill
-from handful.families.io import open_checkpoint
+from handful.families.io import find_tokenizer, open_checkpoint
 from handful.model import Decoder
 from handful.moe import MoE
 from handful.quantize import pack as quantized
-from handful.text import load_tokenizer
 
 __all__ = ["attach", "load", "pack", "resident_bytes"]
 
@@ -116,6 +115,7 @@ def load(
     """
     model, state, folder = open_checkpoint(path_or_repo, backend)
     layout = _layout(model, state, quantize, group, dtype)
+    tokenizer = find_tokenizer(folder, model)
     path = Path(file) if file is not None else folder / f"experts-{layout.format.replace('/', '-')}.pack"
     opened = _fitting(path, layout)
     if opened is None:
@@ -129,7 +129,6 @@ def load(
         fill(model, Tensors(kept), dtype=dtype, quantize=quantize, group=group)
         for name, module in modules.items():
             model.set_submodule(name, module)
-        tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
         store = _exchange(model, opened, memory_bytes, policy, read_ahead)
     except BaseException:
         opened.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from test_encoder_decoder import SMALL
 from tiny import dense, moe
@@ -19,7 +20,7 @@ from handful import memory
 from handful.checkpoint import Entry
 from handful.config import ModelConfig
 from handful.encoder_decoder import EncoderDecoder
-from handful.errors import CheckpointError, ConfigError
+from handful.errors import CheckpointError, ConfigError, DataError
 from handful.experts.disk import PackFile
 from handful.experts.quantized import QuantizedLinear
 from handful.experts.stored import StoredExperts
@@ -134,6 +135,27 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     with torch.no_grad(), store:
         assert store.slots == 3
         assert model(inputs, outputs)[0].equal(whole(inputs, outputs)[0])
+
+
+def test_a_tokenizer_is_taken_as_load_takes_it(tmp_path: Path) -> None:
+    """One that cannot write every text, such as T5's, is an encoder-decoder's, and no decoder's; none is none."""
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("\u2581words", -1.0)], 0))
+    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    save(EncoderDecoder(SMALL), tmp_path / "both")
+    made(tmp_path / "decoder")
+    model, store = memory.load(tmp_path / "both", 1 << 30)
+    store.close()
+    assert model.tokenizer is None
+    for name in ("both", "decoder"):
+        inner.save(str(tmp_path / name / "tokenizer.json"))
+    model, store = memory.load(tmp_path / "both", 1 << 30)
+    with store:
+        assert model.tokenizer is not None
+        assert model.tokenizer.decode(model.tokenizer.encode("words words")) == "words words"
+    for load in (handful.load, lambda folder: memory.load(folder, 1 << 30)):
+        with pytest.raises(DataError, match="a byte-level or byte-fallback one is needed"):
+            load(tmp_path / "decoder")
+    assert not list((tmp_path / "decoder").glob("*.pack"))  # before hours of packing
 
 
 # ---------------------------------------------------------------------------------------------------------------------

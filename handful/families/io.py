@@ -26,6 +26,7 @@ __all__ = [
     "checkpoint_files",
     "find_config",
     "find_folder",
+    "find_tokenizer",
     "load",
     "load_decoder",
     "open_checkpoint",
@@ -70,6 +71,16 @@ def find_config(model: str | Path) -> ModelConfig | EncoderDecoderConfig | Count
     return count_from_hf(_read_config(file))
 
 
+def find_tokenizer(folder: Path, model: Decoder | EncoderDecoder) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder; None if it has none. DataError for one that the model cannot use.
+
+    Only training on text needs one that can write any. T5's cannot, and an encoder-decoder takes it.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return None
+    return load_tokenizer(folder, any_text=isinstance(model, Decoder))
+
+
 def load(
     path_or_repo: str | Path,
     *,
@@ -96,10 +107,7 @@ def load(
     if quantize is not None:
         check_format(quantize, group)
     model, state, folder = open_checkpoint(path_or_repo, backend)
-    tokenizer = None
-    if (folder / "tokenizer.json").exists():
-        # Only training on text needs a tokenizer that can write any: T5's cannot.
-        tokenizer = load_tokenizer(folder, any_text=isinstance(model, Decoder))
+    tokenizer = find_tokenizer(folder, model)
     fill(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
     model.tokenizer = tokenizer
     return model.eval()
