@@ -6,6 +6,7 @@ Legend: B sequences · S tokens in one · L MoE layers · E experts
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from handful import checkpoint, report
 from handful.balance import global_loss, z_loss
+from handful.cli import main
 from handful.config import BalanceConfig, ModelConfig, TrainConfig, from_dict
 from handful.data import Batches, Data, heldout_batches, load_data
 from handful.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -48,6 +50,12 @@ NOISY_BALANCE = BalanceConfig(loss="switch", weight=0.01, bias_rate=0.01, z_weig
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return tiny_data(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(autouse=True)
+def _never_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody pulls the plug here: what a process that died has written is there, flushed to the disk or not."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def losses(events: list[Event], kind: str = "step") -> list[float]:
@@ -585,10 +593,16 @@ def state_of(run: Path) -> dict[str, Tensor]:
     return dict(load(run).state_dict()) | dict(checkpoint.read_tensors(last / "trainer.safetensors"))
 
 
+@functools.cache
+def what_became_of(run: Path) -> tuple[list[Event], dict[str, Tensor]]:
+    """The events of a finished run, and the state that it left."""
+    return timeless(read_lines(run / "events.jsonl")), state_of(run)
+
+
 def check_same(run: Path, right: Path) -> None:
     """Two finished runs have the same events, weights and moments, to the bit."""
-    assert timeless(read_lines(run / "events.jsonl")) == timeless(read_lines(right / "events.jsonl"))
-    ours, theirs = state_of(run), state_of(right)
+    (events, ours), (right_events, theirs) = what_became_of(run), what_became_of(right)
+    assert events == right_events
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
@@ -733,7 +747,15 @@ balance = {{ loss = "switch", weight = 0.01, bias_rate = 0.01, z_weight = 0.001 
 """
 
 
-def test_sigkill_again_and_again(tmp_path: Path) -> None:
+def goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`handful train --resume`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["handful", "train", "--resume", "--out", str(run)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+
+
+def test_sigkill_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command itself, killed while a checkpoint is written, and at an odd moment; then it ends."""
     run, text = tmp_path / "run", write_text(tmp_path / "text")
     (tmp_path / "config.toml").write_text(CONFIG.format(text=str(text)))
@@ -754,13 +776,14 @@ def test_sigkill_again_and_again(tmp_path: Path) -> None:
         while not moment():
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < limit
-            time.sleep(0.0005)
+            time.sleep(0.0005 if folder.exists() else 0.02)  # it takes seconds to begin
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert reached < steps_done(run) < 40
         reached = steps_done(run)
-    subprocess.run(resume, env=environment, check=True, capture_output=True)
+    monkeypatch.setenv("HANDFUL_CACHE", environment["HANDFUL_CACHE"])
+    goes_on(run, monkeypatch)
 
     asked = checkpoint.read_json(run / "run.json")
     data = load_data(str(text), vocab=300, cache=tmp_path / "cache")
@@ -955,7 +978,7 @@ checkpoint_every = 2
 """
 
 
-def test_sigkill_of_a_run_from_a_model(tmp_path: Path) -> None:
+def test_sigkill_of_a_run_from_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command, killed as soon as there is a run, its model taken away; then it ends as if nothing had been."""
     text, start, run = write_text(tmp_path / "text"), tmp_path / "start", tmp_path / "run"
     data = load_data(str(text), vocab=300, cache=tmp_path / "cache")
@@ -975,7 +998,8 @@ def test_sigkill_of_a_run_from_a_model(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     assert steps_done(run) < 40
     start.rename(tmp_path / "elsewhere")
-    subprocess.run([*command, "--resume", "--out", str(run)], env=environment, check=True, capture_output=True)
+    monkeypatch.setenv("HANDFUL_CACHE", environment["HANDFUL_CACHE"])
+    goes_on(run, monkeypatch)
 
     settings = from_dict(TrainConfig, checkpoint.read_json(run / "run.json")["train"])
     assert (settings.lr, settings.steps, settings.balance) == (0.01, 40, BalanceConfig())
