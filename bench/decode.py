@@ -2,6 +2,7 @@
 
     python bench/decode.py [--models DIR] [--only olmoe-4l] [--formats bfloat16 int8 int4] [--rounds 3]
                            [--llama-bin DIR --gguf DIR] [--vllm PYTHON]
+    python bench/decode.py --recording [--models DIR] [--only olmoe-4l] [--formats int4] [--rounds 9]
 
 olmoe-4l      OLMoE's shape in 4 layers: D=2048, 64 experts of 1024, 8 of a token, 16 heads, 8192 tokens
 mixtral-2l    Mixtral 8x7B's in 2 layers: D=4096, 8 experts of 14336, 2 of a token, 32 heads over 8
@@ -14,8 +15,10 @@ llama.cpp     llama-bench (Q8_0 for int8, Q4_0 and Q4_K_M for int4) and llama-ba
 vLLM          a Python with vllm; DIR/NAME, DIR/NAME-w8a8 and DIR/NAME-w4g128 for its formats
 
 "of memory" is active bytes a token, times tokens a second, beside the rate at which memory is read here, measured
-before every engine; "of products" is 2 FLOPs for each active weight but the output layer's, beside torch's best
-bfloat16 product. Left out are engines that are not given.
+just before; "of products" is 2 FLOPs for each active weight but the output layer's, beside torch's best bfloat16
+product. Left out are engines that are not given.
+
+--recording   what decoding one sequence costs more when its routing is recorded: both, by turns.
 """
 
 from __future__ import annotations
@@ -79,15 +82,21 @@ def tell_all(prefill: Callable[[], float], decode: Callable[[int], float]) -> No
         tell(work, tokens, statistics.median(run() for _ in range(3)))
 
 
-def run_handful(folder: Path, form: str) -> None:
+def load_handful(folder: Path, form: str) -> Any:
     import torch
 
     from handful import load
+
+    return load(folder, dtype=torch.bfloat16, quantize={"bfloat16": None, "int8": 8, "int4": 4}[form])
+
+
+def handful_runs(model: Any) -> tuple[Callable[[], float], Callable[..., float]]:
+    """Seconds of reading a prompt, and of decoding so many sequences."""
+    import torch
+
     from handful.engine import Engine, Request
     from handful.sampling import Sampling
 
-    bits = {"bfloat16": None, "int8": 8, "int4": 4}[form]
-    model: Any = load(folder, dtype=torch.bfloat16, quantize=bits)
     greedy = Sampling(temperature=0)
     draw = torch.Generator().manual_seed(1)
 
@@ -102,8 +111,8 @@ def run_handful(folder: Path, form: str) -> None:
         engine.step()
         return time.perf_counter() - began
 
-    def decode(count: int) -> float:
-        engine = Engine(model, chunk=count * START, max_sequences=count)
+    def decode(count: int, **options: Any) -> float:
+        engine = Engine(model, chunk=count * START, max_sequences=count, **options)
         for request in requests(count, START, STEPS + 1):
             engine.submit(request)
         engine.step()
@@ -112,7 +121,33 @@ def run_handful(folder: Path, form: str) -> None:
             engine.step()
         return time.perf_counter() - began
 
-    tell_all(prefill, decode)
+    return prefill, decode
+
+
+def run_handful(folder: Path, form: str) -> None:
+    tell_all(*handful_runs(load_handful(folder, form)))
+
+
+def recording(arguments: argparse.Namespace) -> None:
+    """Decoding with its routing recorded, beside the same without."""
+    from timing import keep, rounds, show
+
+    from handful.observe import Recorder
+
+    rows = []
+    for name in arguments.only:
+        for form in arguments.formats:
+            _, decode = handful_runs(load_handful(arguments.models / name, form))
+            recorder = Recorder()
+
+            def recorded(decode: Any = decode, recorder: Recorder = recorder) -> float:
+                return float(decode(1, on_routing=lambda *told: recorder.add(told[2])))
+
+            cases = {"decode": lambda decode=decode: decode(1), "recorded": recorded}
+            took = {case: found["median"] for case, found in rounds(cases, arguments.rounds).items()}
+            rows.append({"model": name, "format": form, **took, "ratio": took["recorded"] / took["decode"]})
+    show(rows)
+    keep("recording", rows, {"rounds": arguments.rounds, "steps": STEPS})
 
 
 def run_transformers(folder: Path, implementation: str) -> None:
@@ -233,6 +268,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from handful.machine import measure as rates
 
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    shares: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     reads: list[float] = []
     products: list[float] = []
     for turn in range(arguments.rounds):
@@ -249,17 +285,23 @@ def measure(arguments: argparse.Namespace) -> None:
                     for line in out.stdout.splitlines():
                         if line.startswith('{"work"'):
                             told = json.loads(line)
-                            found[name, form, engine][told["work"]].append(told["tokens_per_second"])
+                            rate = told["tokens_per_second"]
+                            found[name, form, engine][told["work"]].append(rate)
+                            if engine == "Handful" and told["work"] in WORK[:2]:
+                                active, held = weights(arguments.models / name)
+                                share = held[form] * rate / now.read_bytes_per_second
+                                if told["work"] == "prefill":
+                                    share = 2 * active * rate / now.bfloat16_flops
+                                shares[name, form][told["work"]].append(share)
     read, product = statistics.median(reads), statistics.median(products)
     rows = []
     for (name, form, engine), works in found.items():
-        active, held = weights(arguments.models / name)
         row: dict[str, Any] = {"model": name, "format": form, "engine": engine}
         for work in WORK:
             row[work] = round(statistics.median(works[work]), 1) if works.get(work) else "-"
         if engine == "Handful" and works:
-            row["of memory"] = f"{held[form] * statistics.median(works['decode']) / read:.0%}"
-            row["of products"] = f"{2 * active * statistics.median(works['prefill']) / product:.0%}"
+            row["of memory"] = f"{statistics.median(shares[name, form]['decode']):.0%}"
+            row["of products"] = f"{statistics.median(shares[name, form]['prefill']):.0%}"
         rows.append({"of memory": "", "of products": ""} | row)
     rows = [{key: row[key] for key in ("model", "format", "engine", *WORK, "of memory", "of products")} for row in rows]
     show(rows)
@@ -284,6 +326,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=list(VLLM), default=list(VLLM))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--recording", action="store_true")
     parser.add_argument("--llama-bin", type=Path, help="where llama-bench and llama-batched-bench are")
     parser.add_argument("--gguf", type=Path, help="where NAME-FORMAT.gguf are")
     parser.add_argument("--vllm", type=Path, help="a Python that has vllm")
@@ -293,7 +336,7 @@ def main() -> None:
     for name in arguments.only:
         if not (arguments.models / name / "config.json").exists():
             make(arguments.models / name, SHAPES[name])
-    measure(arguments)
+    (recording if arguments.recording else measure)(arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python bench/memory.py --run RUN [--documents 24] [--prompt 64] [--tokens 64]
     python bench/memory.py --model FOLDER [--run RUN] [--shares 100 50 25] [--prompt 64] [--tokens 64] [--quantize 4]
+                           [--llama-bench FILE --gguf FILE]
 
 --run     a run of `handful train` (or any model with its tokenizer): the routings of texts of Python's standard library
           are recorded, prompts at once and then token by token, and every policy is simulated on them, beside the best
@@ -15,11 +16,16 @@
           read every time, and outputs must be the same, bit for bit. With --run the model chooses as that one did in
           its first text (it must have as many experts, and as many layers or more): random weights choose alike for
           every token, which is not what trained ones do.
+          With --llama-bench it decodes the same shape from a GGUF file, mapped, in a memory control group that is
+          granted the same bytes for weights and LLAMA beside them (as root; the file leaves the system's cache first).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -45,6 +51,8 @@ from handful.plan import plan
 from handful.routing import Routing
 
 Key = tuple[int, int]
+
+LLAMA = 200_000_000  # bytes that llama.cpp is granted beside the weights: its cache, its working memory and itself
 
 
 def texts(model: Decoder, documents: int, length: int) -> list[list[int]]:
@@ -143,8 +151,39 @@ def policies(trace: Trace, run: str, documents: int, prompt: int, tokens: int) -
     print(f"the next layer's router guesses {100 * right:.0f} % of its experts from this layer's input")
 
 
+def llama_rate(binary: Path, gguf: Path, limit: int, tokens: int) -> float | None:
+    """Tokens/s that llama.cpp decodes in a process group of at most `limit` bytes; None if it ends without a rate."""
+    old = Path("/sys/fs/cgroup/memory")
+    base, name = (old, "memory.limit_in_bytes") if old.exists() else (old.parent, "memory.max")
+    group = base / f"handful-bench-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / name).write_text(str(limit))
+        with gguf.open("rb") as file:  # what is cached already would be counted as another's
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        threads = str(len(os.sched_getaffinity(0)))
+        # Weights laid out anew would be a copy that no map gives back.
+        command = [str(binary), "-m", str(gguf), "--load-mode", "mmap", "--repack", "0", "-t", threads, "-ngl", "0",
+                   "-p", "0", "-n", str(tokens), "-r", "1"]  # fmt: skip
+        done = subprocess.run(
+            ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command, "-o", "json"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        return float(json.loads(done.stdout)[0]["avg_ts"]) if done.returncode == 0 else None
+    finally:
+        group.rmdir()
+
+
 @torch.inference_mode()
-def speed(folder: str, trace: Trace | None, shares: list[int], prompt: int, tokens: int, quantize: int | None) -> None:
+def speed(
+    folder: str,
+    trace: Trace | None,
+    shares: list[int],
+    prompt: int,
+    tokens: int,
+    quantize: int | None,
+    llama: tuple[Path, Path] | None,
+) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as beside:
         machine = ceilings(beside, fresh=True)
@@ -178,6 +217,7 @@ def speed(folder: str, trace: Trace | None, shares: list[int], prompt: int, toke
                 "waiting %": 100 * stats.total("wait_seconds") / (took * tokens),
                 "read, MB a token": stats.total("bytes_read") / 1e6 / tokens,
                 "guesses right %": 100 * ahead / stats.guesses if stats.guesses else None, "prompt, s": read,
+                "llama.cpp, mapped": llama_rate(*llama, granted + LLAMA, tokens) if llama and not read_ahead else None,
             })  # fmt: skip
             show(rows[-1:])
     disk = machine.disk_bytes_per_second or 0.0
@@ -234,12 +274,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--quantize", type=int)
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path)
     asked = parser.parse_args()
     trace = record(asked.run, asked.documents, asked.prompt, asked.tokens) if asked.run else None
     if trace is not None and not asked.model:
         policies(trace, asked.run, asked.documents, asked.prompt, asked.tokens)
     if asked.model:
-        speed(asked.model, trace, asked.shares, asked.prompt, asked.tokens, asked.quantize)
+        speed(asked.model, trace, asked.shares, asked.prompt, asked.tokens, asked.quantize,
+              (asked.llama_bench, asked.gguf) if asked.llama_bench else None)  # fmt: skip
 
 
 if __name__ == "__main__":

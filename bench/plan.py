@@ -123,8 +123,8 @@ def shares(formats: list[str], repeats: int) -> list[dict[str, Any]]:
         matrices = [matrix for layer in layers for matrix in (layer.q, layer.k, layer.v, layer.o)]
         one, many = torch.randn(1, 1, 2048).to(wide), torch.randn(1, CHUNK, 2048).to(wide)
         short, long = KVCache(shape, 1, past, dtype=wide), KVCache(shape, 1, past, dtype=wide)
-        for held in (t for held in long.held for t in held):
-            held.normal_()
+        for t in (t for held in long.held for t in held):
+            t.normal_()
         long.length = past - 1
         x, w = torch.randn(1024, 2048).to(wide), torch.randn(2048, 2048).to(wide)
         spans = {"one": short.span(shape, 1), "all": long.span(shape, 1), "prompt": short.span(shape, CHUNK)}
