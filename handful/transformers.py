@@ -52,6 +52,7 @@ from handful.experts.grouped import (
 )
 from handful.experts.layer import check_fits
 from handful.experts.native import available, compute_dtype
+from handful.experts.untraced import untraced
 from handful.routing import Routing
 
 __all__ = ["NAME", "Watch", "check", "experts_forward", "watch"]
@@ -195,7 +196,7 @@ def _find_activation(module: Any, act: object) -> str | None:
 
 
 # What a step does depends on the load and on the module: no graph could hold it.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@untraced
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls for an experts module: (T, D), (T, K), (T, K) -> (T, D) in hidden_states' dtype.
 

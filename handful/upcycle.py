@@ -35,6 +35,7 @@ from handful.experts import FeedForward, activate
 from handful.families import config_to_hf, why_not_public
 from handful.families.weights import shapes
 from handful.model import Decoder
+from handful.shapes import shapes_alone
 
 __all__ = ["Method", "Partition", "Report", "Side", "report", "upcycle"]
 
@@ -117,7 +118,7 @@ def upcycle(
         else:
             for layer in range(dense.layers):
                 convert(layer, None)
-    with torch.device("meta"):
+    with shapes_alone():
         made = Decoder(config, backend=backend)
     made.load_state_dict(state, strict=True, assign=True)
     made.tokenizer = model.tokenizer

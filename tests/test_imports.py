@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import moe
 
 import handful
+from handful.families.io import save
+from handful.model import Decoder
 
 PACKAGE = Path(handful.__file__).parent
 
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
     ["errors", "units", "config", "presets", "machine"],
-    ["routing", "loss", "count", "cost", "checkpoint", "text", "documents", "data", "quantize"],
+    ["routing", "shapes", "loss", "count", "cost", "checkpoint", "text", "documents", "data", "quantize"],
     ["experts", "balance", "observe", "placement"],
     ["attention", "moe", "model", "encoder_decoder", "evaluate"],
     ["families", "memory", "upcycle", "transformers"],
@@ -121,6 +124,17 @@ def test_import_is_light() -> None:
     code = "import sys, json, handful; handful.ConfigError; handful.PRESETS; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(HEAVY).isdisjoint(json.loads(run.stdout))
+
+
+def test_loading_a_model_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """torch's own, with sympy: they take as long as the rest of torch."""
+    save(Decoder(moe()), tmp_path / "model")
+    names = "torch._dynamo", "sympy"
+    code = (
+        f"import sys, handful; handful.load({str(tmp_path / 'model')!r}); handful.train; handful.generate\n"
+        f"print([name for name in {names} if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
 
 
 def test_public_names_are_sorted_and_listed_once() -> None:

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from handful.errors import RoutingError
 from handful.experts.reference import activate
+from handful.experts.untraced import untraced
 from handful.routing import Routing
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def one_by_one(x_TD: Tensor, routing: Routing, experts: Experts, dtype: torch.dt
 
 
 # A traced graph cannot know the layout, which depends on the load.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@untraced
 def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply the experts: all rows of all experts in two products each way."""
     dtype = x_TD.dtype

@@ -36,6 +36,7 @@ from handful.experts.layer import BACKENDS, check_fits
 from handful.experts.native import DTYPES, Slots, available, compute_dtype, experts_in_parts, takes
 from handful.experts.readahead import Key, Read, Reader
 from handful.experts.reference import activate
+from handful.experts.untraced import untraced
 from handful.machine import native_error
 from handful.quantize import Packed, unpack
 from handful.routing import Routing
@@ -404,7 +405,7 @@ class StoredExperts(nn.Module):
         self.float_dtype = None if store.layout.bits else getattr(torch, store.layout.dtype)
 
     # A traced graph cannot wait for a disk.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         check_fits(x_TD, routing, self.count, self.width)
         if torch.is_grad_enabled() and (x_TD.requires_grad or routing.weights_TK.requires_grad):

@@ -20,6 +20,7 @@ from handful.families.fill import Progress, fill
 from handful.families.pricing import count_from_hf
 from handful.model import Decoder
 from handful.quantize import check_format
+from handful.shapes import shapes_alone
 from handful.text import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -127,7 +128,7 @@ def open_checkpoint(
     if switch_transformers.is_encoder_decoder(values):
         shape = switch_transformers.config_from_hf(values)
         state = switch_transformers.tensors_from_hf(shape, checkpoint.read_tensors(folder))
-        with torch.device("meta"):
+        with shapes_alone():
             model = EncoderDecoder(shape, backend=backend)
     else:
         config = config_from_hf(values)
@@ -135,7 +136,7 @@ def open_checkpoint(
         if config.layers > len(tensors):
             raise CheckpointError(f"config.json: {config.layers} layers: the checkpoint has {len(tensors)} tensors")
         state = tensors_from_hf(config, tensors)
-        with torch.device("meta"):
+        with shapes_alone():
             model = Decoder(config, backend=backend)
     return model, checkpoint.Tensors.of(state), folder
 
