@@ -172,7 +172,8 @@ def _alone(team: Doc) -> list[str]:
     loss, bits = _loss(team), _finite(team["bits_per_byte"]["mean"])
     total, active = team["parameters"]["total"], team["parameters"]["active"]
     label = team["label"][:1].upper() + team["label"][1:]
-    uses = f"{si(active, short=True)} of its {si(total, short=True)} parameters" if active < total else f"all of its {si(total, short=True)} parameters"
+    part = f"{si(active, short=True)} of its" if active < total else "all of its"
+    uses = f"{part} {si(total, short=True)} parameters"
     out = [f"{label}: every token uses {uses}."]
     if loss is None:
         return [*out, "There is no finite held-out loss: the training diverged or was cut short."]
