@@ -13,6 +13,7 @@ const Kernels& kernels(bool bf16) {
 }
 
 const Stream& stream() {
+  if (has(kAvx512Vnni) && has(kAvx512Bf16)) return kAvx512PairsStream;
   if (has(kAvx512Vnni)) return kAvx512VnniStream;
   return has(kAvx512) ? kAvx512Stream : kAvx2Stream;
 }

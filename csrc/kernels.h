@@ -39,6 +39,7 @@ struct Matrix {
   const uint16_t* scales;
   int64_t scale_stride;  // scales from one row to the next
   int group;
+  bool pairs = false;  // bfloat16 ones may meet vectors rounded to bfloat16, as two products an instruction
 
   const char* row(int64_t r) const { return data + r * stride; }
 };

@@ -29,14 +29,17 @@ Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, co
   const int64_t count = gate_up.codes.size(0), width = x.size(1);
   STD_TORCH_CHECK(count >= 1 && width >= 1 && hidden >= 1, "experts without experts, width or hidden values");
   const Activation kind = activation_of(activation);
+  Stack first = make_stack(gate_up, gate_up_bias, "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width);
+  Stack second = make_stack(down, down_bias, "down", count, width, hidden);
+  for (Matrix* m : {&first.first, &second.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
   return {&kernels(bf16),
           count,
           width,
           hidden,
           kind,
           bf16,
-          make_stack(gate_up, gate_up_bias, "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width),
-          make_stack(down, down_bias, "down", count, width, hidden),
+          first,
+          second,
           static_cast<const char*>(x.const_data_ptr()),
           float_type(x, "x"),
           0,

@@ -6,7 +6,7 @@
 namespace handful {
 
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-extern const Stream kAvx2Stream, kAvx512Stream, kAvx512VnniStream;
+extern const Stream kAvx2Stream, kAvx512Stream, kAvx512VnniStream, kAvx512PairsStream;
 
 Kernels amx_kernels();
 

@@ -10,6 +10,8 @@
 namespace handful {
 namespace {
 
+constexpr int64_t kFewOfFloats = 16;  // tokens that meet weights that are no codes as a stream
+
 // The matrices are of one type and width.
 void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                    const std::vector<char*>& y) {
@@ -100,12 +102,13 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights, con
     stacks.push_back(make_stack({weights[m], scale, bits, group}, bias, "weight", 0, weights[m].size(0), x.size(1)));
     results.push_back(torch::stable::new_empty(x, {tokens, stacks[m].rows}));
     y.push_back(static_cast<char*>(results[m].mutable_data_ptr()));
+    stacks[m].first.pairs = type == Type::kBFloat16 && stacks[m].first.type == type;
     alike = alike && stacks[m].first.type == stacks[0].first.type;
   }
   STD_TORCH_CHECK(alike, "weights are not of one dtype");
   if (tokens == 0) return results;
   const char* from = static_cast<const char*>(x.const_data_ptr());
-  if (tokens <= kFew) {
+  if (tokens <= (bits == 0 ? kFewOfFloats : kFew)) {
     stream_tokens(stacks, from, type, tokens, y);
   } else {
     for (size_t m = 0; m < stacks.size(); ++m) multiply_tokens(stacks[m], from, type, tokens, y[m]);

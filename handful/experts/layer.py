@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from handful.config import GATED, Activation
 from handful.errors import ConfigError, RoutingError
 from handful.experts.grouped import grouped
-from handful.experts.native import FEW, available, linear, linears, native, plain_inference, takes
+from handful.experts.native import available, few, linear, linears, native, plain_inference, takes
 from handful.experts.reference import activate, reference
 from handful.routing import Routing
 
@@ -105,8 +105,9 @@ class Experts(nn.Module):
 def streams(x: Tensor, weight: Tensor, has_native: bool) -> bool:
     """Whether our kernels are to multiply x by a float weight: few tokens in inference, which read a weight as fast as
     memory gives it. With more, torch's products are as good."""
-    few = x.numel() <= FEW * x.shape[-1]
-    return few and has_native and x.dtype == weight.dtype and plain_inference(x)
+    if not has_native or x.dtype != weight.dtype or not plain_inference(x):
+        return False
+    return x.numel() <= few(x.dtype) * x.shape[-1]
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, has_native: bool) -> Tensor:

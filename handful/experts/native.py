@@ -10,6 +10,7 @@ rows (F without a gate) · I inputs, O outputs of a linear map · N assignments 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "attend_one",
     "available",
     "experts_in_parts",
+    "few",
     "linear",
     "linears",
     "native",
@@ -45,6 +47,7 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 FEW = 8  # tokens up to which they read a matrix as a stream (kFew in csrc/layer.h)
+PAIRED, SINGLE = 16, 4  # tokens up to which that is quicker than torch for one matrix of floats: bfloat16 pairs, others
 ROUTED = 32  # tokens up to which a router is one operation; for more, torch's product is the quicker
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
 
@@ -60,6 +63,13 @@ def available() -> bool:
         return False
     _register()
     return True
+
+
+@functools.cache
+def few(dtype: torch.dtype) -> int:
+    """Tokens up to which the kernels multiply a matrix of floats more quickly than torch."""
+    features = torch.ops.handful.isa().split()
+    return PAIRED if dtype == torch.bfloat16 and {"avx512_vnni", "avx512_bf16"} <= {*features} else SINGLE
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,46 @@
+// The streaming kernels with 16 lanes, for CPUs that have AVX-512 VNNI and BF16.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "levels.h"
+
+// gcc 12 warns of its own intrinsics' undefined operands.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+
+namespace handful {
+namespace {
+
+constexpr int W = 16;
+
+#define NARROW
+#include "vectors.inc"
+
+INLINE F permute(F values, U lanes) {
+  return bits<F>(_mm512_permutexvar_ps(bits<__m512i>(lanes), bits<__m512>(values)));
+}
+
+// sums + a · b for two neighbouring numbers to each lane.
+INLINE F multiply_floats(F sums, U a, U b) {
+  return bits<F>(_mm512_dpbf16_ps(bits<__m512>(sums), bits<__m512bh>(a), bits<__m512bh>(b)));
+}
+
+#define PAIRS
+#define CODES "codes_bytes.inc"
+#include "stream.inc"
+#include "attend.inc"
+
+}  // namespace
+
+const Stream kAvx512PairsStream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
+                            from_float,     normalize, attend,  score};
+
+}  // namespace handful
+
+#pragma GCC pop_options
