@@ -21,7 +21,7 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
   const Kernels& kernels = *call.kernels;
   const int values = kernels.values;
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
-  const int64_t x_units = panel_units(D, values) * kPanel, a_units = panel_units(F, values) * kPanel;
+  const int64_t x_units = right_units(kernels, D), a_units = panel_units(F, values) * kPanel;
   const auto panels = static_cast<int64_t>(plan.panels.size());
   const auto wanted = [&](int64_t e) { return many[e] != 0; };
   const Buffer x_buffer(panels * x_units * 4), a_buffer(panels * a_units * 4);
@@ -34,7 +34,7 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
 
   const bool gate = is_gated(call.kind);
   const std::vector<Item> first = items_of(plan, F, gate ? kRows / 2 : kRows, wanted);
-  const int64_t depth = static_cast<int64_t>(kDepth) * values;
+  const int64_t depth = depth_of(kernels);
   each_and_next(static_cast<int64_t>(first.size()), kItemCost * D, [&](int64_t i, int64_t next) {
     const Item& item = first[i];
     const Workspace& w = Workspace::mine();
@@ -74,12 +74,22 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
     }
   });
 
+  const bool quantize = kernels.quantize != nullptr;
+  const int64_t right_a_units = right_units(kernels, F);
+  const Buffer right_buffer(quantize ? panels * right_a_units * 4 : 0);
+  uint32_t* right_a_panels = quantize ? right_buffer.as<uint32_t>() : a_panels;
+  each(quantize ? panels : 0, 0.5 * F * kPanel, [&](int64_t p) {
+    if (!wanted(plan.panels[p].expert)) return;
+    const auto* a = reinterpret_cast<const float*>(a_panels + p * a_units);
+    kernels.quantize(right_a_panels + p * right_a_units, a, F, kHiddenLimit);
+  });
+
   const std::vector<Item> second = items_of(plan, D, kRows, wanted);
   each_and_next(static_cast<int64_t>(second.size()), kItemCost * F, [&](int64_t i, int64_t next) {
     const Item& item = second[i];
     const Workspace& w = Workspace::mine();
     const Matrix m = call.down[item.expert];
-    const Right right = panels_of(plan, item.panel, item.panels, a_panels, a_units);
+    const Right right = panels_of(plan, item.panel, item.panels, right_a_panels, right_a_units);
     const bool bias = call.down.bias != nullptr;
     if (bias) fill_with_bias(w, item.panels, call.down, item.expert, item.row, 0, item.rows);
     kernels.begin();

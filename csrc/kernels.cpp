@@ -12,6 +12,13 @@ const Kernels& kernels(bool bf16) {
   return has(kAvx512) ? kAvx512Kernels : kAvx2Kernels;
 }
 
+const Kernels& kernels(bool bf16, Type weights) {
+  static const Kernels bytes = byte_kernels();
+  const bool codes = weights == Type::kInt8 || weights == Type::kInt4;
+  // AMX multiplies bfloat16 more quickly yet.
+  return codes && bf16 && has(kAvx512Vnni) && !has(kAmxBf16) ? bytes : kernels(bf16);
+}
+
 const Stream& stream() {
   if (has(kAvx512Vnni) && has(kAvx512Bf16)) return kAvx512PairsStream;
   if (has(kAvx512Vnni)) return kAvx512VnniStream;

@@ -8,6 +8,8 @@
 //   panel   unit u of column c       at panel[u * kPanel + c]
 //   tile    row r of column c        at tile[r * kPanel + c], float32
 //
+// Codes may be multiplied as bytes instead, with panels of another form: see kernels_avx512_bytes.cpp.
+//
 // Tokens are columns, so weights are the left matrix as they lie in memory: nothing is transposed in a forward pass
 // but the tokens, which are few.
 #pragma once
@@ -21,6 +23,15 @@ constexpr int kDepth = 256;             // units of the sum that are multiplied 
 constexpr int kLeftStride = kDepth + 16;  // units; not a power of two, which would make rows share a few cache sets
 constexpr int kRows = 96;               // rows of a left block
 constexpr int kUnitGrid = 16;           // panels and left rows are zero up to a multiple of so many units
+
+// Panels of bytes (kernels_avx512_bytes.cpp): for every kByteDepth values a row of 32 units, which says what groups
+// come a second time, and room for each group twice.
+constexpr int kByteDepth = 512;           // values that are multiplied at once
+constexpr int kByteGroup = 32;            // that share a scale
+constexpr int kByteRecord = 12 * kPanel;  // units of a group
+// What a column may be off by, in parts of its length: an input, which may meet a gate and its product, and hidden
+// values. Together they keep a layer within 1e-2. Of normal numbers it is 0.0028 and, after SwiGLU, 0.0047.
+constexpr float kInputLimit = 0.0045f, kHiddenLimit = 0.0055f;
 
 enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 
@@ -101,6 +112,10 @@ struct Kernels {
   // out[c][first + r] = tile[r][c] and out[r][first + c] = tile[r][c]: rows of `type` at `out`.
   void (*store_transposed)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
   void (*store_rows)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
+
+  // Of a panel as pack_tokens and activate make it, of `width` values, the panel that `multiply` takes, where a column is
+  // off by about `limit` of its length at most; null: it is that.
+  void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
 };
 
 // One key-value head's part in one token's attention: `queries` heads share `count` keys and values.
@@ -140,6 +155,8 @@ struct Stream {
 
 // The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them.
 const Kernels& kernels(bool bf16);
+// The same for products with weights of a type: those of codes may be in bytes where those of bfloat16 would do.
+const Kernels& kernels(bool bf16, Type weights);
 const Stream& stream();
 
 }  // namespace handful

@@ -29,10 +29,12 @@ Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, co
   const int64_t count = gate_up.codes.size(0), width = x.size(1);
   STD_TORCH_CHECK(count >= 1 && width >= 1 && hidden >= 1, "experts without experts, width or hidden values");
   const Activation kind = activation_of(activation);
+  // Two codes are a byte at most. Beyond that `hidden` could not be doubled.
+  STD_TORCH_CHECK(hidden / 2 <= down.codes.size(2), "down has rows of ", down.codes.size(2), ": hidden = ", hidden);
   Stack first = make_stack(gate_up, gate_up_bias, "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width);
   Stack second = make_stack(down, down_bias, "down", count, width, hidden);
   for (Matrix* m : {&first.first, &second.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
-  return {&kernels(bf16),
+  return {&kernels(bf16, first.first.type),
           count,
           width,
           hidden,
@@ -65,13 +67,20 @@ void store_assignments(const Call& call, const Plan& plan, const Item& item, con
   }
 }
 
+void pack_right(const Kernels& kernels, uint32_t* to, const char* const* rows, int count, Type type, int64_t width) {
+  if (kernels.quantize == nullptr) return kernels.pack_tokens(to, rows, count, type, width);
+  const Buffer buffer(panel_units(width, kernels.values) * kPanel * 4);
+  kernels.pack_tokens(buffer.as<uint32_t>(), rows, count, type, width);
+  kernels.quantize(to, buffer.as<float>(), width, kInputLimit);
+}
+
 void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to) {
   const Panel& p = plan.panels[panel];
   const char* rows[kPanel];
   for (int c = 0; c < p.count; ++c) {
     rows[c] = x + (call.first_token + plan.token(p.first + c)) * call.width * bytes_of(type);
   }
-  call.kernels->pack_tokens(to, rows, p.count, type, call.width);
+  pack_right(*call.kernels, to, rows, p.count, type, call.width);
 }
 
 void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type) {

@@ -71,6 +71,9 @@ void fill_with_bias(const Workspace& w, int panels, const Stack& stack, int64_t 
 // Writes an item's tiles, transposed, to the rows that its assignments have in rows_ND.
 void store_assignments(const Call& call, const Plan& plan, const Item& item, const Workspace& w, float* rows_ND);
 
+// Makes a panel of `count` rows of `width` values.
+void pack_right(const Kernels& kernels, uint32_t* to, const char* const* rows, int count, Type type, int64_t width);
+
 // Makes a panel of the rows that its assignments' tokens have in `x`.
 void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to);
 

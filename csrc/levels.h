@@ -9,5 +9,6 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 extern const Stream kAvx2Stream, kAvx512Stream, kAvx512VnniStream, kAvx512PairsStream;
 
 Kernels amx_kernels();
+Kernels byte_kernels();
 
 }  // namespace handful

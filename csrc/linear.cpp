@@ -49,8 +49,8 @@ void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, i
 }
 
 void multiply_tokens(const Stack& stack, const char* x, Type type, int64_t tokens, char* y) {
-  const Kernels& k = kernels(type == Type::kBFloat16);
-  const int64_t I = stack.width, O = stack.rows, units = panel_units(I, k.values) * kPanel;
+  const Kernels& k = kernels(type == Type::kBFloat16, stack.first.type);
+  const int64_t I = stack.width, O = stack.rows, units = right_units(k, I);
   const int64_t panels = (tokens + kPanel - 1) / kPanel;
   const Buffer x_buffer(panels * units * 4);
   uint32_t* x_panels = x_buffer.as<uint32_t>();
@@ -58,7 +58,7 @@ void multiply_tokens(const Stack& stack, const char* x, Type type, int64_t token
   each(panels, 0.5 * I * kPanel, [&](int64_t p) {
     const char* rows[kPanel];
     for (int c = 0; c < columns(p); ++c) rows[c] = x + (p * kPanel + c) * I * bytes_of(type);
-    k.pack_tokens(x_panels + p * units, rows, columns(p), type, I);
+    pack_right(k, x_panels + p * units, rows, columns(p), type, I);
   });
 
   const int64_t row_blocks = (O + kRows - 1) / kRows, groups = (panels + Workspace::kGroup - 1) / Workspace::kGroup;

@@ -104,31 +104,43 @@ struct NothingNext {
   void operator()(int64_t, int, int, int) const {}
 };
 
+// Units of a panel of `width` values.
+inline int64_t panel_units(int64_t width, int values) {
+  const int64_t units = (width + values - 1) / values;
+  return (units + kUnitGrid - 1) / kUnitGrid * kUnitGrid;
+}
+
+// Values of the sum that are multiplied at once.
+inline int64_t depth_of(const Kernels& kernels) {
+  return kernels.quantize == nullptr ? int64_t{kDepth} * kernels.values : kByteDepth;
+}
+
+// Units of all columns of a panel of `width` values, as `multiply` takes it: where value `width` begins, for a multiple
+// of the depth.
+inline int64_t right_units(const Kernels& kernels, int64_t width) {
+  if (kernels.quantize == nullptr) return panel_units(width, kernels.values) * kPanel;
+  return (width + kByteDepth - 1) / kByteDepth * kPanel + (width + kByteGroup - 1) / kByteGroup * 2 * kByteRecord;
+}
+
 // tiles (+)= left · right over `count` values of the sum; pack(left, k0, some) brings the left matrix's values k0 to
 // k0 + some. Between begin and end. upcoming(k0, some, part, parts) may prefetch a part of what is packed next: values
 // k0 to k0 + some, or what comes after this block if k0 is `count`.
 template <class Pack, class Upcoming = NothingNext>
 void multiply_block(const Kernels& kernels, const Workspace& w, int rows, const Right& right, int64_t count, bool add,
                     const Pack& pack, const Upcoming& upcoming = {}) {
-  const int64_t depth = static_cast<int64_t>(kDepth) * kernels.values;
+  const int64_t depth = depth_of(kernels);
   for (int64_t k0 = 0; k0 < count; k0 += depth) {
     const int some = static_cast<int>(count - k0 < depth ? count - k0 : depth);
     pack(w.left, k0, some);
-    const int64_t unit = k0 / kernels.values;
+    const int64_t at = right_units(kernels, k0);
     const int units = (some + kernels.values - 1) / kernels.values;
     const int64_t rest = count - k0 - some;
     for (int p = 0; p < right.panels; ++p) {
       upcoming(k0 + some, static_cast<int>(rest < depth ? rest : depth), p, right.panels);
-      kernels.multiply(w.tile(p), w.left, rows, right.first + p * right.stride + unit * kPanel, units,
+      kernels.multiply(w.tile(p), w.left, rows, right.first + p * right.stride + at, units,
                        right.columns(p), add || k0 > 0);
     }
   }
-}
-
-// Units of a panel of `width` values.
-inline int64_t panel_units(int64_t width, int values) {
-  const int64_t units = (width + values - 1) / values;
-  return (units + kUnitGrid - 1) / kUnitGrid * kUnitGrid;
 }
 
 }  // namespace handful

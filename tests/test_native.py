@@ -48,6 +48,9 @@ CORE = [
     "test_streaming",
     "test_linear",
     "test_quantized_experts",
+    "test_quantized_experts_stay_exact",
+    "test_a_quantised_token_is_its_own",
+    "test_quantised_tokens_of_any_size",
     "test_threads_change_no_bit",
     "test_a_nan_leaves_nothing_behind",
     "test_large_hidden_values",
@@ -314,6 +317,86 @@ def test_quantized_experts(bits: int, group: int, activation: Activation) -> Non
             )
             assert got.dtype == dtype
             assert distance(got, want) <= (1e-3 if dtype == F32 else BOUND[BF16]), (T, dtype)
+
+
+def tokens_like(kind: str, T: int, D: int) -> Tensor:
+    """Tokens whose values are hard to round: of heavy tails, or a few that are most of the token."""
+    x_TD = torch.randn(T, D)
+    if kind == "heavy tails":
+        x_TD /= (torch.randn(3, T, D).square().sum(0) / 3).sqrt()  # Student's t with 3 degrees of freedom
+    if kind == "an outlier":
+        x_TD[:, D // 3] *= 100
+    if kind == "an outlier in every group":
+        x_TD[:, 5::32] *= 100
+    return x_TD.to(BF16)
+
+
+def silu_layer(x_TD: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+    """One expert's output in float64."""
+    gate_TF, up_TF = (x_TD.double() @ unpack(gate_up, F64)[0].T).chunk(2, dim=1)
+    out_TD: Tensor = nn.functional.silu(gate_TF) * up_TF @ unpack(down, F64)[0].T
+    return out_TD
+
+
+def one_expert(x_TD: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+    T = len(x_TD)
+    routing = routing_of([[0]] * T, 1, torch.ones(T, 1))
+    return quantized_experts(x_TD, routing, gate_up, down, None, None, "swiglu")
+
+
+def packed_expert(D: int, F: int, bits: int, group: int) -> tuple[Packed, Packed]:
+    return (
+        pack(torch.randn(1, 2 * F, D) / D**0.5, bits, group),
+        pack(torch.randn(1, D, F) / F**0.5, bits, group),
+    )
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "an outlier", "an outlier in every group"])
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 32), (4, 128)])
+def test_quantized_experts_stay_exact(bits: int, group: int, kind: str) -> None:
+    """With many tokens bfloat16 x may be made bytes. One byte for a value would be off by 1.2e-2 of normal numbers, and
+    by 2e-2 of the others."""
+    for D, F in ((64, 64), (300, 70), (1024, 200)):
+        gate_up, down = packed_expert(D, F, bits, group)
+        x_TD = tokens_like(kind, 40, D)
+        bound = 7.5e-3 if kind == "normal" else 9e-3
+        assert distance(one_expert(x_TD, gate_up, down), silu_layer(x_TD, gate_up, down)) <= bound, (D, F)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_token_is_its_own(bits: int) -> None:
+    """Its bits do not depend on the others, and what is wrong in it does not reach them."""
+    D, F = 610, 97
+    gate_up, down = packed_expert(D, F, bits, 32)
+    matrix = Packed(gate_up.codes[0], gate_up.scales[0], bits, 32, D)
+    x_TD = tokens_like("normal", 40, D)
+    plain_TD, plain_TO = one_expert(x_TD, gate_up, down), linear(x_TD, matrix)
+    assert one_expert(x_TD[:9], gate_up, down).equal(plain_TD[:9])
+    assert linear(x_TD[:9], matrix).equal(plain_TO[:9])
+    strange_TD = x_TD.clone()
+    strange_TD[2, 7] = 1e4  # most of its token: some of it is multiplied twice
+    strange_TD[11, 600] = math.nan
+    strange_TD[20, 0] = math.inf
+    strange_TD[33] = 0
+    rest = [t for t in range(40) if t not in (2, 11, 20, 33)]
+    for got, plain in ((one_expert(strange_TD, gate_up, down), plain_TD), (linear(strange_TD, matrix), plain_TO)):
+        assert got[rest].equal(plain[rest])
+        assert not got[[11, 20]].isfinite().any()
+        assert got[2].isfinite().all()
+        assert (got[33] == 0).all()
+    turned = list(range(39, -1, -1))
+    assert one_expert(strange_TD[turned], gate_up, down)[turned][rest].equal(plain_TD[rest])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_tokens_of_any_size(bits: int) -> None:
+    """From beyond what squares in float32 hold to next to nothing, in one batch; and groups far below their token's."""
+    packed = pack(torch.randn(40, 130), bits)
+    x_TI = tokens_like("normal", 12, 130)
+    x_TI *= torch.logspace(-28, 30, 12).to(BF16).unsqueeze(1)
+    x_TI[5, 32:64] *= 1e-20
+    got, want = linear(x_TI, packed).double(), x_TI.double() @ unpack(packed, F64).T
+    assert float(((got - want).norm(dim=1) / want.norm(dim=1)).max()) <= 8e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
