@@ -65,8 +65,9 @@ class Efficiency:
 
 # Seen on an EPYC with AVX-512 BF16 and VNNI. Experts: bench/results/experts.json (`python bench/experts.py`), medians
 # of "decode" with one token by "read", and of "prefill" by the product 1024×2048×2048, which is the one that
-# `machine.measure` takes. Packed matrices with few tokens go through the same kernels, so they have the same share. The
-# rest, attention with its norms and RoPE: `python bench/plan.py --shares`.
+# `machine.measure` takes. The rest, attention with its norms and RoPE: `python bench/plan.py --shares`. With few tokens
+# codes take about as many instructions as bytes allow, so that where memory is quick they reach less of its rate: their
+# shares stand between what was seen at 30 and at 45 GB/s.
 EFFICIENCY = {
     "float32": Efficiency(
         experts=0.94,
@@ -85,19 +86,19 @@ EFFICIENCY = {
         attention_product=0.13,
     ),
     "int8": Efficiency(
-        experts=0.93,
-        matrices=0.93,
+        experts=0.9,
+        matrices=0.8,
         attention=0.6,
-        experts_product=1.1,
-        matrices_product=1.0,
+        experts_product=1.45,
+        matrices_product=1.1,
         attention_product=0.13,
     ),
     "int4": Efficiency(
-        experts=0.87,
-        matrices=0.87,
+        experts=0.8,
+        matrices=0.6,
         attention=0.6,
-        experts_product=1.2,
-        matrices_product=1.0,
+        experts_product=1.5,
+        matrices_product=1.1,
         attention_product=0.13,
     ),
 }
