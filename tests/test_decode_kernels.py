@@ -358,6 +358,18 @@ def test_equal_scores_and_scores_that_are_none() -> None:
     assert sorted(spoilt.experts_TK[0].tolist()) == sorted(set(spoilt.experts_TK[0].tolist()))
 
 
+def test_a_router_s_parameters_as_they_may_lie() -> None:
+    """A weight that is a view, and a balance bias in the model's dtype."""
+    router = router_of(RouterConfig(experts=6, top_k=2, balance_bias=True), 8, torch.bfloat16)
+    x_TD = torch.randn(3, 8).bfloat16()
+    with torch.inference_mode():
+        router.weight = torch.nn.Parameter(torch.randn(8, 6).bfloat16().T, requires_grad=False)
+        router.balance_bias = torch.randn(6).bfloat16()
+        want, got = through_torch(router, x_TD), router(x_TD)
+    assert got.experts_TK.equal(want.experts_TK)
+    assert got.weights_TK.allclose(want.weights_TK, atol=1e-6)
+
+
 def test_a_router_refuses_experts_that_do_not_exist() -> None:
     config = RouterConfig(experts=4, top_k=2)
     router, x_TD = Router(8, config).eval(), torch.randn(1, 8)

@@ -307,10 +307,12 @@ def route(
 
     chosen_TK   int64: the experts to take whatever the scores. RoutingError for one that does not exist.
     """
+    balance_bias_E = None if balance_bias_E is None else balance_bias_E.float()
     try:
         found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.handful.route(
-            x_TD.contiguous(), weight_ED, bias_E, balance_bias_E, chosen_TK, config.score == "sigmoid", config.groups,
-            config.top_groups, config.group_score == "top2", config.top_k, config.normalize, config.scale,
+            x_TD.contiguous(), weight_ED.contiguous(), bias_E, balance_bias_E, chosen_TK, config.score == "sigmoid",
+            config.groups, config.top_groups, config.group_score == "top2", config.top_k, config.normalize,
+            config.scale,
         )  # fmt: skip
     except RuntimeError as error:
         raise _explained(error) from None
