@@ -10,7 +10,6 @@ rows (F without a gate) · I inputs, O outputs of a linear map · N assignments 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ ROUTED = 32  # tokens up to which a router is one operation; for more, torch's p
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
 
 _registered = False
+_pairs = False  # whether few tokens meet bfloat16 matrices as pairs
 
 
 def available() -> bool:
@@ -65,11 +65,9 @@ def available() -> bool:
     return True
 
 
-@functools.cache
 def few(dtype: torch.dtype) -> int:
     """Tokens up to which the kernels multiply a matrix of floats more quickly than torch."""
-    features = torch.ops.handful.isa().split()
-    return PAIRED if dtype == torch.bfloat16 and {"avx512_vnni", "avx512_bf16"} <= {*features} else SINGLE
+    return PAIRED if dtype == torch.bfloat16 and _pairs else SINGLE
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -452,9 +450,10 @@ def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
 
 
 def _register() -> None:
-    global _registered
+    global _registered, _pairs
     if _registered:
         return
+    _pairs = {"avx512_vnni", "avx512_bf16"} <= {*torch.ops.handful.isa().split()}
     torch.library.register_fake("handful::experts", _fake_experts)
     torch.library.register_fake("handful::experts_forward", _fake_forward)
     torch.library.register_fake("handful::experts_backward", _fake_backward)
