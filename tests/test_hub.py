@@ -116,6 +116,7 @@ class Hub:
             "HF_HOME": str(cache),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "0",  # libraries that other tests import may have set it
             **changes,
         }
 
