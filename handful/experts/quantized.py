@@ -132,7 +132,7 @@ class PackedWeight(nn.Module):
 class QuantizedExperts(nn.Module):
     """E feed-forward networks with quantised weights: (x_TD, routing) -> y_TD, as `Experts`, without gradients.
 
-    gate_up   (E, G, D) packed; down (E, D, F) packed. They are multiplied in x's dtype.
+    gate_up   (E, G, D) packed; down (E, D, F) packed. They are multiplied in x's dtype, or nearly (docs/native.md).
     gate_up_bias (E, G) and down_bias (E, D), not quantised, or None.
     backend   "auto": the native kernels where they are (a CPU, float32 and bfloat16), else the plain loop. "native":
               those kernels or an error. "grouped" and "reference": the plain loop.
