@@ -44,8 +44,7 @@ void nothing() {}
 
 const Kernels kAvx512Kernels = {VALUES,          nothing,  nothing,  pack_rows,         pack_columns,     pack_tokens,
                               pack_transposed, multiply, activate, activate_backward, store_transposed, store_rows};
-const Stream kAvx512Stream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
-                            from_float,     normalize, attend,  score};
+const Stream kAvx512Stream = kLoops;
 
 }  // namespace handful
 

@@ -22,10 +22,6 @@ constexpr int W = 16;
 #define NARROW
 #include "vectors.inc"
 
-INLINE F permute(F values, U lanes) {
-  return bits<F>(_mm512_permutexvar_ps(bits<__m512i>(lanes), bits<__m512>(values)));
-}
-
 // sums + a · b for two neighbouring numbers to each lane.
 INLINE F multiply_floats(F sums, U a, U b) {
   return bits<F>(_mm512_dpbf16_ps(bits<__m512>(sums), bits<__m512bh>(a), bits<__m512bh>(b)));
@@ -38,8 +34,7 @@ INLINE F multiply_floats(F sums, U a, U b) {
 
 }  // namespace
 
-const Stream kAvx512PairsStream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
-                            from_float,     normalize, attend,  score};
+const Stream kAvx512PairsStream = kLoops;
 
 }  // namespace handful
 

@@ -21,18 +21,13 @@ constexpr int W = 16;
 
 #include "vectors.inc"
 
-INLINE F permute(F values, U lanes) {
-  return bits<F>(_mm512_permutexvar_ps(bits<__m512i>(lanes), bits<__m512>(values)));
-}
-
 #define CODES "codes_bytes.inc"
 #include "stream.inc"
 #include "attend.inc"
 
 }  // namespace
 
-const Stream kAvx512VnniStream = {prepared_bytes, prepare, stream_multiply, stream_activate, combine, to_float,
-                            from_float,     normalize, attend,  score};
+const Stream kAvx512VnniStream = kLoops;
 
 }  // namespace handful
 

@@ -65,11 +65,9 @@ def rope_frequency(config: ModelConfig, device: torch.device | str = "cpu") -> t
     r = config.rotary_dim
     exponent = torch.arange(0, r, 2, device=device, dtype=torch.float32) / r
     frequency = 1.0 / config.rope_theta**exponent
-    return (
-        (frequency, 1.0)
-        if config.rope_scaling is None
-        else _stretched(config.rope_scaling, config.rope_theta, frequency)
-    )
+    if config.rope_scaling is None:
+        return frequency, 1.0
+    return _stretched(config.rope_scaling, config.rope_theta, frequency)
 
 
 def rope_table(turns: tuple[Tensor, float], positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,11 +236,7 @@ class Span:
 
     @staticmethod
     def of(
-        config: ModelConfig,
-        new: int,
-        cache: KVCache | None,
-        padding_B: Tensor | None,
-        device: torch.device,
+        config: ModelConfig, new: int, cache: KVCache | None, padding_B: Tensor | None, device: torch.device
     ) -> Span:
         """The span of `new` tokens after the cached ones."""
         past = 0 if cache is None else cache.length

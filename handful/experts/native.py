@@ -438,10 +438,8 @@ def _fake_route(
     x: Tensor, weight: Tensor, bias: Tensor | None, balance_bias: Tensor | None, chosen: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (tokens, _), experts, top_k = x.shape, weight.shape[0], others[4]
-    scores, weights = (
-        x.new_empty((tokens, experts), dtype=torch.float32),
-        x.new_empty((tokens, top_k), dtype=torch.float32),
-    )
+    scores = x.new_empty((tokens, experts), dtype=torch.float32)
+    weights = x.new_empty((tokens, top_k), dtype=torch.float32)
     return scores, torch.empty_like(scores), weights.new_empty(weights.shape, dtype=torch.int64), weights
 
 
