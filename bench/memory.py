@@ -11,11 +11,10 @@
           then chosen.
 --model   a checkpoint folder: its experts are packed there (once), then decoded with a budget that holds 100, 50 and
           25 % of them, with and without reading ahead. "forecast" is `handful plan`'s with the hit rate of the same
-          run, from rates measured before it: the slowest, if nothing is computed while the disk is read, and the
-          quickest, if always something is. The same tokens are
-          read every time, and outputs must be the same, bit for bit. With --run the model chooses as that one did in
-          its first text (it must have as many experts, and as many layers or more): random weights choose alike for
-          every token, which is not what trained ones do.
+          run, "beforehand" with the one that it takes where none is known; both from rates measured before. The same
+          tokens are read every time, and outputs must be the same, bit for bit. With --run the model chooses as that
+          one did in its first text (it must have as many experts, and as many layers or more): random weights choose
+          alike for every token, which is not what trained ones do.
           With --llama-bench it decodes the same shape from a GGUF file, mapped, in a memory control group that is
           granted the same bytes for weights and LLAMA beside them (as root; the file leaves the system's cache first).
 """
@@ -185,12 +184,12 @@ def speed(
     llama: tuple[Path, Path] | None,
 ) -> None:
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as beside:
-        machine = ceilings(beside, fresh=True)
     dtype = {None: "bfloat16", 8: "int8", 4: "int4"}[quantize]
     model, store = memory.load(folder, 1 << 50, quantize=quantize)
     layout, held = store.layout, memory.resident_bytes(model)
     store.close()
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as beside:
+        machine = ceilings(beside, fresh=True)
     right: list[Tensor] = []
     for share in shares:
         granted = held + layout.records * share // 100 * layout.record_bytes
@@ -206,25 +205,24 @@ def speed(
             right = right or outputs
             assert all(a.equal(b) for a, b in zip(outputs, right, strict=True)), "a budget changed the output"
             planned = plan(model.config, machine, dtype=dtype, memory=granted, context=prompt + tokens)
-            assert planned.decode is not None
-            can = planned.decode.forecast(stats.hit_rate)
+            can, unknown = planned.decode_tokens_per_second(stats.hit_rate), planned.decode_tokens_per_second()
             assert can is not None
             ahead = stats.total("ahead")
+            disk = machine.disk_bytes_per_second or 0.0
             rows.append({
                 "experts in memory": f"{share} %", "read ahead": "yes" if read_ahead else "",
                 "weights, GB": granted / 1e9, "hits %": 100 * stats.hit_rate, "tokens/s": 1 / took,
-                "forecast, slowest": can.slowest, "quickest": can.quickest,
+                "forecast": can, "forecast ÷ measured": can * took, "beforehand": unknown,
                 "waiting %": 100 * stats.total("wait_seconds") / (took * tokens),
                 "read, MB a token": stats.total("bytes_read") / 1e6 / tokens,
                 "guesses right %": 100 * ahead / stats.guesses if stats.guesses else None, "prompt, s": read,
+                "memory, GB/s": machine.read_bytes_per_second / 1e9, "disk, GB/s": disk / 1e9,
                 "llama.cpp, mapped": llama_rate(*llama, granted + LLAMA, tokens) if llama and not read_ahead else None,
             })  # fmt: skip
             show(rows[-1:])
-    disk = machine.disk_bytes_per_second or 0.0
-    print(f"memory {machine.read_bytes_per_second / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s, "
-          f"{layout.format}, an expert {layout.record_bytes / 1e6:.2f} MB")  # fmt: skip
-    notes = {"format": layout.format, "prompt": prompt, "tokens": tokens, "memory": machine.read_bytes_per_second,
-             "disk": machine.disk_bytes_per_second, "routings": "random" if trace is None else "of a run"}  # fmt: skip
+    print(f"{layout.format}, an expert {layout.record_bytes / 1e6:.2f} MB")
+    notes = {"format": layout.format, "prompt": prompt, "tokens": tokens,
+             "routings": "random" if trace is None else "of a run"}  # fmt: skip
     publish(f"memory-{layout.format.replace('/', '-')}", rows, notes)
 
 

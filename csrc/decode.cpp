@@ -2,6 +2,7 @@
 // in the cache, each as one operation. Through torch they would be some thirty for every layer.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <xmmintrin.h>
 
 #include <algorithm>
 #include <vector>
@@ -79,9 +80,44 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return y;
 }
 
+// The place of the largest of a vector of logits (V): the first of equals; a NaN is above all numbers, as it is to torch.
+int64_t likeliest(Tensor logits) {
+  STD_TORCH_CHECK(logits.dim() == 1 && logits.is_contiguous() && logits.size(0) >= 1, "logits is not a contiguous vector");
+  const Type type = float_type(logits, "logits");
+  constexpr int64_t kSome = 1024;
+  alignas(64) float some[kSome];
+  int64_t place = 0;
+  float best = 0;
+  for (int64_t first = 0; first < logits.size(0); first += kSome) {
+    const int64_t count = std::min(kSome, logits.size(0) - first), whole = (count + 15) / 16 * 16;
+    stream().to_float(some, data_of(logits) + first * bytes_of(type), type, count);
+    std::fill(some + count, some + whole, some[0]);
+    __m128 most[4] = {_mm_load_ps(some), _mm_load_ps(some), _mm_load_ps(some), _mm_load_ps(some)};
+    __m128 strange = _mm_cmpunord_ps(most[0], most[0]);
+    for (int64_t i = 0; i < whole; i += 16) {
+      for (int j = 0; j < 4; ++j) {
+        const __m128 x = _mm_load_ps(some + i + 4 * j);
+        most[j] = _mm_max_ps(x, most[j]);
+        strange = _mm_or_ps(strange, _mm_cmpunord_ps(x, x));
+      }
+    }
+    const __m128 top = _mm_max_ps(_mm_max_ps(most[0], most[1]), _mm_max_ps(most[2], most[3]));
+    // Most of the parts have nothing that is above all before them, and are not looked at again.
+    if (first > 0 && _mm_movemask_ps(_mm_or_ps(strange, _mm_cmpgt_ps(top, _mm_set1_ps(best)))) == 0) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      if (some[i] != some[i]) return first + i;
+      if ((first == 0 && i == 0) || some[i] > best) {
+        best = some[i];
+        place = first + i;
+      }
+    }
+  }
+  return place;
+}
+
 // The next token of each of B sequences: q (B, H·d), k and v (B, J·d) before norm and rotation. The sequences lie in
 // several caches, in order: keys and values (b, J, C, d) of each, for b sequences that hold `lengths` tokens, and whose
-// new one is turned by its row of cos and sin. -> (B, H·d)
+// new one is turned by its row of cos and sin (..., r/2). -> (B, H·d)
 Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
                   Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,
                   std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks) {
@@ -98,10 +134,11 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
   STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && q.size(1) == group * J * d && group >= 1 && k.size(1) == J * d &&
                       v.size(1) == J * d,
                   "q, k and v do not fit keys (batch, heads, room, width)");
-  const int64_t half = cos.dim() == 2 ? cos.size(1) : -1;
-  STD_TORCH_CHECK(cos.dim() == 2 && sin.dim() == 2 && cos.size(0) == caches && sin.size(0) == caches &&
-                      sin.size(1) == half && 2 * half <= d && cos.is_contiguous() && sin.is_contiguous() &&
-                      float_type(cos, "cos") == Type::kFloat32 && float_type(sin, "sin") == Type::kFloat32,
+  const int64_t half = cos.numel() / caches;
+  STD_TORCH_CHECK(cos.dim() >= 1 && cos.size(cos.dim() - 1) == half && cos.numel() == caches * half &&
+                      sin.dim() >= 1 && sin.size(sin.dim() - 1) == half && sin.numel() == caches * half && 2 * half <= d &&
+                      cos.is_contiguous() && sin.is_contiguous() && float_type(cos, "cos") == Type::kFloat32 &&
+                      float_type(sin, "sin") == Type::kFloat32,
                   "cos and sin are not float32 (caches, at most half a head)");
   std::vector<Past> pasts;
   for (int64_t c = 0; c < caches; ++c) {
@@ -181,6 +218,7 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("likeliest(Tensor logits) -> int");
   m.def(
       "attend_one(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool whole_norm, Tensor cos, "
       "Tensor sin, bool adjacent, Tensor(a!)[] keys, Tensor(b!)[] values, int[] lengths, int window, float scale, "
@@ -189,5 +227,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&handful::rms_norm));
+  m.impl("likeliest", TORCH_BOX(&handful::likeliest));
   m.impl("attend_one", TORCH_BOX(&handful::attend_one));
 }

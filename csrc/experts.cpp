@@ -34,30 +34,18 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
 
   const bool gate = is_gated(call.kind);
   const std::vector<Item> first = items_of(plan, F, gate ? kRows / 2 : kRows, wanted);
-  const int64_t depth = depth_of(kernels);
-  each_and_next(static_cast<int64_t>(first.size()), kItemCost * D, [&](int64_t i, int64_t next) {
+  each(static_cast<int64_t>(first.size()), kItemCost * D, [&](int64_t i) {
     const Item& item = first[i];
     const Workspace& w = Workspace::mine();
     const Matrix m = call.gate_up[item.expert];
     const Right right = panels_of(plan, item.panel, item.panels, x_panels, x_units);
-    const int rows = gate ? 2 * item.rows : item.rows;
     const bool bias = call.gate_up.bias != nullptr;
     if (bias) {
       fill_with_bias(w, item.panels, call.gate_up, item.expert, item.row, 0, item.rows);
       if (gate) fill_with_bias(w, item.panels, call.gate_up, item.expert, F + item.row, item.rows, item.rows);
     }
     kernels.begin();
-    multiply_block(kernels, w, rows, right, D, bias, [&](uint32_t* left, int64_t k0, int some) {
-      kernels.pack_rows(left, m, item.row, item.rows, k0, some);
-      if (gate) kernels.pack_rows(left + item.rows * kLeftStride, m, F + item.row, item.rows, k0, some);
-    }, [&](int64_t k0, int some, int part, int parts) {
-      if (k0 == D && next < 0) return;
-      const Item& then = k0 < D ? item : first[next];
-      const Matrix from = call.gate_up[then.expert];
-      const int64_t at = k0 < D ? k0 : 0, count = k0 < D ? some : std::min(D, depth);
-      prefetch(from, then.row, then.rows, at, count, part, parts);
-      if (gate) prefetch(from, F + then.row, then.rows, at, count, part, parts);
-    });
+    multiply_matrix(kernels, w, {m, item.rows, gate ? 2 : 1, {item.row, F + item.row}}, right, D, bias);
     kernels.end();
     const int64_t kept_row = kPanel * bytes_of(call.type());
     for (int p = 0; p < item.panels; ++p) {
@@ -65,7 +53,8 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
         return kept == nullptr ? nullptr : static_cast<char*>(kept) + ((item.panel + p) * G + row) * kept_row;
       };
       uint32_t* to = a_panels + (item.panel + p) * a_units;
-      kernels.activate({call.kind, item.rows, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
+      const int columns = kernels.quantize == nullptr ? right.columns(p) : kPanel;
+      kernels.activate({call.kind, item.rows, columns, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
                         to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, call.type()});
       if (item.row + item.rows == F) {
         const int64_t end = (F + values - 1) / values * kPanel;
@@ -85,7 +74,7 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
   });
 
   const std::vector<Item> second = items_of(plan, D, kRows, wanted);
-  each_and_next(static_cast<int64_t>(second.size()), kItemCost * F, [&](int64_t i, int64_t next) {
+  each(static_cast<int64_t>(second.size()), kItemCost * F, [&](int64_t i) {
     const Item& item = second[i];
     const Workspace& w = Workspace::mine();
     const Matrix m = call.down[item.expert];
@@ -93,14 +82,7 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
     const bool bias = call.down.bias != nullptr;
     if (bias) fill_with_bias(w, item.panels, call.down, item.expert, item.row, 0, item.rows);
     kernels.begin();
-    multiply_block(kernels, w, item.rows, right, F, bias, [&](uint32_t* left, int64_t k0, int some) {
-      kernels.pack_rows(left, m, item.row, item.rows, k0, some);
-    }, [&](int64_t k0, int some, int part, int parts) {
-      if (k0 == F && next < 0) return;
-      const Item& then = k0 < F ? item : second[next];
-      const int64_t at = k0 < F ? k0 : 0, count = k0 < F ? some : std::min(F, depth);
-      prefetch(call.down[then.expert], then.row, then.rows, at, count, part, parts);
-    });
+    multiply_matrix(kernels, w, {m, item.rows, 1, {item.row}}, right, F, bias);
     kernels.end();
     store_assignments(call, plan, item, w, out_ND);
   });

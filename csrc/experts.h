@@ -56,12 +56,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     MaybeTensor gate_up_bias, MaybeTensor down_bias, Tensor kept, std::string activation, bool bf16, bool for_x,
     bool for_parameters);
 
-// x (T, I) · weight (O, I) → (T, O) in x's type.
-Tensor linear(Tensor x, Tensor weight, MaybeTensor bias);
-Tensor linear_quantized(Tensor x, Tensor weight, Tensor scales, MaybeTensor bias, int64_t bits, int64_t group);
-
-// Several weights of one dtype and the same x: a result for each. `scales` and `biases` are empty, or of all of them.
+// x (T, I) · each weight (O, I) → (T, O) in x's type, of weights of one dtype. `scales` and `biases` are empty, or of all
+// of them.
 std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
                             std::vector<Tensor> biases, int64_t bits, int64_t group);
+
+// What decoding does beside them: decode.cpp and route.cpp say what is given.
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
+                  Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,
+                  std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks);
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor balance_bias,
+                                                 MaybeTensor chosen, bool sigmoids, int64_t groups, int64_t top_groups,
+                                                 bool two_best, int64_t top_k, bool normalize, double scale);
 
 }  // namespace handful

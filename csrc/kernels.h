@@ -59,6 +59,7 @@ struct Matrix {
 struct Activate {
   Activation kind;
   int rows;          // hidden units
+  int columns;       // those up to the next multiple of 16 may be set too
   const float* gate;  // tile rows
   const float* up;    // null: there is no gate, and `gate` holds the hidden values
   uint32_t* out;      // panel units
@@ -85,8 +86,37 @@ struct ActivateBackward {
   uint32_t* panel_up;
 };
 
+// tiles (+)= left · right, for columns of all panels. Those up to the next multiple of 16 may be set too.
+struct Product {
+  float* tiles;      // panel p's at tiles + p * kRows * kPanel
+  const char* left;  // rows of units, wherever they lie, `left_stride` bytes apart
+  int64_t left_stride;
+  int rows;
+  const uint32_t* right;  // panels, `right_stride` units apart
+  int64_t right_stride;
+  int columns, units;
+  bool add;
+  const char* next = nullptr;  // the rows of the product after this one, which may be asked for from memory meanwhile
+};
+
+// A block of scores, keys in rows and queries in columns, and what is known of the keys before it: of each of 32 columns
+// the largest score and the sum of e^(score - largest).
+struct Soften {
+  float* scores;  // a tile
+  int rows;
+  float scale;      // of the scores
+  const int* first;  // column c sees rows first[c] <= r < end[c]
+  const int* end;
+  bool all;  // every column sees all rows
+  float* largest;
+  float* sums;
+  float* factors;  // set: what earlier results are worth beside those of this block
+  uint32_t* out;   // e^(score - largest) as panel units, zero up to the grid
+};
+
 struct Kernels {
   int values;  // in a unit
+  bool in_place;  // whether rows of a matrix in the kernels' own type are best multiplied where they lie, else packed
 
   // Around everything else on a thread: AMX's tiles must be configured, and released.
   void (*begin)();
@@ -102,12 +132,15 @@ struct Kernels {
   void (*pack_transposed)(uint32_t* panel, const char* const* rows, int64_t count, Type type, int64_t column,
                           int columns);
 
-  // tile (+)= left · panel, for the first 16 columns at least if `columns` is 16 or less, else for 32.
-  void (*multiply)(float* tile, const uint32_t* left, int rows, const uint32_t* panel, int units, int columns,
-                   bool add);
+  void (*multiply)(const Product& job);
 
   void (*activate)(const Activate& job);
   void (*activate_backward)(const ActivateBackward& job);
+
+  // Whether any factor is not 1.
+  bool (*soften)(const Soften& job);
+  // tile[r][c] *= factors[c]
+  void (*scale_columns)(float* tile, int rows, const float* factors);
 
   // out[c][first + r] = tile[r][c] and out[r][first + c] = tile[r][c]: rows of `type` at `out`.
   void (*store_transposed)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);

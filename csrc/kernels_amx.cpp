@@ -15,7 +15,7 @@ namespace handful {
 namespace {
 
 constexpr int kTileRows = 16, kTileUnits = 16;
-constexpr int64_t kTileBytes = kPanel * 4, kLeftBytes = kLeftStride * 4;
+constexpr int64_t kTileBytes = kPanel * 4;
 
 // A tile's number is part of the instruction's name: hence macros. The compiler does not know what memory they read and
 // write, which is safe where all of it belongs to callers that reach this file by a pointer.
@@ -111,15 +111,15 @@ void end() { _tile_release(); }
 // Tiles 0 to 3 hold 32 rows × 32 columns of sums, or half of them in either direction; 4 and 5 are rows of the left
 // matrix, 6 and 7 columns of the panel.
 template <bool ROWS32, bool COLUMNS32>
-void multiply_tiles(float* tile, const uint32_t* left, const uint32_t* panel, int units, bool add) {
+void multiply_tiles(float* tile, const char* left, int64_t stride, const uint32_t* panel, int units, bool add) {
   float* below = tile + kTileRows * kPanel;
-  const uint32_t* lower = left + kTileRows * kLeftStride;
+  const char* lower = left + kTileRows * stride;
   TILE_START(0, tile);
   if constexpr (COLUMNS32) TILE_START(1, tile + kTileUnits);
   if constexpr (ROWS32) TILE_START(2, below);
   if constexpr (ROWS32 && COLUMNS32) TILE_START(3, below + kTileUnits);
   for (int u = 0; u < units; u += kTileUnits) {
-    TILE_LOAD(4, left + u, kLeftBytes);
+    TILE_LOAD(4, left + 4 * u, stride);
     TILE_LOAD(6, panel + u * kPanel, kTileBytes);
     TILE_PRODUCT(0, 4, 6);
     if constexpr (COLUMNS32) {
@@ -127,7 +127,7 @@ void multiply_tiles(float* tile, const uint32_t* left, const uint32_t* panel, in
       TILE_PRODUCT(1, 4, 7);
     }
     if constexpr (ROWS32) {
-      TILE_LOAD(5, lower + u, kLeftBytes);
+      TILE_LOAD(5, lower + 4 * u, stride);
       TILE_PRODUCT(2, 5, 6);
       if constexpr (COLUMNS32) TILE_PRODUCT(3, 5, 7);
     }
@@ -139,15 +139,17 @@ void multiply_tiles(float* tile, const uint32_t* left, const uint32_t* panel, in
 }
 
 // Whole tiles: rows beyond the last one are computed from whatever the left block holds there, and nobody reads them.
-void multiply(float* tile, const uint32_t* left, int rows, const uint32_t* panel, int units, int columns, bool add) {
-  for (int r = 0; r < rows; r += 2 * kTileRows) {
-    float* to = tile + r * kPanel;
-    const uint32_t* from = left + r * kLeftStride;
-    const bool both = rows - r > kTileRows;
-    if (columns > kTileUnits) {
-      (both ? multiply_tiles<true, true> : multiply_tiles<false, true>)(to, from, panel, units, add);
-    } else {
-      (both ? multiply_tiles<true, false> : multiply_tiles<false, false>)(to, from, panel, units, add);
+void multiply(const Product& job) {
+  for (int c = 0; c < job.columns; c += kPanel) {
+    const uint32_t* panel = job.right + c / kPanel * job.right_stride;
+    const bool wide = job.columns - c > kTileUnits;
+    for (int r = 0; r < job.rows; r += 2 * kTileRows) {
+      float* to = job.tiles + (c / kPanel * kRows + r) * kPanel;
+      const char* from = job.left + r * job.left_stride;
+      const bool both = job.rows - r > kTileRows;
+      const auto tiles = wide ? (both ? multiply_tiles<true, true> : multiply_tiles<false, true>)
+                              : (both ? multiply_tiles<true, false> : multiply_tiles<false, false>);
+      tiles(to, from, job.left_stride, panel, job.units, job.add);
     }
   }
 }
@@ -156,6 +158,7 @@ void multiply(float* tile, const uint32_t* left, int rows, const uint32_t* panel
 
 Kernels amx_kernels() {
   Kernels table = kAvx512Bf16Kernels;
+  table.in_place = false;  // a left block may have rows beyond the last one
   table.begin = begin;
   table.end = end;
   table.multiply = multiply;

@@ -16,11 +16,14 @@ namespace handful {
 namespace {
 
 constexpr Type kOwn = Type::kFloat32;
-constexpr int W = 8, VALUES = 1, LEFT_ROWS = 6;
+constexpr int W = 8, VALUES = 1, LEFT_ROWS = 6, ACROSS = 2;
 
 #include "vectors.inc"
 
-INLINE F multiply_add(F tile, U left, U right) { return tile + bits<F>(left) * bits<F>(right); }
+template <class Sums, class Units>
+INLINE Sums multiply_add(Sums tile, Units left, Units right) {
+  return tile + bits<Sums>(left) * bits<Sums>(right);
+}
 
 #include "dequantize.inc"
 #include "products.inc"
@@ -42,8 +45,9 @@ void nothing() {}
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {VALUES,          nothing,  nothing,  pack_rows,         pack_columns,     pack_tokens,
-                              pack_transposed, multiply, activate, activate_backward, store_transposed, store_rows};
+const Kernels kAvx2Kernels = {VALUES,   true,     nothing,           nothing,          pack_rows,
+                              pack_columns, pack_tokens, pack_transposed, multiply, activate,
+                              activate_backward, soften, scale_columns, store_transposed, store_rows};
 const Stream kAvx2Stream = kLoops;
 
 }  // namespace handful

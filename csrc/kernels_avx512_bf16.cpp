@@ -18,13 +18,18 @@ namespace handful {
 namespace {
 
 constexpr Type kOwn = Type::kBFloat16;
-constexpr int W = 16, VALUES = 2, LEFT_ROWS = 12;
+constexpr int W = 16, VALUES = 2, LEFT_ROWS = 6, ACROSS = 4;
 
 #define NARROW
 #include "vectors.inc"
 
 INLINE F multiply_add(F tile, U left, U right) {
   return bits<F>(_mm512_dpbf16_ps(bits<__m512>(tile), bits<__m512bh>(left), bits<__m512bh>(right)));
+}
+
+template <class HalfF, class HalfU>
+INLINE HalfF multiply_add(HalfF tile, HalfU left, HalfU right) {
+  return bits<HalfF>(_mm256_dpbf16_ps(bits<__m256>(tile), bits<__m256bh>(left), bits<__m256bh>(right)));
 }
 
 // Codes into bfloat16. int8: 32 at a time. int4: a group has 16 numbers in all, which a lookup picks from.
@@ -65,9 +70,9 @@ void nothing() {}
 
 }  // namespace
 
-const Kernels kAvx512Bf16Kernels = {VALUES,      nothing,         nothing,  pack_rows, pack_columns,
-                                    pack_tokens, pack_transposed, multiply, activate,  activate_backward,
-                                    store_transposed, store_rows};
+const Kernels kAvx512Bf16Kernels = {VALUES,       true,        nothing,         nothing,  pack_rows,
+                                    pack_columns, pack_tokens, pack_transposed, multiply, activate,
+                                    activate_backward, soften, scale_columns, store_transposed, store_rows};
 
 }  // namespace handful
 

@@ -313,9 +313,13 @@ void multiply_vectors(float* tile, const uint32_t* left, int rows, const uint32_
   }
 }
 
-void multiply(float* tile, const uint32_t* left, int rows, const uint32_t* panel, int units, int columns, bool add) {
-  const auto by = columns > W ? multiply_vectors<2> : multiply_vectors<1>;
-  by(tile, left, rows, panel, (units + kGroup - 1) / kGroup, add);
+void multiply(const Product& job) {
+  const auto* left = reinterpret_cast<const uint32_t*>(job.left);
+  for (int c = 0; c < job.columns; c += kPanel) {
+    float* tile = job.tiles + c / kPanel * kRows * kPanel;
+    const auto by = job.columns - c > W ? multiply_vectors<2> : multiply_vectors<1>;
+    by(tile, left, job.rows, job.right + c / kPanel * job.right_stride, (job.units + kGroup - 1) / kGroup, job.add);
+  }
 }
 
 }  // namespace

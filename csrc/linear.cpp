@@ -1,4 +1,4 @@
-// One matrix for all tokens, by the experts' kernels.
+// Matrices that all tokens meet, by the experts' kernels.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -48,9 +48,11 @@ void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, i
   }
 }
 
-void multiply_tokens(const Stack& stack, const char* x, Type type, int64_t tokens, char* y) {
-  const Kernels& k = kernels(type == Type::kBFloat16, stack.first.type);
-  const int64_t I = stack.width, O = stack.rows, units = right_units(k, I);
+// Many tokens: they are packed once for all the matrices.
+void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+                     const std::vector<char*>& y) {
+  const Kernels& k = kernels(type == Type::kBFloat16, stacks[0].first.type);
+  const int64_t I = stacks[0].width, units = right_units(k, I);
   const int64_t panels = (tokens + kPanel - 1) / kPanel;
   const Buffer x_buffer(panels * units * 4);
   uint32_t* x_panels = x_buffer.as<uint32_t>();
@@ -61,29 +63,40 @@ void multiply_tokens(const Stack& stack, const char* x, Type type, int64_t token
     pack_right(k, x_panels + p * units, rows, columns(p), type, I);
   });
 
-  const int64_t row_blocks = (O + kRows - 1) / kRows, groups = (panels + Workspace::kGroup - 1) / Workspace::kGroup;
-  each(row_blocks * groups, kItemCost * I, [&](int64_t i) {
-    const int64_t row = i / groups * kRows, first = i % groups * Workspace::kGroup;
+  struct Block {
+    size_t matrix;
+    int64_t row, panel;
+  };
+  std::vector<Block> blocks;
+  for (size_t m = 0; m < stacks.size(); ++m) {
+    for (int64_t row = 0; row < stacks[m].rows; row += kRows) {
+      for (int64_t p = 0; p < panels; p += Workspace::kGroup) blocks.push_back({m, row, p});
+    }
+  }
+  each(static_cast<int64_t>(blocks.size()), kItemCost * I, [&](int64_t i) {
+    const auto [m, row, first] = blocks[i];
+    const Stack& stack = stacks[m];
+    const int64_t O = stack.rows;
     const auto rows = static_cast<int>(std::min<int64_t>(kRows, O - row));
     const auto some_panels = static_cast<int>(std::min<int64_t>(Workspace::kGroup, panels - first));
     const Workspace& w = Workspace::mine();
     const Right right = {x_panels + first * units, units, some_panels, columns(first + some_panels - 1)};
     if (stack.bias != nullptr) fill_with_bias(w, some_panels, stack, 0, row, 0, rows);
     k.begin();
-    multiply_block(k, w, rows, right, I, stack.bias != nullptr, [&](uint32_t* left, int64_t k0, int some) {
-      k.pack_rows(left, stack.first, row, rows, k0, some);
-    });
+    multiply_matrix(k, w, {stack.first, rows, 1, {row}}, right, I, stack.bias != nullptr);
     k.end();
     for (int p = 0; p < some_panels; ++p) {
       char* out[kPanel];
-      for (int c = 0; c < columns(first + p); ++c) out[c] = y + ((first + p) * kPanel + c) * O * bytes_of(type);
+      for (int c = 0; c < columns(first + p); ++c) out[c] = y[m] + ((first + p) * kPanel + c) * O * bytes_of(type);
       k.store_transposed(out, row, type, w.tile(p), rows, columns(first + p));
     }
   });
 }
 
-std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
-                        const std::vector<Tensor>& biases, int64_t bits, int64_t group) {
+}  // namespace
+
+std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                            std::vector<Tensor> biases, int64_t bits, int64_t group) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, inputs)");
   STD_TORCH_CHECK((scales.empty() || scales.size() == weights.size()) &&
                       (biases.empty() || biases.size() == weights.size()),
@@ -111,26 +124,9 @@ std::vector<Tensor> run(const Tensor& x, const std::vector<Tensor>& weights, con
   if (tokens <= (bits == 0 ? kFewOfFloats : kFew)) {
     stream_tokens(stacks, from, type, tokens, y);
   } else {
-    for (size_t m = 0; m < stacks.size(); ++m) multiply_tokens(stacks[m], from, type, tokens, y[m]);
+    multiply_tokens(stacks, from, type, tokens, y);
   }
   return results;
-}
-
-std::vector<Tensor> given(const MaybeTensor& tensor) {
-  return tensor.has_value() ? std::vector<Tensor>{*tensor} : std::vector<Tensor>();
-}
-
-}  // namespace
-
-Tensor linear(Tensor x, Tensor weight, MaybeTensor bias) { return run(x, {weight}, {}, given(bias), 0, 0)[0]; }
-
-Tensor linear_quantized(Tensor x, Tensor weight, Tensor scales, MaybeTensor bias, int64_t bits, int64_t group) {
-  return run(x, {weight}, {scales}, given(bias), bits, group)[0];
-}
-
-std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                            std::vector<Tensor> biases, int64_t bits, int64_t group) {
-  return run(x, weights, scales, biases, bits, group);
 }
 
 }  // namespace handful

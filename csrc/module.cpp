@@ -30,9 +30,6 @@ STABLE_TORCH_LIBRARY(handful, m) {
   m.def(
       "experts_sum(Tensor rows, Tensor experts, Tensor weights, Tensor? dropped, int count, bool bf16) -> Tensor");
   m.def("experts_step(int count, int top_k) -> int");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def(
-      "linear_quantized(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int bits, int group) -> Tensor");
   m.def(
       "linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, int bits, int group) -> Tensor[]");
 }
@@ -50,7 +47,5 @@ STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("experts_quantized", TORCH_BOX(&handful::experts_quantized));
   m.impl("experts_rows", TORCH_BOX(&handful::experts_rows));
   m.impl("experts_sum", TORCH_BOX(&handful::experts_sum));
-  m.impl("linear", TORCH_BOX(&handful::linear));
-  m.impl("linear_quantized", TORCH_BOX(&handful::linear_quantized));
   m.impl("linears", TORCH_BOX(&handful::linears));
 }

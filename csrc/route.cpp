@@ -101,6 +101,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
     stream().score(score, logit + t * E, sigmoids, E);
     if (given != nullptr) {
       std::copy_n(given + t * K, K, expert);
+      for (int64_t k = 0; k < K; ++k) {
+        STD_TORCH_CHECK(0 <= expert[k] && expert[k] < E, "choice names expert ", expert[k], ": there are ", E,
+                        ", counted from 0");
+      }
     } else {
       for (int64_t e = 0; e < E; ++e) select[e] = balance == nullptr ? score[e] : score[e] + balance[e];
       if (top_groups < groups) limit_groups(select.data(), E, groups, top_groups, two_best);
@@ -108,8 +112,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
     }
     float sum = 1e-20f;  // sigmoids can all be next to nothing
     for (int64_t k = 0; k < K; ++k) {
-      STD_TORCH_CHECK(0 <= expert[k] && expert[k] < E, "routing names expert ", expert[k], ": there are ", E,
-                      ", counted from 0");
       share[k] = score[expert[k]];
       sum += share[k];
     }

@@ -54,40 +54,20 @@ struct Workspace {
   static Workspace& mine();
 };
 
-// Calls work(i, next) for every i below `items`, on torch's threads, each taking the next that is left: it is the item
-// that this thread takes after i, or -1. What an item writes must not depend on the others. `cost`: about how many
-// nanoseconds one takes.
+// Calls work(i) for every i below `items`, on torch's threads, each taking the next that is left. What an item writes
+// must not depend on the others. `cost`: about how many nanoseconds one takes.
 template <class Work>
-void each_and_next(int64_t items, double cost, const Work& work) {
+void each(int64_t items, double cost, const Work& work) {
   constexpr double kWorthAThread = 20e3;
   const int64_t threads = torch::stable::get_num_threads();
   if (threads == 1 || items <= 1 || static_cast<double>(items) * cost < kWorthAThread) {
-    for (int64_t i = 0; i < items; ++i) work(i, i + 1 < items ? i + 1 : -1);
+    for (int64_t i = 0; i < items; ++i) work(i);
     return;
   }
-  std::atomic<int64_t> counter{0};
+  std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads < items ? threads : items, 1, [&](int64_t, int64_t) {
-    for (int64_t i = counter++; i < items;) {
-      const int64_t next = counter++;
-      work(i, next < items ? next : -1);
-      i = next;
-    }
+    for (int64_t i = next++; i < items; i = next++) work(i);
   });
-}
-
-template <class Work>
-void each(int64_t items, double cost, const Work& work) {
-  each_and_next(items, cost, [&](int64_t i, int64_t) { work(i); });
-}
-
-// Asks for part `part` of `parts` of a block of a matrix, to lie in the cache when it is packed.
-inline void prefetch(const Matrix& m, int64_t row, int rows, int64_t k0, int64_t count, int part, int parts) {
-  const int64_t bits = m.type == Type::kFloat32 ? 32 : m.type == Type::kBFloat16 ? 16 : m.type == Type::kInt8 ? 8 : 4;
-  const int64_t first = k0 * bits / 8, end = (k0 + count) * bits / 8;
-  for (int r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
-    const char* from = m.row(row + r);
-    for (int64_t b = first; b < end; b += 64) __builtin_prefetch(from + b, 0, 2);
-  }
 }
 
 // The right matrix of a product: panels `stride` units apart, of which the last holds `last_columns` columns.
@@ -98,10 +78,14 @@ struct Right {
   int last_columns;
 
   int columns(int panel) const { return panel + 1 == panels ? last_columns : kPanel; }
+  int columns() const { return (panels - 1) * kPanel + last_columns; }
 };
 
-struct NothingNext {
-  void operator()(int64_t, int, int, int) const {}
+// The left matrix of a product: `rows` rows of a matrix from each of `first` on.
+struct LeftRows {
+  Matrix m;
+  int rows, parts;
+  int64_t first[2];
 };
 
 // Units of a panel of `width` values.
@@ -123,24 +107,22 @@ inline int64_t right_units(const Kernels& kernels, int64_t width) {
 }
 
 // tiles (+)= left · right over `count` values of the sum; pack(left, k0, some) brings the left matrix's values k0 to
-// k0 + some. Between begin and end. upcoming(k0, some, part, parts) may prefetch a part of what is packed next: values
-// k0 to k0 + some, or what comes after this block if k0 is `count`.
-template <class Pack, class Upcoming = NothingNext>
+// k0 + some. Between begin and end.
+template <class Pack>
 void multiply_block(const Kernels& kernels, const Workspace& w, int rows, const Right& right, int64_t count, bool add,
-                    const Pack& pack, const Upcoming& upcoming = {}) {
+                    const Pack& pack) {
   const int64_t depth = depth_of(kernels);
   for (int64_t k0 = 0; k0 < count; k0 += depth) {
     const int some = static_cast<int>(count - k0 < depth ? count - k0 : depth);
     pack(w.left, k0, some);
-    const int64_t at = right_units(kernels, k0);
-    const int units = (some + kernels.values - 1) / kernels.values;
-    const int64_t rest = count - k0 - some;
-    for (int p = 0; p < right.panels; ++p) {
-      upcoming(k0 + some, static_cast<int>(rest < depth ? rest : depth), p, right.panels);
-      kernels.multiply(w.tile(p), w.left, rows, right.first + p * right.stride + at, units,
-                       right.columns(p), add || k0 > 0);
-    }
+    kernels.multiply({w.tiles, reinterpret_cast<const char*>(w.left), kLeftStride * 4, rows,
+                      right.first + right_units(kernels, k0), right.stride, right.columns(),
+                      (some + kernels.values - 1) / kernels.values, add || k0 > 0});
   }
 }
+
+// The same for rows of a matrix, in the order in which they are in the tiles.
+void multiply_matrix(const Kernels& kernels, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
+                     bool add);
 
 }  // namespace handful

@@ -25,8 +25,11 @@ from torch import Tensor, nn
 from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
 from handful.experts import Linear
+from handful.experts.at_once import Operation, attend_layer, is_bare, maps_of, norm_of
 from handful.experts.layer import multiply_all
 from handful.experts.native import DTYPES, attend_one, available, plain_inference, rms_norm
+
+TURNED = 64  # positions whose cos and sin are made at a time in decoding
 
 __all__ = [
     "Attention",
@@ -35,6 +38,7 @@ __all__ = [
     "LatentAttention",
     "RMSNorm",
     "Span",
+    "attend_at_once",
     "make_attention",
     "rope_frequency",
     "rope_table",
@@ -53,6 +57,13 @@ class RMSNorm(nn.RMSNorm):
         if self.has_native and plain_inference(x, self.weight):
             return rms_norm(x, self.weight, self.eps or 0.0)
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+
+    def norm_for_kernels(self) -> tuple[Tensor, float] | None:
+        """Weight and epsilon, if our kernels are to norm x in plain inference."""
+        weight = self._parameters.get("weight")
+        if weight is None or not self.has_native or weight.dtype not in DTYPES:
+            return None
+        return weight, self.eps or 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,6 +168,7 @@ class KVCache:
         self.turns = rope_frequency(config, device)
         self.length = 0
         self.padding_B: Tensor | None = None
+        self._turned: tuple[int, Sequence[Tensor], Sequence[Tensor]] | None = None
 
     @property
     def capacity(self) -> int:
@@ -170,7 +182,20 @@ class KVCache:
         """The span of `new` tokens after the held ones. ConfigError if they do not fit."""
         if self.length + new > self.capacity:
             raise ConfigError(f"cache holds {self.length} tokens of at most {self.capacity}: {new} more do not fit")
+        if new == 1 and self.padding_B is None and not torch.compiler.is_compiling():
+            return Span(self.next_turn(), self, dict.fromkeys(_windows(config)))
         return Span.of(config, new, self, self.padding_B, self.turns[0].device)
+
+    def next_turn(self) -> tuple[Tensor, Tensor]:
+        """`rope_table` of the next position alone. Of a run of positions it is made at once: alone it would take longer
+        than a small layer's attention."""
+        first = self.length // TURNED * TURNED
+        if self._turned is None or self._turned[0] != first:
+            with torch.inference_mode(False), torch.no_grad():  # for a cache that goes on under autograd
+                cos, sin = rope_table(self.turns, torch.arange(first, first + TURNED, device=self.turns[0].device))
+            self._turned = first, cos.split(1), sin.split(1)
+        _, cosines, sines = self._turned
+        return cosines[self.length - first], sines[self.length - first]
 
     def advance(self, new: int) -> None:
         """Hold `new` tokens more: every layer has appended them."""
@@ -198,6 +223,11 @@ class KVCaches:
 
     def span(self, config: ModelConfig, new: int) -> Span:
         assert new == sum(self.new)
+        one_each = all(n == 1 for n in self.new) and all(cache.padding_B is None for cache in self.caches)
+        if one_each and not torch.compiler.is_compiling():
+            cosines, sines = zip(*(cache.next_turn() for cache in self.caches), strict=True)
+            rope, masks = (torch.cat(cosines), torch.cat(sines)), dict.fromkeys(_windows(config))
+            return Span(rope, None, {}, tuple((i, i + 1, Span(rope, c, masks)) for i, c in enumerate(self.caches)))
         turns = self.caches[0].turns
         places = [c.length + i for c, n in zip(self.caches, self.new, strict=True) for i in range(n)]
         at_T = torch.tensor(places, device=turns[0].device)
@@ -254,6 +284,11 @@ class Span:
             for new, span in spans
         )
 
+    @cached_property
+    def caches(self) -> list[KVCache]:
+        """Of all sequences, in order."""
+        return [cache for cache in (self.cache, *(part.cache for _, _, part in self.parts)) if cache is not None]
+
     def over(self, look: Callable[..., Tensor], *new: Tensor) -> Tensor:
         """look(span, ...) of each sequence's part of tensors (B, S, ...): (B, S, ...)."""
         if not self.parts:
@@ -262,8 +297,11 @@ class Span:
 
 
 def _masks(config: ModelConfig, past: int, at_S: Tensor, padding_B: Tensor | None) -> dict[int | None, Tensor | None]:
-    windows = {config.window} | ({None} if config.full_layers else set())
-    return {window: _mask(past, at_S, window, padding_B) for window in windows}
+    return {window: _mask(past, at_S, window, padding_B) for window in _windows(config)}
+
+
+def _windows(config: ModelConfig) -> set[int | None]:
+    return {config.window} | ({None} if config.full_layers else set())
 
 
 def _mask(past: int, at_S: Tensor, window: int | None, padding_B: Tensor | None) -> Tensor | None:
@@ -320,7 +358,7 @@ class Attention(nn.Module):
         super().__init__()
         H, J, d, D = config.heads, config.n_kv_heads, config.d_head, config.width
         self.layer = layer
-        self.heads, self.kv_heads, self.head_dim = H, J, d
+        self.heads, self.kv_heads, self.head_dim, self.inner = H, J, d, H * d
         self.window = config.window_of(layer)
         self.scale = d**-0.5 if config.attention_scale is None else config.attention_scale
         self.qk_norm = config.qk_norm
@@ -340,7 +378,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, span: Span) -> Tensor:
         B, S, _ = x_BSD.shape
         q, k, v = multiply_all(x_BSD, self.q, self.k, self.v)
-        if span.decodes and self.has_native and plain_inference(q):
+        if span.decodes and self.has_native and plain_inference(q) and self._norms()[0]:
             return self.o(self._one_more(q, k, v, span))  # type: ignore[no-any-return]
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -354,15 +392,33 @@ class Attention(nn.Module):
 
     def _one_more(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
         """What is below, for one new token of each sequence, by our kernels: through torch it is some thirty calls."""
-        caches = [cache for cache in (span.cache, *(part.cache for _, _, part in span.parts)) if cache is not None]
-        norms = None if self.qk_norm == "none" else (self.q_norm.weight, self.k_norm.weight)
         out_TX = attend_one(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), norms, self.eps, self.qk_norm == "full",
-            (span.rope[0].flatten(0, -2), span.rope[1].flatten(0, -2)), self.adjacent,
-            [cache.held[self.layer] for cache in caches], [cache.length for cache in caches],
-            self.window, self.scale, self.sinks,
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self._norms()[1], self.eps, self.qk_norm == "full",
+            span.rope, self.adjacent, [cache.held[self.layer] for cache in span.caches],
+            [cache.length for cache in span.caches], self.window, self.scale, self.sinks,
         )  # fmt: skip
         return out_TX.view(q.shape)
+
+    def _norms(self) -> tuple[bool, tuple[Tensor, Tensor] | None]:
+        """Whether our kernels can stand for the norms of queries and keys, and their weights, if there are norms."""
+        if self.qk_norm == "none":
+            return True, None
+        q_norm, k_norm = norm_of(self._modules["q_norm"]), norm_of(self._modules["k_norm"])
+        return (False, None) if q_norm is None or k_norm is None else (True, (q_norm[0], k_norm[0]))
+
+    def at_once(self, norm: nn.Module | None, x_BSD: Tensor, span: Span, residual_scale: float) -> Operation | None:
+        """What `attend_at_once` says, where the modules in it allow it."""
+        modules, D = self._modules, x_BSD.shape[-1]
+        given = (modules.get("q"), D), (modules.get("k"), D), (modules.get("v"), D), (modules.get("o"), self.inner)
+        maps = maps_of(given, x_BSD.shape[:-1].numel(), x_BSD.dtype)
+        before, (can, norms) = norm_of(norm), self._norms()
+        if maps is None or before is None or not can or len({bias is None for bias in maps.biases[:3]}) > 1:
+            return None
+        return attend_layer(
+            before, maps, norms, self.eps, self.qk_norm == "full", span.rope, self.adjacent,
+            [cache.held[self.layer] for cache in span.caches], [cache.length for cache in span.caches],
+            self.window, self.scale, self.sinks, residual_scale,
+        )  # fmt: skip
 
     def _look(self, span: Span, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor) -> Tensor:
         B, S = q_BSHd.shape[:2]
@@ -442,6 +498,16 @@ class LatentAttention(nn.Module):
             q_BHSd = torch.cat([qn_BSHn, qr_BSHr], dim=-1).transpose(1, 2)
             out_BSHv = attend(q_BHSd, k_BHPd, v_BHPv, mask, self.scale).transpose(1, 2)
         return out_BSHv.reshape(B, S, -1)
+
+
+def attend_at_once(
+    attention: nn.Module | None, norm: nn.Module | None, x_BSD: Tensor, span: Span, residual_scale: float
+) -> Operation | None:
+    """x + residual_scale · attention(norm(x), span) as one operation with the same bits, for one new token of each
+    sequence and any x like this one, that `nobody_looks` at; None where the modules must be called."""
+    if not is_bare(attention, Attention) or not attention.has_native or not span.decodes:
+        return None
+    return attention.at_once(norm, x_BSD, span, residual_scale)
 
 
 def make_attention(config: ModelConfig, layer: int) -> Attention | LatentAttention:

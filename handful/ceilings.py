@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,14 @@ from handful.config import ModelConfig, RouterConfig
 from handful.data import default_cache
 from handful.engine import Engine, Request, Sampling
 from handful.errors import HandfulError
+from handful.experts.disk import PackFile, layout_of, write_pack
 from handful.experts.quantized import quantize_model
+from handful.experts.stored import Store
 from handful.machine import Machine, machine, measure
+from handful.memory import attach, pack, resident_bytes
 from handful.model import Decoder
 
-__all__ = ["Ceilings", "Overhead", "cache_file", "ceilings", "measure_overhead"]
+__all__ = ["Ceilings", "Overhead", "cache_file", "ceilings", "measure_disk", "measure_overhead"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +41,16 @@ class Overhead:
     layer_seconds       of each layer.
     packed_seconds      of each layer, more than that, if its weights are packed.
     sequence_seconds    of each layer, for every further sequence that decodes in the same step.
+    stored_seconds      of each layer with experts, more than that, if they are in a store (`handful.memory`) and there.
+    fetch_seconds       of each layer, more than that, if it waits for experts from disk: whatever their size.
     """
 
     step_seconds: float
     layer_seconds: float
     packed_seconds: float
     sequence_seconds: float
+    stored_seconds: float
+    fetch_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,8 @@ class Ceilings:
     memory_bytes            that a model may take: free now, or freed at once when asked for.
     disk_free_bytes         of the disk that a checkpoint and a pack of its experts would lie on.
     gpus                    name and bytes of memory of each.
-    read_bytes_per_second   of memory; disk_bytes_per_second of that disk, None: it could not be measured.
+    read_bytes_per_second   of memory; disk_bytes_per_second of that disk, as a store of experts reads it, None: it
+                            could not be measured.
     float32_flops, bfloat16_flops   FLOP/s of torch's product of matrices (see `handful.machine.Measured`).
     overhead                see there.
     measured_at             when the rates were measured, in seconds since 1970.
@@ -73,6 +83,8 @@ class Ceilings:
     measured_at: float = 0.0
 
 
+TOP_K = 2  # of the models that overhead is measured with
+
 # What is kept from one call to the next: rates, and not what is free.
 KEPT = ("read_bytes_per_second", "disk_bytes_per_second", "float32_flops", "bfloat16_flops", "measured_at")
 
@@ -91,7 +103,7 @@ def ceilings(folder: str | Path, *, fresh: bool = False) -> Ceilings:
     while not place.is_dir():
         place = place.parent
     found, file = machine(), cache_file()
-    known = _read(file)
+    known = _kept(file)
     key = _key(found, place)
     rates = None if fresh else _rates(known.get(key))
     if rates is None:
@@ -115,7 +127,7 @@ def _key(found: Machine, place: Path) -> str:
     return f"{found.cpu}, {found.threads} threads, {' '.join(found.isa)}, torch {found.torch}, {place.stat().st_dev}"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _kept(file: Path) -> dict[str, Any]:
     """What is kept; nothing if it cannot be read, for it can be measured again."""
     try:
         known = json.loads(file.read_bytes())
@@ -145,45 +157,114 @@ def _rates(entry: Any) -> dict[str, Any] | None:
 
 
 def _measure(place: Path) -> dict[str, Any]:
+    rates = dict(vars(measure()))
     try:
-        rates = measure(place)
+        overhead = measure_overhead(place)
+        rates |= {"disk_bytes_per_second": measure_disk(place, overhead.fetch_seconds)}
     except HandfulError:  # a folder that cannot be written to, or a system that keeps what it has read
-        rates = measure()
-    return {**vars(rates), "overhead": vars(measure_overhead()), "measured_at": time.time()}
+        overhead = measure_overhead()
+    return {**rates, "overhead": vars(overhead), "measured_at": time.time()}
 
 
-def measure_overhead(repeats: int = 40) -> Overhead:
-    """Decode with models so small that neither their bytes nor their products take time. Takes about a second."""
+def measure_disk(folder: str | Path, fetch_seconds: float = 0.0, repeats: int = 96) -> float:
+    """Bytes a second that a store of experts reads from a disk: two records of 4 MiB, of 64, at a time. Takes about a
+    second, and 256 MiB of disk.
+
+    fetch_seconds   of each time, that are not the bytes' (see `Overhead`).
+
+    HandfulError if `folder` cannot be written to, or the system cannot drop its cached pages.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        raise HandfulError("the disk is measured where a file's cached pages can be dropped, as on Linux")
+    side, experts, together, stride = 1024, 64, 2, 37
+    layout = layout_of("", ("",), (experts, side, side), (experts, side, side), torch.bfloat16, bias=False)
+    # Random bytes: a disk that compresses would read zeros at no cost.
+    noise = torch.frombuffer(bytearray(os.urandom(2 * side * side)), dtype=torch.bfloat16).view(side, side)
+    seconds = []
+    with _folder_in(folder) as place:
+        file = place / "experts.pack"
+        write_pack(file, layout, lambda layer, expert: {"gate_up": noise, "down": noise})
+        opened = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(opened)
+        # What was not used for the longest time gives way: whoever goes through all of them never finds one.
+        slots = 16 * layout.record_bytes
+        with Store(PackFile(file), slots, top_k=together, policy="lru", read_ahead=False) as store:
+            for turn in range(repeats):
+                wanted = [
+                    stride * (turn * together + i) % experts for i in range(together)
+                ]  # here and there in the file
+                began = time.perf_counter()
+                for _ in store.fetch(0, wanted):
+                    pass
+                seconds.append(time.perf_counter() - began)
+    # The first ones found memory that nobody had used yet.
+    took = statistics.median(seconds[16:])
+    return together * layout.record_bytes / max(took - fetch_seconds, took / 8)
+
+
+@contextlib.contextmanager
+def _folder_in(folder: str | Path | None) -> Iterator[Path]:
+    """A temporary folder. HandfulError if it cannot be made, or what is done in it fails for the system's reasons."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            yield Path(place)
+    except OSError as error:
+        where = tempfile.gettempdir() if folder is None else str(folder)
+        raise HandfulError(f"folder {where!r}: {error.strerror}") from None
+
+
+def measure_overhead(folder: str | Path | None = None, repeats: int = 40) -> Overhead:
+    """Decode with models so small that neither their bytes nor their products take time. Takes about a second.
+
+    folder   on the disk that experts are to be read from; None: the system's for temporary files. HandfulError if it
+             cannot be written to.
+    """
     few, many, sequences = 2, 8, 5
-    short, deep, packed = _tiny(few), _tiny(many), _tiny(many)
+    short, deep, packed, held, away = _tiny(few), _tiny(many), _tiny(many), _tiny(many), _tiny(many)
     quantize_model(packed, bits=4)
-    cases = {"short": Engine(short), "deep": Engine(deep), "packed": Engine(packed), "shared": Engine(deep)}
-    for name, engine in cases.items():
-        for _ in range(sequences if name == "shared" else 1):
-            engine.submit(Request(prompt=[1, 2], max_tokens=repeats + 4, sampling=Sampling(temperature=0.0)))
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(repeats):
-        for name, engine in cases.items():
-            began = time.perf_counter()
-            engine.step()
-            if turn >= 4:
-                seconds[name].append(time.perf_counter() - began)
-    # Who else runs on the computer makes a step longer, never shorter: the quicker half is nearer to the truth.
-    took = {name: statistics.median(sorted(found)[: len(found) // 2]) for name, found in seconds.items()}
+    with _folder_in(folder) as place, contextlib.ExitStack() as stores:
+        layout = pack(held, place / "experts.pack", quantize=4)
+        for model, slots in ((held, layout.records), (away, TOP_K)):  # all experts, or those of a layer alone
+            budget = resident_bytes(model) + slots * layout.record_bytes
+            stores.enter_context(attach(model, place / "experts.pack", budget, read_ahead=False))
+        cases = {"short": (short, 1), "deep": (deep, 1), "packed": (packed, 1), "shared": (deep, sequences)}
+        took = _step_seconds({**cases, "held": (held, 1)}, repeats)
+        # Apart from the others: threads that have waited for a disk begin the next step more slowly.
+        took |= _step_seconds({"away": (away, 1)}, repeats)
     layer = max(0.0, (took["deep"] - took["short"]) / (many - few))
     return Overhead(
         step_seconds=max(0.0, took["short"] - few * layer),
         layer_seconds=layer,
         packed_seconds=max(0.0, (took["packed"] - took["deep"]) / many),
         sequence_seconds=max(0.0, (took["shared"] - took["deep"]) / (many * (sequences - 1))),
+        stored_seconds=max(0.0, (took["held"] - took["packed"]) / many),
+        fetch_seconds=max(0.0, (took["away"] - took["held"]) / many),
     )
+
+
+def _step_seconds(cases: dict[str, tuple[Decoder, int]], repeats: int) -> dict[str, float]:
+    """Of a model that decodes so many sequences, by turns with the others."""
+    engines = {name: Engine(model) for name, (model, _) in cases.items()}
+    for name, engine in engines.items():
+        for _ in range(cases[name][1]):
+            engine.submit(Request(prompt=[1, 2], max_tokens=repeats + 4, sampling=Sampling(temperature=0.0)))
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(repeats):
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            engine.step()
+            if turn >= 4:
+                seconds[name].append(time.perf_counter() - began)
+    # Who else runs on the computer makes a step longer, never shorter: the quicker half is nearer to the truth.
+    return {name: statistics.median(sorted(found)[: len(found) // 2]) for name, found in seconds.items()}
 
 
 def _tiny(layers: int) -> Decoder:
-    router = RouterConfig(experts=8, top_k=2)
+    router = RouterConfig(experts=8, top_k=TOP_K)
     shape = ModelConfig(
         vocab=256, width=64, layers=layers, heads=4, router=router, expert_width=32, qk_norm="head", context=128
     )
-    # Building a model draws random weights: whoever asks for a plan keeps their own draws.
+    # Building a model draws random weights: whoever asks for a plan keeps their own draws, and equals come out equal.
     with torch.random.fork_rng(devices=[]):
         return Decoder(shape).to(torch.bfloat16).eval()

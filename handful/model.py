@@ -10,18 +10,20 @@ Legend: B batch · S new tokens · T = B·S · D width · V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from handful.attention import KVCache, KVCaches, RMSNorm, Span, make_attention
+from handful.attention import KVCache, KVCaches, RMSNorm, Span, attend_at_once, make_attention
 from handful.config import ModelConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import FeedForward, Linear
-from handful.experts.layer import multiply
+from handful.experts.at_once import Operation, is_bare, nobody_looks
+from handful.experts.layer import feed_at_once, multiply
 from handful.experts.native import available
-from handful.moe import MoE
+from handful.moe import Mixing, MoE, mix_at_once
 from handful.routing import Choice, Routing
 from handful.text import Tokenizer
 
@@ -55,15 +57,54 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self._scaled(self.attn(self.attn_norm(x_BSD), span))
-        normed_BSD = self.ffn_norm(x_BSD)
-        if isinstance(self.ffn, MoE):
-            y_BSD, routing = self.ffn(normed_BSD, choice)
+        # Few tokens in inference: each half is one operation, as long as nobody looks into it.
+        alone, ffn, norm = nobody_looks(x_BSD), self.ffn, self.ffn_norm
+        attend = self._attend(x_BSD, span) if alone else None
+        x_BSD = x_BSD + self._scaled(self.attn(self.attn_norm(x_BSD), span)) if attend is None else attend.of(x_BSD)
+        feed = self._feed(x_BSD, choice) if alone else None
+        if isinstance(feed, Mixing):
+            x_BSD, *made = feed.operation.of(x_BSD)
+            return x_BSD, feed.routing(*made)
+        if feed is not None:
+            return feed.of(x_BSD), None
+        if isinstance(ffn, MoE):
+            y_BSD, routing = ffn(norm(x_BSD), choice)
             return x_BSD + self._scaled(y_BSD), routing
-        return x_BSD + self._scaled(self.ffn(normed_BSD)), None
+        return x_BSD + self._scaled(ffn(norm(x_BSD))), None
+
+    def at_once(
+        self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None
+    ) -> tuple[Operation, Operation | Mixing] | None:
+        """The operations that stand for the two halves, where both have one; for any x like this one."""
+        attend = self._attend(x_BSD, span)
+        feed = None if attend is None else self._feed(x_BSD, choice)
+        return None if attend is None or feed is None else (attend, feed)
+
+    def _attend(self, x_BSD: Tensor, span: Span) -> Operation | None:
+        own = self._modules  # self.attn takes ten times as long
+        return attend_at_once(own["attn"], own["attn_norm"], x_BSD, span, self.residual_scale)
+
+    def _feed(self, x_BSD: Tensor, choice: Choice | Routing | None) -> Operation | Mixing | None:
+        ffn, norm = self._modules["ffn"], self._modules["ffn_norm"]
+        if isinstance(ffn, MoE):
+            return mix_at_once(ffn, norm, x_BSD, choice, self.residual_scale)
+        return feed_at_once(ffn, norm, x_BSD, self.residual_scale)
 
     def _scaled(self, y_BSD: Tensor) -> Tensor:
         return y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale
+
+
+def _run(layers: Sequence[tuple[Operation, Operation | Mixing]], x_BSD: Tensor) -> tuple[Tensor, list[Routing]]:
+    """x through both operations of all layers, and their routings."""
+    made = []
+    for attend, feed in layers:
+        x_BSD = attend.of(x_BSD)
+        if isinstance(feed, Mixing):
+            x_BSD, *rest = feed.operation.of(x_BSD)
+            made.append((feed, rest))
+        else:
+            x_BSD = feed.of(x_BSD)
+    return x_BSD, [feed.routing(*rest) for feed, rest in made]
 
 
 class Decoder(nn.Module):
@@ -152,21 +193,46 @@ class Decoder(nn.Module):
             x_BSD = x_BSD * self.config.embedding_scale
         if routing is not None and len(routing) != len(self.moe_layers):
             raise RoutingError(f"routing is of {len(routing)} MoE layers: the model has {len(self.moe_layers)}")
+        blocks: list[Any] = list(self.layers)
         replayed = iter(routing or ())
-        routings = []
-        for block in self.layers:
-            choice = next(replayed, None) if isinstance(block.ffn, MoE) else None
-            if self.activation_checkpoint and self.training and cache is None:
-                x_BSD, made = checkpoint(block, x_BSD, span, choice, use_reentrant=False)
-            else:
-                x_BSD, made = block(x_BSD, span, choice)
-            if made is not None:
-                routings.append(made)
+        choices = [next(replayed, None) if routing and isinstance(block.ffn, MoE) else None for block in blocks]
+        ready = self._at_once(blocks, x_BSD, span, choices)
+        x_BSD, routings = self._each(blocks, x_BSD, span, choices) if ready is None else _run(ready, x_BSD)
         if cache is not None:
             cache.advance(S)
         x_BSD = self.norm(x_BSD)
         # The logits are divided by it; so is what they are made of, for all who make them.
         return x_BSD if self.config.logits_scale == 1 else x_BSD / self.config.logits_scale, routings
+
+    def _each(
+        self, blocks: Sequence[nn.Module], x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]
+    ) -> tuple[Tensor, list[Routing]]:
+        """x through one layer after another, and their routings."""
+        routings = []
+        for block, choice in zip(blocks, choices, strict=True):
+            if self.activation_checkpoint and self.training and span.cache is None and not span.parts:
+                x_BSD, made = checkpoint(block, x_BSD, span, choice, use_reentrant=False)
+            else:
+                x_BSD, made = block(x_BSD, span, choice)
+            if made is not None:
+                routings.append(made)
+        return x_BSD, routings
+
+    def _at_once(
+        self, blocks: Sequence[nn.Module], x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]
+    ) -> list[tuple[Operation, Operation | Mixing]] | None:
+        """The operations of all layers, where each half of each has one: nobody is called between them who could change
+        a later layer. Asked in a row, the modules answer more quickly than between two operations, which leave the
+        processor's caches full of weights."""
+        if not span.decodes or not nobody_looks(x_BSD):
+            return None
+        ready = []
+        for block, choice in zip(blocks, choices, strict=True):
+            halves = block.at_once(x_BSD, span, choice) if is_bare(block, Block) else None
+            if halves is None:
+                return None
+            ready.append(halves)
+        return ready
 
     @property
     def output_weight(self) -> Tensor:

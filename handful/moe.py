@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Experts, FeedForward
+from handful.experts.at_once import Operation, is_bare, kernel_map, moe_layer, norm_of, weights_of
 from handful.experts.native import ROUTED, available, plain_inference, route
+from handful.quantize import Packed
 from handful.routing import Choice, Routing
 
-__all__ = ["MoE", "NotCausalWarning", "Router"]
+__all__ = ["MoE", "NotCausalWarning", "Router", "mix_at_once"]
 
 
 class NotCausalWarning(UserWarning):
@@ -75,7 +77,7 @@ class Router(nn.Module):
         choice     the experts to take, and what to drop, whatever the scores say. The weights are made from the scores
                    as ever, with their gradients: the same router gives the same weights.
         """
-        if self._is_plain(x_TD):
+        if self.is_plain(x_TD, len(x_TD)):
             return self._at_once(x_TD, choice)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
@@ -86,17 +88,16 @@ class Router(nn.Module):
                 return self._experts_choose(logits_TE, scores_TE)
             return self._tokens_choose(logits_TE, scores_TE, sequence)
 
-    def _is_plain(self, x_TD: Tensor) -> bool:
+    def is_plain(self, x: Tensor, tokens: int) -> bool:
         """Few tokens in inference, each for itself: what one operation of ours does."""
-        if not self.has_native or self.training or len(x_TD) > ROUTED or not self.config.independent:
+        if not self.has_native or self.training or tokens > ROUTED or not self.config.independent:
             return False
-        return plain_inference(x_TD, self.weight)
+        weight = self._parameters.get("weight")  # self.weight takes ten times as long
+        return weight is not None and plain_inference(x, weight)
 
     def _at_once(self, x_TD: Tensor, choice: Choice | Routing | None) -> Routing:
         """What the methods below do together."""
-        chosen_TK, dropped_TK = None, None
-        if choice is not None:
-            chosen_TK, dropped_TK = self._told(choice, len(x_TD), x_TD.device), choice.dropped_TK
+        chosen_TK, dropped_TK = self.asked(choice, len(x_TD), x_TD.device)
         logits_TE, scores_TE, experts_TK, weights_TK = route(
             x_TD, self.weight, self.bias, self.balance_bias, chosen_TK, self.config
         )
@@ -130,7 +131,12 @@ class Router(nn.Module):
         return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) if self.config.normalize else weights_TK
 
     def _chosen(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice | Routing) -> Routing:
-        experts_TK = self._told(choice, len(scores_TE), scores_TE.device)
+        experts_TK, _ = self.asked(choice, len(scores_TE), scores_TE.device)
+        assert experts_TK is not None
+        low, high = (int(bound) for bound in experts_TK.aminmax()) if len(scores_TE) else (0, 0)
+        if low < 0 or high >= self.config.experts:
+            wrong = low if low < 0 else high
+            raise RoutingError(f"choice names expert {wrong}: there are {self.config.experts}, counted from 0")
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.config.choice == "expert" and choice.dropped_TK is not None:
             weights_TK = weights_TK.masked_fill(choice.dropped_TK, 0)
@@ -138,16 +144,18 @@ class Router(nn.Module):
             logits_TE, scores_TE, experts_TK, self._weights(weights_TK) * self.config.scale, choice.dropped_TK
         )
 
-    def _told(self, choice: Choice | Routing, tokens: int, device: torch.device) -> Tensor:
-        """The experts to take, (T, K). RoutingError unless they are of as many tokens, and exist."""
+    def asked(
+        self, choice: Choice | Routing | None, tokens: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The experts to take, (T, K), and which to drop. RoutingError unless they are of as many tokens; whether they
+        exist is not looked at."""
+        if choice is None:
+            return None, None
         experts_TK = choice.experts_TK.to(device=device, dtype=torch.int64)
-        E, K = self.config.experts, self.config.experts if self.config.choice == "expert" else self.config.top_k
-        if experts_TK.shape != (tokens, K):
-            raise RoutingError(f"choice.experts_TK has shape {tuple(experts_TK.shape)}: it must be {(tokens, K)}")
-        low, high = (int(bound) for bound in experts_TK.aminmax()) if tokens else (0, 0)
-        if low < 0 or high >= E:
-            raise RoutingError(f"choice names expert {low if low < 0 else high}: there are {E}, counted from 0")
-        return experts_TK
+        right = tokens, self.config.experts if self.config.choice == "expert" else self.config.top_k
+        if experts_TK.shape != right:
+            raise RoutingError(f"choice.experts_TK has shape {tuple(experts_TK.shape)}: it must be {right}")
+        return experts_TK, choice.dropped_TK
 
     @torch.no_grad()
     def _drop(self, experts_TK: Tensor, weights_TK: Tensor, sequence: int | None) -> Tensor | None:
@@ -259,3 +267,57 @@ class MoE(nn.Module):
                 shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
             y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), routing
+
+    def at_once(
+        self, norm: nn.Module | None, x: Tensor, choice: Choice | Routing | None, residual_scale: float
+    ) -> Mixing | None:
+        """What `mix_at_once` says, where the modules in it allow it."""
+        modules, tokens, width = self._modules, x.shape[:-1].numel(), x.shape[-1]
+        router, before = modules.get("router"), norm_of(norm)
+        if before is None or not is_bare(router, Router) or not router.is_plain(x, tokens):
+            return None
+        experts, weight_ED = weights_of(modules.get("experts"), width, x.dtype), router._parameters.get("weight")
+        if experts is None or weight_ED is None or weight_ED.shape != (experts.gate_up.shape[0], width):
+            return None
+        shared, beside, gate = self.shared, None, None
+        if shared is not None:
+            if not is_bare(shared, FeedForward) or shared.activation != experts.activation:
+                return None
+            beside, gate = shared.maps_for_kernels(tokens, width, x.dtype), self._gate(tokens, width, x.dtype)
+            if beside is None or (gate is None) != (self.shared_gate is None):
+                return None
+        chosen_TK, dropped_TK = router.asked(choice, tokens, x.device)
+        if dropped_TK is not None and (chosen_TK is None or dropped_TK.shape != chosen_TK.shape):
+            return None
+        weights = weight_ED, router.bias, router._buffers.get("balance_bias")
+        operation = moe_layer(
+            before, weights, chosen_TK, dropped_TK, router.config, experts, beside, gate, residual_scale
+        )
+        return Mixing(operation, dropped_TK)
+
+    def _gate(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor | Packed | None:
+        """The weight of the shared experts' gate, if one operation can stand for it. Floats are torch's to multiply."""
+        gate = self.shared_gate
+        if is_bare(gate, nn.Linear):
+            return gate.weight if gate.bias is None and gate.weight.dtype == dtype else None
+        found = kernel_map(gate, tokens, width, dtype)
+        return found[0] if found is not None and found[1] is None and isinstance(found[0], Packed) else None
+
+
+class Mixing(NamedTuple):
+    """The operation that stands for a norm, an MoE and the sum after it, and what its routing drops."""
+
+    operation: Operation
+    dropped_TK: Tensor | None
+
+    def routing(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
+        """Of what the operation makes beside its first result."""
+        return Routing(logits_TE, scores_TE, experts_TK, weights_TK, self.dropped_TK)
+
+
+def mix_at_once(
+    moe: nn.Module, norm: nn.Module | None, x: Tensor, choice: Choice | Routing | None, residual_scale: float
+) -> Mixing | None:
+    """x + residual_scale · y and the routing, for y and routing of moe(norm(x), choice), as one operation with the same
+    bits, for any x like this one, that `nobody_looks` at; None where the modules must be called."""
+    return moe.at_once(norm, x, choice, residual_scale) if is_bare(moe, MoE) else None

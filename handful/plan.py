@@ -10,8 +10,9 @@ A pure function of a config and of what the computer can do (`handful.ceilings`)
               multiplications, if they take longer. With several sequences, each layer reads the experts that any of
               them chose: E · (1 - (1 - K/E)^B) for B sequences.
     prefill   multiplications / (the product's rate x the format's share of it), or its bytes, if they take longer.
-    disk      (1 - hit rate) x the experts that a step needs / the disk's rate, added: nothing is taken to be read while
-              something is computed. Without a recorded trace, the hit rate is the share of experts that are held.
+    disk      (1 - hit rate) x the experts that a step needs / the rate at which a store reads them, and what a layer
+              waits that misses any; added, for reads hardly move on while all cores multiply. Without a recorded trace,
+              the hit rate is the share of experts that are held.
 
 Legend: D model width · F an expert's hidden width · E experts · K experts per token · B sequences · T tokens
 """
@@ -105,27 +106,6 @@ EFFICIENCY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """How quick decoding can be, one token after another.
-
-    memory_seconds, disk_seconds   of a token: reading its weights from memory, and what is not there from disk.
-    slowest                        tokens a second if the disk is never read while something is computed,
-    quickest                       and if it always is.
-    """
-
-    memory_seconds: float
-    disk_seconds: float
-
-    @property
-    def slowest(self) -> float:
-        return 1 / (self.memory_seconds + self.disk_seconds)
-
-    @property
-    def quickest(self) -> float:
-        return 1 / max(self.memory_seconds, self.disk_seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Step:
     """The seconds of one step: of decoding a token of every sequence, or of reading a chunk of a prompt.
 
@@ -135,6 +115,8 @@ class Step:
     attention    of scores and values, and of reading the cache.
     overhead     of calls, norms and sums.
     disk         of reading all of the experts that the step needs from disk; None: its rate is not known.
+    fetch        of each layer that must wait for the disk, beside its bytes.
+    layers       that have routed experts; chosen: experts that each of them needs.
     """
 
     tokens: int
@@ -143,20 +125,28 @@ class Step:
     attention: float
     overhead: float
     disk: float | None
+    fetch: float
+    layers: int
+    chosen: float
 
-    def forecast(self, hit_rate: float) -> Forecast | None:
-        """The time in memory and on disk; None if the disk's rate is not known and some of it is needed."""
+    def seconds(self, hit_rate: float) -> float | None:
+        """Of the step, if of the experts that it needs so many are in memory, from 0 to 1; None if the disk's rate is
+        not known and some of it is needed."""
         if not 0 <= hit_rate <= 1:
             raise ConfigError(f"hit_rate = {hit_rate}: from 0 to 1")
-        if hit_rate < 1 and self.disk is None:
+        beside = self.resident + self.attention + self.overhead
+        if hit_rate == 1 or not self.layers:
+            return beside + self.experts
+        if self.disk is None:
             return None
-        computing = self.resident + self.experts + self.attention + self.overhead
-        return Forecast(memory_seconds=computing, disk_seconds=(1 - hit_rate) * (self.disk or 0.0))
+        # The share of layers that miss any, if all experts are as likely to be there.
+        waits = 1 - float(hit_rate**self.chosen)
+        return beside + self.experts + waits * self.layers * self.fetch + (1 - hit_rate) * self.disk
 
     def rate(self, hit_rate: float) -> float | None:
-        """Tokens a second, if nothing is computed while the disk is read."""
-        found = self.forecast(hit_rate)
-        return None if found is None else self.tokens * found.slowest
+        """Tokens a second; None as `seconds`."""
+        seconds = self.seconds(hit_rate)
+        return None if seconds is None else self.tokens / seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +259,9 @@ def plan(
     unforecast = model.lacks or ("" if machine.native_error is None else f"no native kernels: {machine.native_error}")
     decode = prefill = None
     if not unforecast:
-        decode = _step(model, machine, dtype, "decode", batch, context, batch)
-        chunk = min(CHUNK, context)
-        prefill = _step(model, machine, dtype, "prefill", chunk, chunk, 1)
+        stored, chunk = fit.memory is not None, min(CHUNK, context)
+        decode = _step(model, machine, dtype, "decode", batch, context, batch, stored)
+        prefill = _step(model, machine, dtype, "prefill", chunk, chunk, 1, stored)
     scratch = sizes.cache + sizes.working
     return Plan(
         **vars(sizes),
@@ -437,11 +427,21 @@ class _Rates:
         return _Rates(read=machine.read_bytes_per_second, product=product, of=EFFICIENCY[dtype], plain=EFFICIENCY[wide])
 
 
-def _step(model: Counted, machine: Ceilings, dtype: str, when: Pass, tokens: int, context: int, sequences: int) -> Step:
-    """A step of so many tokens: of decoding at the end of a context, or of reading one from its beginning."""
+def _step(
+    model: Counted,
+    machine: Ceilings,
+    dtype: str,
+    when: Pass,
+    tokens: int,
+    context: int,
+    sequences: int,
+    stored: bool,
+) -> Step:
+    """A step of so many tokens: of decoding at the end of a context, or of reading one from its beginning. stored:
+    with a memory budget."""
     rates = _Rates.at(machine, dtype)
     parts = {"resident": 0.0, "experts": 0.0}
-    from_disk = 0.0
+    from_disk = chosen = 0.0
     layout = _layout(model, dtype)
     for weights in model.weights:
         if when not in weights.passes or not weights.matrices:
@@ -463,13 +463,18 @@ def _step(model: Counted, machine: Ceilings, dtype: str, when: Pass, tokens: int
         parts["experts" if routed else "resident"] += weights.layers * max(reading, multiplying)
         if routed and layout is not None:
             from_disk += weights.layers * used * layout.record_bytes
+            chosen += weights.layers * used / model.moe_layers
     disk_rate = machine.disk_bytes_per_second
     return Step(
         tokens=tokens,
         **parts,
         attention=_attention_seconds(model, rates, dtype, when, tokens, context),
-        overhead=_overhead_seconds(model, machine, dtype, when, tokens, sequences),
-        disk=None if disk_rate is None else from_disk / disk_rate,
+        overhead=_overhead_seconds(model, machine, dtype, when, tokens, sequences, stored),
+        # What has come is read once more, for its checksum.
+        disk=None if disk_rate is None else from_disk / disk_rate + from_disk / machine.read_bytes_per_second,
+        fetch=machine.overhead.fetch_seconds,
+        layers=model.moe_layers if chosen else 0,
+        chosen=chosen,
     )
 
 
@@ -496,7 +501,9 @@ def _attention_seconds(model: Counted, rates: _Rates, dtype: str, when: Pass, to
     return seconds
 
 
-def _overhead_seconds(model: Counted, machine: Ceilings, dtype: str, when: Pass, tokens: int, sequences: int) -> float:
+def _overhead_seconds(
+    model: Counted, machine: Ceilings, dtype: str, when: Pass, tokens: int, sequences: int, stored: bool
+) -> float:
     """Calls, and what is neither a product nor attention: norms, RoPE, sums, the order of tokens by expert."""
     layers = sum(attention.layers for attention in model.attention if when in attention.passes)
     calls = machine.overhead
@@ -505,4 +512,5 @@ def _overhead_seconds(model: Counted, machine: Ceilings, dtype: str, when: Pass,
     each += calls.packed_seconds if FORMATS[dtype] else 0.0
     # One token's share is in the measured calls.
     each += (tokens - 1) * width * STREAM / machine.read_bytes_per_second
-    return calls.step_seconds + layers * each
+    held = model.moe_layers * calls.stored_seconds if stored else 0.0
+    return calls.step_seconds + layers * each + held

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from handful.errors import ConfigError
+from handful.experts.native import available, likeliest, plain_inference
 
 __all__ = ["Logprobs", "Sampler", "Sampling", "sample"]
 
@@ -66,7 +67,7 @@ class Logprobs:
 def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
     """Draw a token from one position's logits. The penalty of repeated tokens is `Sampler`'s: it knows them."""
     if sampling.temperature == 0:
-        return int(logits_V.argmax())
+        return likeliest(logits_V) if available() and plain_inference(logits_V) else int(logits_V.argmax())
     logits_V = logits_V.float() / sampling.temperature
     share_V = logits_V.softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handful.errors import ConfigError
-from handful.experts.cache import LFU, LRU, POLICIES, S3FIFO, Policy, belady, simulate
+from handful.experts.cache import HALF_LIFE, LFU, LRU, POLICIES, S3FIFO, Policy, belady, simulate
 
 
 def hits(policy: str, keys: str, capacity: int) -> str:
@@ -86,6 +86,51 @@ def test_lfu_counts_on_after_very_many_uses() -> None:
         policy.use("a")
     policy.use("b")
     assert evicted(policy, 3) == ["c", "b", "a"]
+
+
+class PlainLFU:
+    """The definition: of all that are held and not pinned, the one with the lowest score, of equals the oldest use."""
+
+    def __init__(self, capacity: int) -> None:
+        self.growth = 2.0 ** (1.0 / (HALF_LIFE * capacity))
+        self.score: dict[Hashable, float] = {}
+        self.uses: list[Hashable] = []
+        self.held: set[Hashable] = set()
+
+    def use(self, key: Hashable) -> None:
+        self.uses.append(key)
+        self.score[key] = self.score.get(key, 0.0) + self.growth ** len(self.uses)
+
+    def add(self, key: Hashable) -> None:
+        self.held.add(key)
+        self.use(key)
+
+    def evict(self, pinned: Container[Hashable] = frozenset()) -> Hashable | None:
+        last = {key: i for i, key in enumerate(self.uses)}
+        free = [key for key in self.held if key not in pinned]
+        victim = min(free, key=lambda key: (round(self.score[key], 9), last[key]), default=None)
+        self.held.discard(victim)
+        return victim
+
+    def remove(self, key: Hashable) -> None:
+        self.held.remove(key)
+
+
+@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from("uepr"), st.sampled_from("abcdef")), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_lfu_is_what_it_says(capacity: int, steps: list[tuple[str, str]]) -> None:
+    policy, plain = LFU(capacity), PlainLFU(capacity)
+    for what, key in steps:
+        if what == "u":
+            for each in (policy, plain):
+                (each.use if key in plain.held else each.add)(key)
+        elif what == "r" and key in plain.held:
+            policy.remove(key)
+            plain.remove(key)
+        elif what in "ep":
+            pinned = {key} if what == "p" else set()
+            assert policy.evict(pinned) == plain.evict(pinned)
+    assert evicted(policy, 7) == evicted(plain, 7)
 
 
 def test_s3_fifo_keeps_what_was_used_again_from_a_scan() -> None:

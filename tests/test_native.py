@@ -20,6 +20,7 @@ from hypothesis import given
 from test_experts import ACTIVATIONS, Case, Result, agree, case, cases, distance, routing_of, run
 from torch import Tensor, nn
 
+from handful.attention import attend
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Experts
@@ -47,6 +48,8 @@ CORE = [
     "test_shapes",
     "test_streaming",
     "test_linear",
+    "test_tiles_of_any_width",
+    "test_attention_of_many_tokens",
     "test_quantized_experts",
     "test_quantized_experts_stay_exact",
     "test_a_quantised_token_is_its_own",
@@ -125,6 +128,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
     "wider sums yet": ((10, 1, 1, 1030, 3), {}),
     "a long sum over tokens": ((1100, 2, 1, 5, 3), {"load": "one"}),
     "many rows": ((12, 2, 2, 99, 193), {}),
+    "rows where they lie": ((190, 5, 2, 64, 160), {"load": "skewed"}),
     "half dropped": ((60, 4, 2, 18, 10), {"drop": 0.5}),
     "all dropped": ((6, 4, 2, 3, 4), {"drop": 1.1}),
 }
@@ -626,10 +630,11 @@ def test_torch_is_told_the_truth_of_the_others() -> None:
     forward = raw_arguments(c, F32)
     opcheck(ops.experts_backward, backward_arguments(forward, ops.experts_forward(**forward)[1]))
     opcheck(ops.experts_quantized, quantized_arguments(c))
-    opcheck(ops.linear, {"x": torch.randn(3, 5), "weight": torch.randn(4, 5), "bias": torch.randn(4)})
+    maps = {"weights": [torch.randn(4, 5)], "scales": [], "biases": [torch.randn(4)], "bits": 0, "group": 0}
+    opcheck(ops.linears, {"x": torch.randn(3, 5), **maps})
     packed = pack(torch.randn(4, 5))
-    last = {"bias": None, "bits": packed.bits, "group": packed.group}
-    opcheck(ops.linear_quantized, {"x": torch.randn(3, 5), "weight": packed.codes, "scales": packed.scales, **last})
+    maps = {"weights": [packed.codes], "scales": [packed.scales], "biases": [], "bits": 4, "group": packed.group}
+    opcheck(ops.linears, {"x": torch.randn(3, 5), **maps})
 
 
 def test_there_is_no_second_derivative() -> None:
@@ -741,22 +746,38 @@ def test_quantized_experts_refuse_what_does_not_fit(bits: int) -> None:
     )
 
 
-def test_linear_refuses_what_does_not_fit() -> None:
+def one_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor | None = None, bits: int = 0, group: int = 0
+) -> list[Tensor]:
+    found: list[Tensor] = ops.linears(x, [weight], [] if scales is None else [scales], [bias], bits, group)
+    return found
+
+
+def test_linears_refuse_what_does_not_fit() -> None:
     arguments = {"x": torch.randn(3, 5), "weight": torch.randn(4, 5), "bias": torch.randn(4)}
     for name in ("x", "weight", "bias"):
         for what, wrong in wrong_tensors(arguments[name]).items():
             if (name, what) not in {("x", "one row more"), ("x", "one row less")}:  # other tokens, and right
-                refuse(ops.linear, arguments, name, wrong, tuple(arguments), what)
+                refuse(one_linear, arguments, name, wrong, tuple(arguments), what)
     for bits in (8, 4):
         packed = pack(torch.randn(4, 5), bits)
         more = {"x": arguments["x"], "weight": packed.codes, "scales": packed.scales, "bias": arguments["bias"]}
         more |= {"bits": bits, "group": 32}  # type: ignore[dict-item]
         for name in ("weight", "scales", "bias"):
             for what, wrong in wrong_tensors(more[name]).items():
-                refuse(ops.linear_quantized, more, name, wrong, ("weight", "bias"), what)
+                refuse(one_linear, more, name, wrong, ("weight", "bias"), what)
         for name, values in {"bits": [0, 12 - bits, 3], "group": [0, 64, 128, -32]}.items():
             for value in values:
-                refuse(ops.linear_quantized, more, name, value, (name, "weight"), str(value))
+                refuse(one_linear, more, name, value, (name, "weight"), str(value))
+    x, weight = arguments["x"], arguments["weight"]
+    lists: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+        "no weight": ([], []),
+        "scales and biases are not of all weights": ([weight, weight], [arguments["bias"]]),
+        "weights are not of one dtype": ([weight, weight.bfloat16()], []),
+    }
+    for line, (weights, biases) in lists.items():
+        with pytest.raises(RuntimeError, match=line):
+            ops.linears(x, weights, [], biases, 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -808,3 +829,98 @@ def test_what_the_kernels_cannot_take_goes_to_grouped() -> None:
     same_bits(*float32)
     with pytest.raises(HandfulError, match="float64 on cpu"):
         run(c.experts, "native", c.x_TD, c.routing, c.up_TD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1056, 1057])
+def test_tiles_of_any_width(width: int, dtype: torch.dtype) -> None:
+    """With rows that are multiplied where they lie, and with packed ones: a token's bits do not depend on how many
+    others there are, whatever the registers hold of them at a time."""
+    weight, bias = torch.randn(103, width).to(dtype), torch.randn(103).to(dtype)
+    x_TI = torch.randn(520, width).to(dtype)
+    whole = linear(x_TI, weight, bias)
+    assert distance(whole, x_TI.to(F64) @ weight.to(F64).T + bias.to(F64)) <= BOUND[dtype]
+    for T in (17, 24, 25, 33, 40, 48, 49, 57, 64, 65, 72, 80, 97, 130, 257):
+        assert linear(x_TI[:T], weight, bias).equal(whole[:T]), T
+
+
+# B, H, J, S, P, width of keys, of values, window.
+ATTENTIONS = {
+    "one of everything": (1, 1, 1, 1, 1, 1, 1, 0),
+    "whole blocks": (1, 2, 2, 96, 96, 64, 96, 0),
+    "grouped queries": (2, 6, 2, 130, 130, 32, 48, 0),
+    "a past": (1, 8, 2, 70, 300, 128, 128, 0),
+    "odd sizes": (2, 3, 1, 101, 117, 33, 257, 0),
+    "a window": (1, 4, 4, 300, 330, 40, 24, 50),
+    "a window of one": (1, 2, 1, 40, 200, 16, 8, 1),
+    "a window wider than all": (1, 2, 2, 40, 40, 16, 16, 90),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_of_many_tokens(name: str, dtype: torch.dtype) -> None:
+    B, H, J, S, P, key_width, value_width, window = ATTENTIONS[name]
+    q_BHSd = (2 * torch.randn(B, S, H, key_width)).to(dtype).transpose(1, 2)
+    # As they lie in a cache with room for more, which may hold anything.
+    widths = key_width, value_width
+    k_BJPd, v_BJPv = (torch.full((B, J, P + 3, width), math.nan, dtype=dtype)[:, :, :P] for width in widths)
+    k_BJPd.normal_()
+    v_BJPv.normal_()
+    behind_SP = torch.arange(P - S, P)[:, None] - torch.arange(P)
+    mask = (behind_SP >= 0) & (behind_SP < (window or P))
+    for sinks_H in (None, torch.randn(H)):
+        q, k, v = (t.to(F64).repeat_interleave(H // t.shape[1], 1) for t in (q_BHSd, k_BJPd, v_BJPv))
+        want = attend(q, k, v, mask, 0.3, None if sinks_H is None else sinks_H.to(F64)).transpose(1, 2).flatten(2)
+        got = ops.attend_many(q_BHSd, k_BJPd, v_BJPv, sinks_H, 0.3, window)
+        assert got.dtype == dtype
+        assert distance(got, want) <= (4e-3 if dtype == BF16 else BOUND[F32])
+        # In chunks, as a long prompt comes: the same bits.
+        if S > 1:
+            ends = [P - S + S // 3, P]
+            chunks = [
+                ops.attend_many(chunk, k_BJPd[:, :, :end], v_BJPv[:, :, :end], sinks_H, 0.3, window)
+                for chunk, end in zip(q_BHSd.split([S // 3, S - S // 3], dim=2), ends, strict=True)
+            ]
+            assert torch.cat(chunks, dim=1).equal(got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_many_tokens_at_the_edges(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    q, k, v = (torch.randn(2, 2, 200, 32).to(dtype) for _ in range(3))
+    whole = ops.attend_many(q, k, v, None, 1.0, 0)
+    threads(3)
+    assert ops.attend_many(q, k, v, None, 1.0, 0).equal(whole)
+    # Scores of thousands, of which one is all of the softmax.
+    large = ops.attend_many(1000 * q, 10 * k, v, None, 1.0, 0)
+    best = (q.to(F64) @ k.to(F64).transpose(2, 3)).masked_fill(
+        ~torch.ones(200, 200, dtype=torch.bool).tril(), -math.inf
+    )
+    assert (
+        large - v.gather(2, best.argmax(-1, keepdim=True).expand_as(v)).transpose(1, 2).flatten(2)
+    ).abs().median() == 0
+    assert large.isfinite().all()
+    # What is wrong with one token stays with it.
+    bad = q.clone()
+    bad[0, 1, 7] = math.nan
+    marked = ops.attend_many(bad, k, v, None, 1.0, 0)
+    assert marked[0, 7, 32:].isnan().all()
+    marked[0, 7, 32:] = whole[0, 7, 32:]
+    assert marked.equal(whole)
+    assert ops.attend_many(q[:, :, :0], k, v, None, 1.0, 0).shape == (2, 0, 64)
+    assert ops.attend_many(q[:0], k[:0], v[:0], None, 1.0, 0).shape == (0, 200, 64)
+
+
+def test_attention_of_many_tokens_refuses_what_does_not_fit() -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 6)
+    arguments = {"q": q, "k": k, "v": v, "sinks": torch.randn(4), "scale": 1.0, "window": 0}
+    for name, values in {
+        "q": [q[0], q[:1], q[..., 1:], q[:, 1:], q.half(), q.to(BF16), q.transpose(2, 3), torch.randn(2, 4, 10, 8)],
+        "k": [k[0], k[:1], k[..., 1:], k[:, :, 1:], k[:, :0], k.half(), k.to(BF16), k.transpose(2, 3)],
+        "v": [v[0], v[:1], v[:, :1], v[:, :, 1:], v.half(), v.to(BF16), v.transpose(2, 3), v[..., :0]],
+        "sinks": [arguments["sinks"][1:], arguments["sinks"].to(F64), torch.randn(4, 1), torch.randn(8)[::2]],
+        "window": [-1],
+    }.items():
+        for value in values:
+            refuse(ops.attend_many, arguments, name, value, ("q is", "k is", "v is", "sinks", "window ="), name)
+    ops.attend_many(**arguments)

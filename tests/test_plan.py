@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from handful.errors import ConfigError, HandfulError
 from handful.experts import Experts
 from handful.experts.disk import PackFile
 from handful.experts.quantized import quantize_model, weights_of
-from handful.experts.stored import Store
+from handful.experts.stored import Store, StoredExperts, StoreStats
 from handful.families.pricing import count_from_hf
 from handful.machine import Measured, machine
 from handful.model import Decoder, KVCache
@@ -34,7 +34,7 @@ from handful.presets import PRESETS
 from handful.trace import check_recording, replay
 from handful.units import parse_bytes
 
-NONE = Overhead(step_seconds=0.0, layer_seconds=0.0, packed_seconds=0.0, sequence_seconds=0.0)
+NONE = Overhead(**{field.name: 0.0 for field in fields(Overhead)})
 # Rates so high that nothing but what a test lowers takes time.
 QUICK = Ceilings(
     cpu="a processor",
@@ -350,7 +350,7 @@ def test_float32_has_its_own_product() -> None:
 
 
 def test_overhead() -> None:
-    calls = Overhead(step_seconds=0.5, layer_seconds=0.01, packed_seconds=0.002, sequence_seconds=0.003)
+    calls = replace(NONE, step_seconds=0.5, layer_seconds=0.01, packed_seconds=0.002, sequence_seconds=0.003)
     machine = replace(QUICK, overhead=calls)
     assert total(plan(SHAPE, machine)) == pytest.approx(0.5 + 2 * 0.01)
     assert total(plan(SHAPE, machine, dtype="int4")) == pytest.approx(0.5 + 2 * (0.01 + 0.002))
@@ -358,6 +358,21 @@ def test_overhead() -> None:
     prefill = plan(SHAPE, replace(READS, overhead=calls)).prefill
     assert prefill is not None
     assert prefill.overhead == pytest.approx(0.5 + 2 * (0.01 + 127 * 64 * STREAM / 1e9))
+
+
+def test_overhead_of_a_store() -> None:
+    machine = replace(QUICK, overhead=replace(NONE, layer_seconds=0.01, stored_seconds=0.002, fetch_seconds=0.1))
+    assert total(plan(SHAPE, machine)) == pytest.approx(2 * 0.01)
+    whole = plan(SHAPE, machine, memory=10**9)
+    assert whole.slots == whole.experts
+    assert total(whole) == pytest.approx(2 * 0.012)
+    # A layer that misses either of its 2 experts waits once: 1 - 0.5² of all layers do.
+    part = plan(SHAPE, machine, memory=SIZES.least)
+    assert part.decode is not None
+    assert part.decode.seconds(0.5) == pytest.approx(2 * (0.012 + 0.75 * 0.1))
+    # Layers without experts have no store.
+    mixed = plan(replace(SHAPE, dense_first=1, ffn=64), machine, memory=10**9)
+    assert total(mixed) == pytest.approx(2 * 0.01 + 0.002)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,15 +397,28 @@ def test_what_is_not_held_is_read_from_disk() -> None:
     assert found.needed == budget + BESIDE
 
 
-def test_disk_and_memory_add_up_and_at_best_overlap() -> None:
-    machine = replace(READS, disk_bytes_per_second=1e6)
-    found = plan(SHAPE, machine, memory=SIZES.resident + 4 * SIZES.expert)
-    assert found.decode is not None
-    can = found.decode.forecast(0.5)
-    assert can is not None
-    assert can.memory_seconds == pytest.approx(found.decode.resident + found.decode.experts + found.decode.attention)
-    assert can.disk_seconds == pytest.approx(0.5 * 2 * 2 * SIZES.expert / 1e6)
-    assert found.decode_tokens_per_second(0.5) == can.slowest < can.quickest
+def test_reading_and_waiting_are_added_to_computing() -> None:
+    machine = replace(READS, disk_bytes_per_second=1e6, overhead=replace(NONE, fetch_seconds=0.1))
+    step = plan(SHAPE, machine, memory=SIZES.resident + 4 * SIZES.expert).decode
+    assert step is not None
+    assert step.disk is not None
+    assert (step.layers, step.chosen, step.fetch) == (2, 2, 0.1)
+    computing = step.resident + step.experts + step.attention
+    assert step.seconds(1.0) == pytest.approx(computing)
+    # Every layer waits, for all.
+    assert step.seconds(0.0) == pytest.approx(computing + 2 * 0.1 + step.disk)
+    # One layer in four misses neither of its two.
+    assert step.seconds(0.5) == pytest.approx(computing + 2 * 0.75 * 0.1 + step.disk / 2)
+    assert step.rate(0.5) == pytest.approx(1 / (computing + 2 * 0.75 * 0.1 + step.disk / 2))
+
+
+def test_what_was_read_is_read_again_for_its_checksum() -> None:
+    quick = plan(SHAPE, replace(QUICK, disk_bytes_per_second=1e6), memory=SIZES.least).decode
+    slow = plan(SHAPE, replace(READS, disk_bytes_per_second=1e6), memory=SIZES.least).decode
+    assert quick is not None
+    assert quick.disk == pytest.approx(2 * 2 * SIZES.expert / 1e6)
+    assert slow is not None
+    assert slow.disk == pytest.approx(2 * 2 * SIZES.expert * (1e-6 + 1e-9))
 
 
 def test_a_disk_that_was_not_measured() -> None:
@@ -508,7 +536,8 @@ def test_a_recording_of_another_model() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ceilings, measured once.
 
-MEASURED = Measured(read_bytes_per_second=2e10, float32_flops=1e11, bfloat16_flops=2e11, disk_bytes_per_second=1e9)
+MEASURED = Measured(read_bytes_per_second=2e10, float32_flops=1e11, bfloat16_flops=2e11, disk_bytes_per_second=None)
+FETCHES = replace(NONE, fetch_seconds=0.25)
 
 
 @pytest.fixture
@@ -516,13 +545,15 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Measuring takes no time, and every folder that it is done in is listed."""
     calls: list[Any] = []
 
-    def measure(folder: Path | None = None) -> Measured:
+    def measure_disk(folder: Path, fetch_seconds: float) -> float:
         calls.append(folder)
-        return MEASURED if folder is not None else replace(MEASURED, disk_bytes_per_second=None)
+        assert fetch_seconds == FETCHES.fetch_seconds
+        return 1e9
 
     monkeypatch.setenv("HANDFUL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("handful.ceilings.measure", measure)
-    monkeypatch.setattr("handful.ceilings.measure_overhead", lambda: NONE)
+    monkeypatch.setattr("handful.ceilings.measure", lambda: MEASURED)
+    monkeypatch.setattr("handful.ceilings.measure_disk", measure_disk)
+    monkeypatch.setattr("handful.ceilings.measure_overhead", lambda folder=None: FETCHES)
     return calls
 
 
@@ -566,6 +597,7 @@ def test_another_computer_or_disk_is_measured_too(
         lambda text: text.replace("1000000000.0", "-1"),
         lambda text: text.replace("step_seconds", "steps"),
         lambda text: text.replace('"layer_seconds"', '"more": 1, "layer_seconds"'),
+        lambda text: text.replace('"fetch_seconds": 0.25', '"fetch": 0.25'),
         lambda text: text.replace("20000000000.0", "NaN"),
     ],
 )
@@ -581,23 +613,69 @@ def test_what_is_not_whole_is_measured_again(damage: Any, measured: list[Any], t
 def test_a_disk_that_cannot_be_measured_and_a_home_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Any]
 ) -> None:
-    def measure(folder: Path | None = None) -> Measured:
+    def measure_overhead(folder: Path | None = None) -> Overhead:
         if folder is not None:
             raise HandfulError(f"folder {folder}: Permission denied")
-        return replace(MEASURED, disk_bytes_per_second=None)
+        return FETCHES
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HANDFUL_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr("handful.ceilings.measure", measure)
-    assert ceilings.ceilings(tmp_path).disk_bytes_per_second is None
+    monkeypatch.setattr("handful.ceilings.measure_overhead", measure_overhead)
+    found = ceilings.ceilings(tmp_path)
+    assert (found.disk_bytes_per_second, found.overhead) == (None, FETCHES)
 
 
-def test_overhead_is_measured() -> None:
+def test_overhead_is_measured(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
-    found = measure_overhead(repeats=12)
+    found = measure_overhead(tmp_path, repeats=12)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert min(vars(found).values()) >= 0
     assert 1e-6 < found.step_seconds + 8 * found.layer_seconds < 10
+    assert 1e-6 < found.fetch_seconds < 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_layer_of_the_model_that_is_away_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `fetch_seconds` is measured with misses both experts of every layer in every step, what it is compared to
+    none."""
+    seen: dict[str, list[StoreStats]] = {}
+    steps = ceilings._step_seconds
+
+    def looked_at(cases: dict[str, tuple[Decoder, int]], repeats: int) -> dict[str, float]:
+        took = steps(cases, repeats)
+        for name, (model, _) in cases.items():
+            experts = [layer.experts for layer in model.moe_layers]
+            if isinstance(experts[0], StoredExperts):
+                seen.setdefault(name, []).append(experts[0].store.stats())
+        return took
+
+    monkeypatch.setattr(ceilings, "_step_seconds", looked_at)
+    measure_overhead(tmp_path, repeats=12)
+    assert set(seen) == {"held", "away"}
+    (away,), (held,) = seen["away"], seen["held"]
+    assert away.hit_rate == 0
+    assert away.total("misses") >= 12 * 8 * 2
+    assert held.total("misses") <= held.experts
+    assert held.total("hits") > 0
+
+
+def test_a_disk_is_measured_as_a_store_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    one = PackFile.read
+
+    def counted(self: PackFile, layer: int, expert: int, into: memoryview) -> None:
+        read.append((expert, len(into)))
+        one(self, layer, expert, into)
+
+    monkeypatch.setattr(PackFile, "read", counted)
+    assert 1e6 < ceilings.measure_disk(tmp_path, repeats=40) < 1e12
+    # Every one of them from the disk: after all 64 it begins again, and finds none.
+    assert len(read) == 80
+    assert {expert for expert, _ in read} == set(range(64))
+    assert {size for _, size in read} == {4 << 20}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(HandfulError, match=r"not there.*No such file"):
+        ceilings.measure_disk(tmp_path / "not there")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

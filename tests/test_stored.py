@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import random
 import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from handful.errors import CheckpointError, ConfigError, HandfulError, RoutingError
 from handful.experts import Experts, disk
 from handful.experts.disk import PAGE, Layout, PackFile, layout_of, write_pack
-from handful.experts.native import available
+from handful.experts.native import available, experts_in_parts
 from handful.experts.quantized import QuantizedExperts
 from handful.experts.readahead import Read, Reader
 from handful.experts.stored import Store, StoredExperts
@@ -147,6 +149,60 @@ def test_any_memory_gives_the_same_bits(
                         y_TD = stored(x_TD, routing)
                         assert y_TD.dtype == dtype
                         assert y_TD.equal(right[i](x_TD, routing)), (slots, len(x_TD))
+
+
+def test_few_tokens_whose_experts_are_all_there_are_one_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits and the counts of the other way, and only then."""
+    whole = layers(1, backend=BACKEND)
+    parts: list[int] = []
+
+    def counted(x_TD: Tensor, *others: Any) -> Tensor:
+        parts.append(len(x_TD))
+        return experts_in_parts(x_TD, *others)
+
+    monkeypatch.setattr("handful.experts.stored.experts_in_parts", counted)
+    with torch.no_grad(), opened(packed(tmp_path, whole), E, policy="lru") as store:
+        stored = StoredExperts(store, 0, activation="swiglu")
+
+        def in_parts(routing: Routing) -> bool:
+            parts.clear()
+            x_TD = torch.randn(routing.tokens, D)
+            assert stored(x_TD, routing).equal(whole[0](x_TD, routing))
+            return parts == [routing.tokens] or not available()  # the plain loop knows no other way
+
+        def at_once(routing: Routing) -> bool:
+            in_parts(routing)
+            return not parts
+
+        assert in_parts(naming([[0, 1, 2]]))
+        assert at_once(naming([[2, 0, 1]]))
+        assert at_once(naming([[1, 2, 0], [0, 1, 2]]))
+        assert in_parts(naming([[0, 1, 3]]))
+        stats = store.stats()
+        assert (stats.total("hits"), stats.total("misses")) == (3 + 3 + 2, 3 + 1)
+        # More tokens than the kernels read as a stream, and those of which some are dropped, go the other way.
+        assert in_parts(naming([[0, 1, 2]] * 9))
+        some = naming([[0, 1, 2]] * 2)
+        assert in_parts(replace(some, dropped_TK=torch.tensor([[True, False, False]] * 2)))
+        with pytest.raises(RoutingError, match="expert -1"):
+            stored(torch.randn(1, D), replace(naming([[0, 0, 1]]), experts_TK=torch.tensor([[-1, 0, 1]])))
+
+
+@pytest.mark.parametrize(("slots", "large"), [(E, True), (2 * E, False)])
+def test_memory_that_is_read_into_again_and_again_is_in_large_pages(
+    tmp_path: Path, slots: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice: list[int] = []
+
+    class Watched(mmap.mmap):
+        def madvise(self, option: int, *others: int) -> None:
+            advice.append(option)
+
+    monkeypatch.setattr("handful.experts.stored.mmap.mmap", Watched)
+    with opened(packed(tmp_path, layers(2)), slots):
+        assert advice == ([mmap.MADV_HUGEPAGE] if large else [])
 
 
 @pytest.mark.parametrize("activation", ["geglu", "swiglu_clamped", "relu", "gelu"])
@@ -758,6 +814,29 @@ def test_half_of_the_threads_are_kept_for_what_is_needed() -> None:
         time.sleep(0.001)
     time.sleep(0.02)
     assert sorted(begun) == [0, 1, 5, 6]
+    gate.set()
+    reader.wait(lambda: all(read.done for read in reads))
+    reader.stop()
+
+
+def test_a_guess_that_came_true_does_not_wait_for_other_guesses() -> None:
+    gate, begun = threading.Event(), threading.Event()
+
+    def load(layer: int, expert: int, slot: int) -> None:
+        if expert == 1:
+            begun.set()
+        gate.wait(20)
+
+    reader = Reader(load, 2)  # one of which may read guesses
+    reads = [Read((0, i), i, lambda read: None) for i in range(2)]
+    for read in reads:
+        reader.submit(read, guess=True)
+    while reader._guessing == 0:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert not begun.is_set()
+    reader.hurry(reads[1])
+    assert begun.wait(10)
     gate.set()
     reader.wait(lambda: all(read.done for read in reads))
     reader.stop()

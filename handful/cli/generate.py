@@ -100,14 +100,15 @@ def run(
             store.close()
     print(file=shown)
     seconds = time.perf_counter() - began
+    given = 0
     if not isinstance(found, EncoderDecoder):
         tokens = [delta.token for delta in deltas if delta.token is not None]
-        made = len(tokens)
+        made, given = len(tokens), len(request.prompt)
         if routing is not None and deltas:
             # The last token was made, and did not pass through the model.
             passed = [*request.prompt, *tokens][: recorder.tokens]
             recorder.recording(passed).save(routing)
-    within = None if store is None else _within(model, found, store, quant, made / seconds)
+    within = None if store is None else _within(found, store, quant, given + made, made / seconds)
     if as_json:
         print_json(
             {"model": model, "prompt": prompt, "text": "".join(pieces), "finish": finish, "tokens": made,
@@ -124,9 +125,9 @@ def run(
 
 
 def _within(
-    model: str, found: Decoder | EncoderDecoder, store: Store, quant: str | None, rate: float
+    found: Decoder | EncoderDecoder, store: Store, quant: str | None, tokens: int, rate: float
 ) -> dict[str, Any]:
-    """What a memory budget did, and the forecast beside it."""
+    """What a memory budget did with so many tokens, and beside it what is forecast for its hits."""
     from dataclasses import asdict
 
     from handful.ceilings import ceilings
@@ -140,7 +141,7 @@ def _within(
     if dtype in ("float32", "bfloat16", "int8", "int4"):
         planned = plan(
             found.config, ceilings(store.pack.path.parent), dtype=dtype,
-            memory=held + stats.slots * stats.expert_bytes,
+            memory=held + stats.slots * stats.expert_bytes, context=max(1, tokens),
         )  # fmt: skip
         forecast = planned.decode_tokens_per_second(stats.hit_rate)
     return {

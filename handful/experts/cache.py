@@ -14,7 +14,6 @@ A policy is told of every use, and asked for a victim when there is no room. Key
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from typing import Protocol
@@ -78,39 +77,48 @@ class LFU:
         self._growth = 2.0 ** (1.0 / (HALF_LIFE * max(1, capacity)))
         self._one = 1.0  # what a use counts now: it grows, instead of all others falling
         self._score: dict[Key, float] = {}  # of every key ever seen
-        self._turn = itertools.count()
+        self._turn = 0
         self._held: dict[Key, int] = {}  # key -> the turn of its last use
-        self._heap: list[tuple[float, int, Key]] = []  # (score, turn, key); out of date where the turn is not the last
+        # (score, turn, key), one for each key that is held. It may be older than the key's last use: both only grow,
+        # so that the least entry, once it is brought up to date and still the least, is the one to go.
+        self._heap: list[tuple[float, int, Key]] = []
+        self._queued: set[Key] = set()  # those that have an entry; of `remove`d ones it is still there
 
     def use(self, key: Key) -> None:
         self._one *= self._growth
         self._score[key] = self._score.get(key, 0.0) + self._one
-        self._held[key] = next(self._turn)
+        self._turn += 1
+        self._held[key] = self._turn
         if self._one > 1e100:
             self._score = {other: score / self._one for other, score in self._score.items()}
             self._one = 1.0
-            self._heap.clear()
-        elif len(self._heap) < 8 * len(self._held) + 64:
-            heapq.heappush(self._heap, (self._score[key], self._held[key], key))
-            return
-        self._heap = [(self._score[other], turn, other) for other, turn in self._held.items()]
-        heapq.heapify(self._heap)
+            self._heap = [(self._score[other], turn, other) for other, turn in self._held.items()]
+            heapq.heapify(self._heap)
+            self._queued = set(self._held)
 
     def add(self, key: Key) -> None:
         self.use(key)
+        if key not in self._queued:
+            self._queued.add(key)
+            heapq.heappush(self._heap, (self._score[key], self._turn, key))
 
     def evict(self, pinned: Container[Key] = NOTHING) -> Key | None:
         aside = []
         victim = None
         while self._heap and victim is None:
             entry = heapq.heappop(self._heap)
-            if self._held.get(entry[2]) != entry[1]:
-                continue
-            if entry[2] in pinned:
+            key = entry[2]
+            turn = self._held.get(key)
+            if turn is None:
+                self._queued.discard(key)
+            elif turn != entry[1]:
+                heapq.heappush(self._heap, (self._score[key], turn, key))
+            elif key in pinned:
                 aside.append(entry)
             else:
-                victim = entry[2]
-                del self._held[victim]
+                victim = key
+                del self._held[key]
+                self._queued.discard(key)
         for entry in aside:
             heapq.heappush(self._heap, entry)
         return victim

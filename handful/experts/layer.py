@@ -6,21 +6,32 @@ Legend: T tokens · D model width · E experts · F an expert's hidden width · 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from handful.config import GATED, Activation
 from handful.errors import ConfigError, RoutingError
+from handful.experts.at_once import (
+    ACTIVATIONS,
+    ExpertsWeights,
+    Maps,
+    Operation,
+    feed_forward_layer,
+    is_bare,
+    kernel_map,
+    maps_of,
+    nobody_looks,
+    norm_of,
+)
 from handful.experts.grouped import grouped
-from handful.experts.native import available, few, linear, linears, native, plain_inference, takes
+from handful.experts.native import DTYPES, available, few, linear, linears, native, plain_inference, takes
 from handful.experts.reference import activate, reference
 from handful.routing import Routing
 
-__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "multiply", "multiply_all"]
+__all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "feed_at_once", "multiply", "multiply_all"]
 
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -97,6 +108,16 @@ class Experts(nn.Module):
         check_fits(x_TD, routing, self.count, self.gate_up.shape[2])
         return BACKENDS[self.backend](x_TD, routing, self)
 
+    def weights_for_kernels(self, inputs: int, dtype: torch.dtype) -> ExpertsWeights | None:
+        """The weights, if one operation is to apply them to few tokens of `inputs` numbers in plain inference."""
+        gate_up, down = self._parameters.get("gate_up"), self._parameters.get("down")
+        if gate_up is None or down is None or not self.has_native or self.backend not in ("auto", "native"):
+            return None
+        if gate_up.dtype not in DTYPES or down.dtype not in DTYPES or gate_up.shape[0::2] != (self.count, inputs):
+            return None
+        biases = self.gate_up_bias, self.down_bias
+        return ExpertsWeights(gate_up, None, down, None, *biases, self.activation, down.shape[-1], 0, 0)
+
     def extra_repr(self) -> str:
         experts, rows, width = self.gate_up.shape
         return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
@@ -125,27 +146,25 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return multiply(x, self.weight, self.bias, self.has_native)
 
-    def for_kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias, if our kernels are to multiply x by them."""
-        return (self.weight, self.bias) if streams(x, self.weight, self.has_native) else None
+    def for_kernels(self, tokens: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, if our kernels are to multiply so many tokens by them in plain inference."""
+        held = self._parameters  # self.weight takes ten times as long
+        weight = held.get("weight")
+        if weight is None or "bias" not in held or weight.dtype != dtype or not self.has_native or tokens > few(dtype):
+            return None
+        return weight, held["bias"]
 
 
 def multiply_all(x: Tensor, *maps: nn.Module) -> list[Tensor]:
     """Outputs of several linear maps of the same x: by one operation if all of them are for our kernels."""
     given = []
+    alone = nobody_looks(x)
     for m in maps:
-        operands = m.for_kernels(x) if _is_bare(m) else None
+        operands = kernel_map(m, x.shape[:-1].numel(), x.shape[-1], x.dtype) if alone else None
         if operands is None:
             return [m(x) for m in maps]
         given.append(operands)
     return linears(x, given)
-
-
-def _is_bare(module: nn.Module) -> TypeGuard[Linear]:
-    """Whether calling it does what its class says and no more: no subclass, no hook, no forward of its own."""
-    own = module.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or _has_any_global_hook()
-    return "for_kernels" in type(module).__dict__ and "forward" not in own and not hooked
 
 
 class FeedForward(nn.Module):
@@ -160,3 +179,24 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(activate(self.gate_up(x), self.activation))
         return out
+
+    def maps_for_kernels(self, tokens: int, inputs: int, dtype: torch.dtype) -> Maps | None:
+        """The weights of gate_up and down, if one operation is to stand for the network."""
+        modules = self._modules
+        first = kernel_map(modules.get("gate_up"), tokens, inputs, dtype)
+        if first is None or self.activation not in ACTIVATIONS:
+            return None
+        hidden = first[0].shape[0] // (2 if self.activation in GATED else 1)
+        maps = maps_of([(modules.get("gate_up"), inputs), (modules.get("down"), hidden)], tokens, dtype)
+        return None if maps is None or any(bias is not None for bias in maps.biases) else maps
+
+
+def feed_at_once(ffn: nn.Module | None, norm: nn.Module | None, x: Tensor, residual_scale: float) -> Operation | None:
+    """x + residual_scale · ffn(norm(x)) as one operation with the same bits, for any x like this one, that
+    `nobody_looks` at; None where the modules must be called."""
+    if not is_bare(ffn, FeedForward):
+        return None
+    maps, before = ffn.maps_for_kernels(x.shape[:-1].numel(), x.shape[-1], x.dtype), norm_of(norm)
+    if maps is None or before is None:
+        return None
+    return feed_forward_layer(before, maps, ffn.activation, residual_scale)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -33,7 +34,10 @@ __all__ = [
     "attend_one",
     "available",
     "experts_in_parts",
+    "experts_in_slots",
+    "explained",
     "few",
+    "likeliest",
     "linear",
     "linears",
     "native",
@@ -41,6 +45,7 @@ __all__ = [
     "quantized_experts",
     "rms_norm",
     "route",
+    "router_rules",
     "takes",
 ]
 
@@ -108,7 +113,7 @@ def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         else:
             y_TD = torch.ops.handful.experts(*arguments)
     except RuntimeError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
     return y_TD
 
 
@@ -138,7 +143,7 @@ def quantized_experts(
             compute_dtype(x_TD) == torch.bfloat16,
         )
     except RuntimeError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
     return y_TD
 
 
@@ -182,45 +187,56 @@ def experts_in_parts(
     turned = biases
     if slots.bits:
         turned = [b if b is None or b.dtype == dtype else torch.empty(b.shape, dtype=dtype) for b in biases]
+    to_turn = [(bias, to) for bias, to in zip(biases, turned, strict=True) if bias is not None and bias is not to]
+    weights = (slots.gate_up, slots.gate_up_scales, slots.down, slots.down_scales, *turned)
+    kind = (slots.activation, slots.hidden, slots.bits, slots.group, bf16)
     parts = []
     for t in range(0, max(1, len(x_TD)), step):
-        x_tD, experts_tK, weights_tK = (value[t : t + step] for value in (x_TD, experts_TK, weights_TK))
-        dropped_tK = None if dropped_TK is None else dropped_TK[t : t + step]
+        x_tD, experts_tK, weights_tK, dropped_tK = x_TD, experts_TK, weights_TK, dropped_TK
+        if len(x_TD) > step:
+            x_tD, experts_tK, weights_tK = (value[t : t + step] for value in (x_TD, experts_TK, weights_TK))
+            dropped_tK = None if dropped_TK is None else dropped_TK[t : t + step]
         kept_N = experts_tK.flatten() if dropped_tK is None else experts_tK[~dropped_tK]
         chosen = sorted(set(kept_N.tolist()))
         for e in chosen:
             if not 0 <= e < count:
                 raise RoutingError(f"routing names expert {e}: there are {count}, counted from 0")
         rows_ND = torch.empty(len(kept_N), x_TD.shape[1])
+        places_E = np.empty(count, np.int64)
         try:
             for ready in fetch(chosen, x_tD):
-                places = [-1] * count
+                places_E.fill(-1)
                 for e, slot in ready:
-                    places[e] = slot
-                    for bias, to in zip(biases, turned, strict=True):
-                        if bias is not None and to is not None and to is not bias:
-                            to[slot] = bias[slot]
+                    places_E[e] = slot
+                    for bias, to in to_turn:
+                        to[slot] = bias[slot]  # type: ignore[index]
                 torch.ops.handful.experts_rows(
-                    rows_ND,
-                    x_tD,
-                    experts_tK,
-                    dropped_tK,
-                    torch.tensor(places),
-                    slots.gate_up,
-                    slots.gate_up_scales,
-                    slots.down,
-                    slots.down_scales,
-                    *turned,
-                    slots.activation,
-                    slots.hidden,
-                    slots.bits,
-                    slots.group,
-                    bf16,
+                    rows_ND, x_tD, experts_tK, dropped_tK, torch.from_numpy(places_E), *weights, *kind
                 )
             parts.append(torch.ops.handful.experts_sum(rows_ND, experts_tK, weights_tK, dropped_tK, count, bf16))
         except RuntimeError as error:
-            raise _explained(error) from None
+            raise explained(error) from None
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def experts_in_slots(x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor, slots: Slots) -> Tensor:
+    """Apply to each token the K experts that lie in its slots, all at once: the bits that `native` and
+    `quantized_experts` give. Up to FEW tokens; biases, if any, in the dtype of the products. No gradients."""
+    bf16 = compute_dtype(x_TD) == torch.bfloat16
+    given = (x_TD.contiguous(), slots_TK, weights_TK.float().contiguous(), None)
+    biases = (slots.gate_up_bias, slots.down_bias)
+    y_TD: Tensor
+    try:
+        if slots.bits:
+            y_TD = torch.ops.handful.experts_quantized(
+                *given, slots.gate_up, slots.gate_up_scales, slots.down, slots.down_scales, *biases, slots.activation,
+                slots.hidden, slots.bits, slots.group, bf16,
+            )  # fmt: skip
+        else:
+            y_TD = torch.ops.handful.experts(*given, slots.gate_up, slots.down, *biases, slots.activation, bf16)
+    except RuntimeError as error:
+        raise explained(error) from None
+    return y_TD
 
 
 def linear(x_TI: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
@@ -245,21 +261,27 @@ def linears(x_TI: Tensor, maps: Sequence[tuple[Tensor | Packed, Tensor | None]])
             x_TI, codes, [w.scales for w in packed], [bias.contiguous() for bias in biases], bits, group
         )
     except RuntimeError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
     return [y_TO.view(*lead, y_TO.shape[-1]) for y_TO in found]
 
 
 def plain_inference(x: Tensor, *weights: Tensor) -> bool:
     """Whether x and weights can go to the kernels that have no gradients: without autograd and autocast, on CPU."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu") or x.dtype not in DTYPES:
         return False
-    return x.dtype in DTYPES and all(weight.dtype in DTYPES for weight in weights)
+    return not weights or all(weight.dtype in DTYPES for weight in weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension of float32 or bfloat16 x (..., D), in x's dtype; no gradients."""
     y: Tensor = torch.ops.handful.rms_norm(x.contiguous(), weight, eps)
     return y
+
+
+def likeliest(logits_V: Tensor) -> int:
+    """The place of the largest logit, the first of equals. In bfloat16 torch takes longer than for the output layer."""
+    place: int = torch.ops.handful.likeliest.default(logits_V.contiguous())
+    return place
 
 
 def attend_one(
@@ -308,13 +330,19 @@ def route(
     balance_bias_E = None if balance_bias_E is None else balance_bias_E.float()
     try:
         found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.handful.route(
-            x_TD.contiguous(), weight_ED.contiguous(), bias_E, balance_bias_E, chosen_TK, config.score == "sigmoid",
-            config.groups, config.top_groups, config.group_score == "top2", config.top_k, config.normalize,
-            config.scale,
-        )  # fmt: skip
+            x_TD.contiguous(), weight_ED.contiguous(), bias_E, balance_bias_E, chosen_TK, *router_rules(config)
+        )
     except RuntimeError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
     return found
+
+
+def router_rules(config: RouterConfig) -> tuple[bool, int, int, bool, int, bool, float]:
+    """What a router's operation is told of its config, in its order."""
+    return (
+        config.score == "sigmoid", config.groups, config.top_groups, config.group_score == "top2", config.top_k,
+        config.normalize, config.scale,
+    )  # fmt: skip
 
 
 def _tokens(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -335,10 +363,10 @@ def _name(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} on {value.device.type}"
 
 
-def _explained(error: RuntimeError) -> Exception:
+def explained(error: RuntimeError) -> Exception:
     """The kernels' own complaint, in one line and without its place in the source, as an error of ours."""
     line = re.sub(r"^\w+, [\w./]+:\d+, ", "", str(error).splitlines()[0])
-    return RoutingError(line) if line.startswith("routing names") else HandfulError(line)
+    return RoutingError(line) if line.startswith(("routing names", "choice names")) else HandfulError(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,12 +454,8 @@ def _fake_backward(
     )
 
 
-def _fake_linear(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
 def _fake_linears(x: Tensor, weights: Sequence[Tensor], *others: Any) -> list[Tensor]:
-    return [_fake_linear(x, weight) for weight in weights]
+    return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
 
 
 def _fake_route(
@@ -441,6 +465,14 @@ def _fake_route(
     scores = x.new_empty((tokens, experts), dtype=torch.float32)
     weights = x.new_empty((tokens, top_k), dtype=torch.float32)
     return scores, torch.empty_like(scores), weights.new_empty(weights.shape, dtype=torch.int64), weights
+
+
+def _fake_moe_layer(
+    x: Tensor, norm: Tensor, norm_eps: float, router: Tensor, bias: Tensor | None, balance_bias: Tensor | None,
+    chosen: Tensor | None, dropped: Tensor | None, *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x_TD = x.reshape(-1, x.shape[-1])
+    return torch.empty_like(x), *_fake_route(x_TD, router, bias, balance_bias, chosen, *others)
 
 
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
@@ -456,11 +488,12 @@ def _register() -> None:
     torch.library.register_fake("handful::experts_forward", _fake_forward)
     torch.library.register_fake("handful::experts_backward", _fake_backward)
     torch.library.register_fake("handful::experts_quantized", _fake_experts)
-    torch.library.register_fake("handful::linear", _fake_linear)
-    torch.library.register_fake("handful::linear_quantized", _fake_linear)
     torch.library.register_fake("handful::linears", _fake_linears)
     torch.library.register_fake("handful::rms_norm", _fake_like_first)
     torch.library.register_fake("handful::attend_one", _fake_like_first)
     torch.library.register_fake("handful::route", _fake_route)
+    torch.library.register_fake("handful::attend_layer", _fake_like_first)
+    torch.library.register_fake("handful::moe_layer", _fake_moe_layer)
+    torch.library.register_fake("handful::feed_forward_layer", _fake_like_first)
     torch.library.register_autograd("handful::experts_forward", _backward, setup_context=_setup)
     _registered = True

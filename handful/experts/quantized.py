@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
+from handful.experts.at_once import ExpertsWeights
 from handful.experts.layer import BACKENDS, Experts, Linear, _first_rows, check_fits
-from handful.experts.native import available, compute_dtype, linear, quantized_experts, takes
+from handful.experts.native import available, compute_dtype, linear, plain_inference, quantized_experts, takes
 from handful.experts.reference import activate
 from handful.machine import native_error
 from handful.quantize import Packed, check, check_format, error, pack, unpack
@@ -204,6 +205,20 @@ class QuantizedExperts(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return _loop(x_TD.to(dtype), routing, self)
 
+    def weights_for_kernels(self, inputs: int, dtype: torch.dtype) -> ExpertsWeights | None:
+        """The weights, if one operation is to apply them to few tokens of `inputs` numbers in plain inference."""
+        modules = self._modules
+        first, second = modules["gate_up"], modules["down"]
+        assert isinstance(first, PackedWeight)
+        assert isinstance(second, PackedWeight)
+        if not self.has_native or self.backend not in ("auto", "native") or first.inputs != inputs:
+            return None
+        up, down, kind = first.value, second.value, (second.inputs, second.bits, second.group)
+        if (first.bits, first.group) != (second.bits, second.group):
+            return None
+        biases = _cast(self.gate_up_bias, dtype), _cast(self.down_bias, dtype)
+        return ExpertsWeights(up.codes, up.scales, down.codes, down.scales, *biases, self.activation, *kind)
+
     def extra_repr(self) -> str:
         return f"{self.count} experts, activation={self.activation}, backend={self.backend}"
 
@@ -249,6 +264,10 @@ class QuantizedLinear(nn.Module):
         return unpack(self.packed.value, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if plain_inference(x):
+            given = self.for_kernels(x.shape[:-1].numel(), x.shape[-1], x.dtype)
+            if given is not None:
+                return linear(x, *given)
         _refuse_gradients("linear layers", x)
         dtype = compute_dtype(x)
         if x.shape[-1:] != (self.in_features,):
@@ -258,12 +277,14 @@ class QuantizedLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), unpack(self.packed.value, dtype), _cast(self.bias, dtype))
 
-    def for_kernels(self, x: Tensor) -> tuple[Packed, Tensor | None] | None:
-        """Weight and bias, if our kernels are to multiply x by them."""
-        fits = x.shape[-1:] == (self.in_features,) and x.dtype == compute_dtype(x)
-        if torch.is_grad_enabled() or not fits or not (self.has_native and takes(x)):
+    def for_kernels(self, tokens: int, inputs: int, dtype: torch.dtype) -> tuple[Packed, Tensor | None] | None:
+        """Weight and bias, if our kernels are to multiply so many tokens by them in plain inference."""
+        packed = self._modules["packed"]  # self.packed takes ten times as long
+        assert isinstance(packed, PackedWeight)
+        if not self.has_native or packed.inputs != inputs:
             return None
-        return self.packed.value, _cast(self.bias, x.dtype)
+        bias = self._buffers["bias"]
+        return packed.value, bias if bias is None else _cast(bias, dtype)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         # What a turn to another dtype would have made of the weight.

@@ -35,7 +35,9 @@ class Reader:
     touches. They do not keep a process alive."""
 
     def __init__(self, load: Callable[[int, int, int], None], threads: int) -> None:
-        self.cond = threading.Condition()
+        lock = threading.RLock()
+        self.cond = threading.Condition(lock)  # of who waits for reads
+        self._work = threading.Condition(lock)  # of the threads: one is woken for each read, no more
         self._load = load
         self._needed: deque[Read] = deque()
         self._guessed: deque[Read] = deque()
@@ -52,7 +54,7 @@ class Reader:
     def submit(self, read: Read, *, guess: bool = False) -> None:
         with self.cond:
             (self._guessed if guess else self._needed).append(read)
-            self.cond.notify_all()
+            self._work.notify()
 
     def hurry(self, read: Read) -> None:
         """A guess came true: if it has not begun, it is read with what is needed."""
@@ -60,6 +62,7 @@ class Reader:
             if read in self._guessed:
                 self._guessed.remove(read)
                 self._needed.append(read)
+                self._work.notify()  # one that leaves guesses alone
 
     def cancel(self, read: Read) -> bool:
         """Take back a guess; False: it has begun."""
@@ -89,7 +92,7 @@ class Reader:
             self._stopping = True
             self._needed.clear()
             self._guessed.clear()
-            self.cond.notify_all()
+            self._work.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():  # which may be one of them, when it drops the last reference
                 thread.join()
@@ -101,7 +104,7 @@ class Reader:
     def _run(self) -> None:
         while True:
             with self.cond:
-                self.cond.wait_for(lambda: self._stopping or self._needed or self._may_guess())
+                self._work.wait_for(lambda: self._stopping or self._needed or self._may_guess())
                 if self._stopping:
                     return
                 guess = not self._needed

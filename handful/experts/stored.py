@@ -33,7 +33,16 @@ from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts.cache import POLICIES, check_policy
 from handful.experts.disk import PackFile, view
 from handful.experts.layer import BACKENDS, check_fits
-from handful.experts.native import DTYPES, Slots, available, compute_dtype, experts_in_parts, takes
+from handful.experts.native import (
+    DTYPES,
+    FEW,
+    Slots,
+    available,
+    compute_dtype,
+    experts_in_parts,
+    experts_in_slots,
+    takes,
+)
 from handful.experts.readahead import Key, Read, Reader
 from handful.experts.reference import activate
 from handful.experts.untraced import untraced
@@ -143,8 +152,10 @@ class Store:
         self.policy = policy
         self._policy = POLICIES[policy](self.capacity)
         self._routers: dict[int, Callable[[Tensor], Routing]] = {}
-        memory = mmap.mmap(-1, self.slots * size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, self.slots * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Reads that go on and on are quicker into large pages; where all fit, each is read once, and to find large
+        # pages for it can take longer than that.
+        if self.slots < total and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8).view(self.slots, size)
         self._fields: dict[str, Tensor] | None = {field.name: view(whole, field) for field in self.layout.fields}
@@ -177,6 +188,21 @@ class Store:
     # -----------------------------------------------------------------------------------------------------------------
     # One layer's experts.
 
+    def there(self, layer: int, experts: Sequence[int]) -> list[int] | None:
+        """The slots of those of a layer's experts that are named, if all of them are there; None: `fetch` them. Hold
+        `busy` from here until they are done with."""
+        keys = [(layer, expert) for expert in experts]
+        with self._reader.cond:
+            if self._reads or not self._whole or not all(key in self._slot for key in keys):
+                return None
+            with self._changing():
+                used = sorted(set(keys))
+                for key in used:
+                    self._policy.use(key)
+                self._counts[layer].hits += len(used)
+                self._forget_guesses(layer)
+            return [self._slot[key] for key in keys]
+
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Begin to read those of a layer's experts that are not there, and give all, (expert, slot), each once: lists
         of those that are ready, which stay where they are until the next list is asked for.
@@ -199,10 +225,9 @@ class Store:
                 else:
                     counts.misses += 1
                     missing.append(key)
-            for key in [key for key in self._guess if key[0] == layer]:
-                self._drop_guess(key)
-            on_the_way = {key: self._reads[key] for key in here if key in self._reads}
-            ready = [key for key in here if key not in on_the_way]
+            self._forget_guesses(layer)
+            on_the_way = {key: self._reads[key] for key in here if key in self._reads} if self._reads else {}
+            ready = [key for key in here if key not in on_the_way] if on_the_way else here
             missing.reverse()
             self._start(missing, on_the_way, wanted)
         return self._lists(layer, ready, on_the_way, missing)
@@ -333,11 +358,13 @@ class Store:
             self._reader.hurry(read)
         return True
 
-    def _drop_guess(self, key: Key) -> None:
-        read = self._guess.pop(key)
-        self._trust -= self._trust / LATELY
-        if read.done or self._reader.cancel(read):
-            self._free.append(read.slot)
+    def _forget_guesses(self, layer: int) -> None:
+        """Those of a layer that did not come true."""
+        for key in [key for key in self._guess if key[0] == layer]:
+            read = self._guess.pop(key)
+            self._trust -= self._trust / LATELY
+            if read.done or self._reader.cancel(read):
+                self._free.append(read.slot)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -421,13 +448,29 @@ class StoredExperts(nn.Module):
             raise ConfigError("experts backend 'native' takes float32 and bfloat16 on cpu")
         with self.store.busy:
             if self.backend in ("auto", "native") and self.has_native and taken:
-                y_TD: Tensor = experts_in_parts(x_TD, routing, self.count, self._slots(), self._fetch)
-                return y_TD
+                y_TD = self._at_once(x_TD, routing)
+                if y_TD is not None:
+                    return y_TD
+                return experts_in_parts(x_TD, routing, self.count, self._slots(), self._fetch)
             if not self.store.layout.bits:
                 return self._loop(x_TD, routing)
             dtype = compute_dtype(x_TD)
             with torch.autocast("cpu", enabled=False):
                 return self._loop(x_TD.to(dtype), routing)
+
+    def _at_once(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """The output for few tokens whose experts are all in memory; None if they are not."""
+        if not 0 < len(x_TD) <= FEW or routing.dropped_TK is not None:
+            return None
+        slots = self._slots()
+        if slots.bits and slots.down_bias is not None and slots.down_bias.dtype != compute_dtype(x_TD):
+            return None
+        there = self.store.there(self.layer, routing.experts_TK.flatten().tolist())
+        if there is None:
+            return None
+        self.store.guess(self.layer + 1, x_TD)
+        slots_TK = torch.tensor(there).view(routing.experts_TK.shape)
+        return experts_in_slots(x_TD, slots_TK, routing.weights_TK, slots)
 
     def _fetch(self, chosen: Sequence[int], x_TD: Tensor) -> Iterator[list[tuple[int, int]]]:
         lists = self.store.fetch(self.layer, chosen)

@@ -1,0 +1,541 @@
+"""Layers as two operations: the bits of the modules one after another, and whoever hooks into one is seen.
+
+Legend: B batch · S tokens · T tokens of all sequences · V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.nn.modules.module import register_module_forward_hook
+
+from handful.attention import KVCache, KVCaches, RMSNorm, Span, rope_table
+from handful.config import ModelConfig, RopeScaling, RouterConfig
+from handful.errors import HandfulError, RoutingError
+from handful.experts import Linear, at_once
+from handful.experts.native import ROUTED, available, likeliest
+from handful.experts.quantized import PackedWeight, QuantizedLinear, quantize_model
+from handful.machine import native_error
+from handful.model import Decoder
+from handful.routing import Choice, Routing
+from handful.sampling import Sampling, sample
+
+pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
+
+ROUTER = RouterConfig(experts=4, top_k=2)
+SMALL = ModelConfig(
+    vocab=13, width=40, layers=2, heads=4, kv_heads=2, ffn=10, qk_norm="head", rope_theta=100.0, context=200,
+    expert_width=24, router=ROUTER,
+)  # fmt: skip
+SHARED = replace(SMALL, shared_width=12, shared_gate=True)
+FORMS = ["float32", "bfloat16", "int8", "int4"]
+
+
+def decoder(config: ModelConfig, form: str = "float32") -> Decoder:
+    """No weight is left at its special start (norms at 1, biases, sinks and balance at 0)."""
+    model = Decoder(config).eval()
+    with torch.no_grad():
+        for name, t in (*model.named_parameters(), *model.named_buffers()):
+            if t.dim() == 1 or "bias" in name:
+                t.add_(0.3 * torch.randn_like(t))
+    if form != "float32":
+        model.bfloat16()
+    if form.startswith("int"):
+        quantize_model(model, bits=int(form[3:]))
+    return model
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that stood for modules, by name."""
+    return _spied(monkeypatch)
+
+
+def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    real = at_once.Operation.of
+
+    def spy(self: at_once.Operation, x: Tensor) -> Any:
+        names.append(str(self.name).removeprefix("handful.").removesuffix(".default"))
+        return real(self, x)
+
+    monkeypatch.setattr(at_once.Operation, "of", spy)
+    return names
+
+
+@contextmanager
+def looked_at() -> Iterator[None]:
+    """Every module is called: somebody looks at all of them."""
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def caches_of(model: Decoder, lengths: Sequence[int]) -> list[KVCache]:
+    """Of sequences that have been read, each of its own tokens."""
+    caches = []
+    for n in lengths:
+        cache = KVCache(model.config, 1, n + 8, dtype=model.embed.weight.dtype)
+        model(torch.arange(n)[None] % 13, cache)
+        caches.append(cache)
+    return caches
+
+
+def step(model: Decoder, caches: Sequence[KVCache], **more: Any) -> tuple[Tensor, list[Routing]]:
+    """One more token of each sequence."""
+    new = torch.arange(len(caches))[None] + 3
+    found: tuple[Tensor, list[Routing]] = model(new, KVCaches(caches, [1] * len(caches)), **more)
+    return found
+
+
+def same(got: tuple[Tensor, list[Routing]], want: tuple[Tensor, list[Routing]]) -> None:
+    assert got[0].equal(want[0])
+    for a, b in zip(got[1], want[1], strict=True):
+        for name in ("logits_TE", "scores_TE", "experts_TK", "weights_TK"):
+            assert getattr(a, name).equal(getattr(b, name)), name
+        assert a.dropped_TK is b.dropped_TK
+
+
+ROUTERS = st.sampled_from(
+    [
+        ROUTER,
+        replace(ROUTER, score="sigmoid", normalize=True, balance_bias=True, scale=2.5),
+        replace(ROUTER, experts=8, groups=4, top_groups=2, group_score="top2", score="sigmoid", balance_bias=True),
+        replace(ROUTER, logits_bias=True),
+    ]
+)
+CONFIGS = st.fixed_dictionaries(
+    {
+        "qk_norm": st.sampled_from(["none", "head", "full"]),
+        "qkv_bias": st.booleans(),
+        "o_bias": st.booleans(),
+        "sinks": st.booleans(),
+        "window": st.sampled_from([None, 3]),
+        "residual_scale": st.sampled_from([1.0, 0.3]),
+        "rope_adjacent": st.booleans(),
+    }
+)
+FEEDS = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "router": ROUTERS,
+            "expert_bias": st.booleans(),
+            "shared_width": st.sampled_from([0, 12]),
+            "activation": st.sampled_from(["swiglu", "geglu", "relu", "gelu"]),
+        }
+    ),
+    st.fixed_dictionaries({"activation": st.sampled_from(["swiglu", "geglu", "relu", "gelu"]), "router": st.none()}),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(CONFIGS, FEEDS, st.booleans(), st.sampled_from(FORMS), st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_the_same_bits(fields: dict[str, Any], feed: dict[str, Any], gate: bool, form: str, lengths: list[int]) -> None:
+    gate = gate and feed.get("shared_width", 0) > 0
+    config = replace(SMALL, expert_width=24 if feed["router"] else 0, **fields, **feed, shared_gate=gate)
+    model = decoder(config, form)
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        names = _spied(patch)
+        caches, others = caches_of(model, lengths), caches_of(model, lengths)
+        names.clear()
+        for _ in range(2):
+            got = step(model, caches)
+            assert names == ["attend_layer", "moe_layer" if config.router else "feed_forward_layer"] * config.layers
+            names.clear()
+            with looked_at():
+                want = step(model, others)
+            assert names == []
+            same(got, want)
+        for cache, other in zip(caches, others, strict=True):
+            for held, kept in zip(cache.held, other.held, strict=True):
+                assert all(a.equal(b) for a, b in zip(held, kept, strict=True))
+
+
+def test_a_batch_and_gpt_oss_s_activation(done: list[str]) -> None:
+    """A cache of several sequences; clamped experts are one operation, a clamped dense network is not."""
+    model = decoder(replace(SMALL, activation="swiglu_clamped", router=None, expert_width=0))
+    mixture = decoder(replace(SMALL, activation="swiglu_clamped", expert_bias=True))
+    batch_BS = torch.randint(13, (3, 5))
+    with torch.inference_mode():
+        for net in (model, mixture):
+            cache, other = (KVCache(net.config, 3, 5) for _ in range(2))
+            for part_BS in batch_BS.split([3, 1, 1], dim=1):
+                got = net(part_BS, cache)
+                with looked_at():
+                    same(got, net(part_BS, other))
+    assert "feed_forward_layer" not in done
+    assert done.count("attend_layer") == 8
+    assert done.count("moe_layer") == 6  # nine tokens read at once are few enough
+
+
+def test_replayed_experts(done: list[str]) -> None:
+    model = decoder(SHARED)
+    with torch.inference_mode():
+        read = [1, 4]
+        _, routings = step(model, caches_of(model, read))
+        turned = [Choice((r.experts_TK + 1) % 4, torch.tensor([[True, False], [False, False]])) for r in routings]
+        done.clear()
+        got = step(model, caches_of(model, read), routing=turned)
+        assert done[-4:] == ["attend_layer", "moe_layer"] * 2
+        with looked_at():
+            same(got, step(model, caches_of(model, read), routing=turned))
+        assert got[1][0].experts_TK.equal(turned[0].experts_TK)
+        for wrong, line in (
+            (torch.tensor([[0, 1], [1, 4]]), "^choice names expert 4: there are 4, counted from 0$"),
+            (torch.tensor([[0, 1], [-1, 2]]), "^choice names expert -1: there are 4, counted from 0$"),
+            (torch.tensor([[0, 1]]), r"^choice.experts_TK has shape \(1, 2\): it must be \(2, 2\)$"),
+        ):
+            with pytest.raises(RoutingError, match=line):
+                step(model, caches_of(model, read), routing=[Choice(wrong)] * 2)
+        with pytest.raises(RoutingError, match="dropped_TK"):
+            step(model, caches_of(model, read), routing=[Choice(turned[0].experts_TK, torch.ones(1, 2).bool())] * 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whoever looks is seen.
+
+
+def called(model: Decoder) -> list[str]:
+    """The names of the modules that a forward pass calls."""
+    silent = (nn.ModuleList, PackedWeight, Decoder)
+    return [name for name, module in model.named_modules() if not isinstance(module, silent)]
+
+
+@pytest.mark.parametrize("form", ["float32", "int4"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward", "subclass"])
+def test_every_module_that_somebody_looks_at_is_called(kind: str, form: str, done: list[str]) -> None:
+    model, seen = decoder(SHARED, form), []
+    with torch.inference_mode():
+        (cache,) = caches_of(model, [2])
+        want = step(model, [cache])
+        names = called(model)
+        assert {"layers.0.attn.q_norm", "layers.1.ffn.router", "layers.1.ffn.shared.down"} <= {*names}
+        for name in names:
+            module: Any = model.get_submodule(name)
+            real, plain = module.forward, type(module)
+
+            def note(*args: Any, real: Any = real, **more: Any) -> Any:
+                seen.append(1)
+                return real(*args, **more)
+
+            if kind == "hook":
+                handle = module.register_forward_hook(lambda *_: seen.append(1))
+            elif kind == "pre-hook":
+                handle = module.register_forward_pre_hook(lambda *_: seen.append(1))
+            elif kind == "forward":
+                module.forward = note
+            else:
+                forward = {"forward": lambda _, *args, note=note, **more: note(*args, **more)}
+                module.__class__ = type("Sub", (plain,), forward)
+            seen.clear()
+            cache.length -= 1
+            got = step(model, [cache])
+            if kind.endswith("hook"):
+                handle.remove()
+            elif kind == "forward":
+                del module.forward
+            else:
+                module.__class__ = plain
+            assert seen == [1], name
+            if name.endswith(("q_norm", "k_norm")):  # all of attention is torch's then
+                assert float((got[0] - want[0]).norm() / want[0].norm()) < (1e-5 if form == "float32" else 5e-2)
+            else:
+                same(got, want)
+        done.clear()
+        cache.length -= 1
+        same(step(model, [cache]), want)
+        assert done == ["attend_layer", "moe_layer"] * 2
+
+
+def exchanged(model: Decoder) -> Iterator[str]:
+    """Changes of a model between two steps, each of which must be seen in the next."""
+    layer: Any = model.layers[1]
+    maps = [layer.attn.q, layer.attn.o, layer.attn.k_norm, layer.attn_norm, layer.ffn_norm, layer.ffn.router]
+    for module in (*maps, layer.ffn.shared.gate_up, layer.ffn.shared_gate):
+        module.weight = nn.Parameter(1.5 * module.weight.flip(0))
+        yield type(module).__name__
+    layer.ffn.experts.down = nn.Parameter(2 * layer.ffn.experts.down)
+    yield "down"
+    layer.attn.v.weight.data = 2 * layer.attn.v.weight.data
+    yield "data"
+    layer.ffn.router.balance_bias = 9 * torch.randn(4)
+    yield "balance bias"
+    layer.residual_scale = 0.7
+    yield "residual scale"
+    layer.attn.k = decoder(SHARED).layers[0].attn.k  # type: ignore[union-attr]
+    yield "a linear map"
+    layer.ffn.experts = decoder(SHARED).layers[0].ffn.experts  # type: ignore[union-attr]
+    yield "experts"
+    layer.attn.q = Linear(40, 40)
+    yield "a bias that keys have not"
+    layer.ffn.shared.activation = "geglu"
+    yield "an activation that the experts have not"
+    layer.ffn.shared = layer.ffn.shared_gate = None
+    yield "no shared experts"
+    layer.attn.q = QuantizedLinear.pack(layer.attn.q)
+    yield "a map of another kind"
+    quantize_model(layer.ffn, bits=8)
+    yield "quantised experts"
+    quantize_model(model)
+    yield "a quantised model"
+
+
+def test_what_is_exchanged_between_two_steps_is_used() -> None:
+    torch.manual_seed(3)
+    model = decoder(replace(SHARED, router=replace(ROUTER, balance_bias=True)))
+    with torch.inference_mode(False), torch.no_grad():
+        (cache,) = caches_of(model, [2])
+        before = step(model, [cache])[0]
+        for what in exchanged(model):
+            cache.length -= 1
+            got = step(model, [cache])
+            assert not got[0].equal(before), what
+            cache.length -= 1
+            with looked_at():
+                same(got, step(model, [cache]))
+            before = got[0]
+
+
+def test_another_dtype_between_two_steps(done: list[str]) -> None:
+    model = decoder(SMALL)
+    with torch.no_grad():
+        step(model, caches_of(model, [2]))
+        model.bfloat16()
+        caches, others = caches_of(model, [2]), caches_of(model, [2])
+        done.clear()
+        got = step(model, caches)
+        assert len(done) == 4
+        with looked_at():
+            same(got, step(model, others))
+        # Weights of two dtypes, which torch does not multiply either.
+        model.layers[0].attn.o.float()  # type: ignore[union-attr]
+        with pytest.raises(RuntimeError, match="dtype"):
+            step(model, caches)
+
+
+def test_when_modules_are_called(done: list[str]) -> None:
+    """Gradients, autocast, float64, prompts, padding; for the feed-forward half: training, capacity, other backends."""
+    model = decoder(SMALL)
+    with torch.no_grad():
+        (cache,) = caches_of(model, [2])
+    done.clear()
+    logits, _ = step(model, [cache])  # gradients are on
+    logits.sum().backward()
+    cache = KVCache(SMALL, 1, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.tensor([[1, 2]]), cache)
+        model(torch.tensor([[1]]), cache)
+    assert done == []
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2]]), KVCache(SMALL, 1, 20))
+        assert done == ["moe_layer"] * 2  # few tokens, but a prompt
+        done.clear()
+        model(torch.ones(1, ROUTED + 1, dtype=torch.long), KVCache(SMALL, 1, 50))
+        assert done == []
+        padded = KVCache(SMALL, 2, 20)
+        model(torch.tensor([[1, 2, 3]] * 2), padded, padding_B=torch.tensor([0, 1]))
+        done.clear()
+        model(torch.tensor([[1]] * 2), padded)
+        assert done == ["moe_layer"] * 2
+        attention = ["attend_layer"] * 2
+        model.layers[0].ffn.router.train()  # type: ignore[union-attr]
+        caches = caches_of(model, [2] * 3)
+        done.clear()
+        step(model, caches)
+        assert done == ["attend_layer", "attend_layer", "moe_layer"]
+        for config, backend in (
+            (replace(SMALL, router=replace(ROUTER, eval_capacity_factor=2.0)), "auto"),
+            (SMALL, "grouped"),
+            (SMALL, "reference"),
+        ):
+            other = Decoder(config, backend=backend).eval()
+            caches = caches_of(other, [2])
+            done.clear()
+            step(other, caches)
+            assert done == attention
+        done.clear()
+        double = decoder(SMALL).double()
+        step(double, caches_of(double, [2]))
+        assert done == []
+        many = caches_of(model.eval(), [1] * 5)  # more than float32 streams
+        done.clear()
+        step(model, many)
+        assert done == ["moe_layer"] * 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's own
+def test_a_compiled_model_gives_the_same() -> None:
+    model = decoder(SHARED)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for net, cache in ((model, KVCache(SHARED, 1, 9)), (compiled, KVCache(SHARED, 1, 9))):
+            parts = [net(torch.tensor([[token]]), cache)[0] for token in (1, 5, 2)]
+            if net is model:
+                want = parts
+        for a, b in zip(parts, want, strict=True):
+            assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operations themselves.
+
+
+def given_to(model: Decoder, caches: Sequence[KVCache]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The operations of a model's first layer and their arguments."""
+    x_1TD = torch.randn(1, len(caches), model.config.width, dtype=model.embed.weight.dtype)
+    with torch.inference_mode():
+        span: Span = KVCaches(caches, [1] * len(caches)).span(model.config, len(caches))
+        block: Any = model.layers[0]
+        attend, feed = block.at_once(x_1TD, span, None)
+    feed = getattr(feed, "operation", feed)
+    return {str(operation.name): (operation.name, (x_1TD, *operation.given)) for operation in (attend, feed)}
+
+
+@pytest.mark.parametrize("form", ["float32", "int4"])
+@pytest.mark.parametrize("config", [SHARED, replace(SMALL, router=None, expert_width=0)], ids=["shared", "dense"])
+def test_what_torch_is_told(config: ModelConfig, form: str) -> None:
+    model = decoder(config, form)
+    with torch.no_grad():
+        operations = given_to(model, caches_of(model, [2, 3]))
+    for operation, arguments in operations.values():
+        opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_operations_refuse_what_does_not_fit() -> None:
+    model = decoder(SHARED, "int4")
+    with torch.no_grad():
+        (attend, to_attend), (mix, to_mix) = given_to(model, caches_of(model, [2])).values()
+    names = [a.name for a in attend._schema.arguments], [a.name for a in mix._schema.arguments]
+
+    def refused(operation: Any, given: tuple[Any, ...], names: list[str], name: str, value: Any, line: str) -> None:
+        at = names.index(name)
+        assert at > 0 or name == "x"
+        with pytest.raises(RuntimeError, match=line):
+            operation(*given[:at], value, *given[at + 1 :])
+
+    weights, scales = to_attend[names[0].index("weights")], to_attend[names[0].index("scales")]
+    for name, value, line in (
+        ("x", torch.zeros(1, 1, 0), "x has no width"),
+        ("x", torch.zeros(1, 1, 39), "weight does not fit"),
+        ("x", torch.zeros(1, 1, 40, dtype=torch.float64), "x is neither"),
+        ("norm", torch.ones(41), "weight does not fit"),
+        ("weights", weights[:3], "not of q, k, v and o"),
+        ("scales", scales[:3], "not of q, k, v and o"),
+        ("weights", [*weights[:3], weights[3][:-1]], "weight"),
+        ("weights", [weights[1], *weights[1:]], "scales has shape"),
+        ("biases", [torch.ones(40)], "not of all weights"),
+        ("o_bias", torch.ones(41), "weight_bias has shape"),
+        ("cos", torch.ones(2, 5), "cos and sin are not float32"),
+        ("sin", torch.ones(5, dtype=torch.bfloat16), "cos and sin are not float32"),
+        ("lengths", [99], "length is not from 0"),
+    ):
+        refused(attend, to_attend, names[0], name, value, line)
+    shared = to_mix[names[1].index("shared")]
+    for name, value, line in (
+        ("router", torch.ones(4, 41), "weight has shape"),
+        ("gate_up_scales", None, "codes have no scales"),
+        ("down_scales", None, "codes have no scales"),
+        ("shared", shared[:1], "not gate_up and down"),
+        ("shared", [shared[1], shared[0]], "weight"),
+        ("dropped", torch.ones(1, 3).bool(), "dropped is not"),
+        ("activation", "silu", "activation = 'silu'"),
+        ("top_k", 5, "top_k"),
+    ):
+        refused(mix, to_mix, names[1], name, value, line)
+
+
+def test_weights_that_are_views() -> None:
+    model = decoder(SMALL)
+    layer: Any = model.layers[0]
+    with torch.no_grad():
+        for module in (layer.attn.q, layer.attn.o, layer.ffn.router):
+            module.weight = nn.Parameter(module.weight.T.contiguous().T)
+        layer.ffn.experts.down = nn.Parameter(layer.ffn.experts.down.transpose(1, 2).contiguous().transpose(1, 2))
+        got = step(model, caches_of(model, [2]))
+        with looked_at():
+            same(got, step(model, caches_of(model, [2])))
+
+
+def test_an_error_of_an_operation_is_one_line() -> None:
+    model = decoder(SMALL)
+    model.layers[0].attn_norm.weight = nn.Parameter(torch.ones(7))  # type: ignore[union-attr]
+    with torch.no_grad(), pytest.raises(HandfulError, match=r"^weight does not fit$"):
+        step(model, [KVCache(SMALL, 1, 4)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step needs beside its layers.
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, RopeScaling(kind="yarn", factor=4.0, original_context=16)], ids=["plain", "yarn"]
+)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_one_position_s_turn(fraction: float, scaling: RopeScaling | None) -> None:
+    """cos and sin as they are made of one position alone, at any place; positions may jump."""
+    config = replace(SMALL, head_dim=24, rotary_fraction=fraction, rope_scaling=scaling, context=5000, window=3)
+    caches = [KVCache(config, 1, 5000) for _ in range(3)]
+    for at in (0, 1, 63, 64, 65, 130, 7, 127, 4096, 4999):
+        for i, cache in enumerate(caches):
+            cache.length = max(0, at - 40 * i)
+        span = caches[0].span(config, 1)
+        together = KVCaches(caches, [1] * 3).span(config, 3)
+        want = rope_table(caches[0].turns, torch.tensor([cache.length for cache in caches]))
+        for part, all_of_them, right in zip(span.rope, together.rope, want, strict=True):
+            assert part.equal(right[:1])
+            assert all_of_them.equal(right)
+        assert span.masks == together.parts[2][2].masks == {3: None}
+        assert span.decodes
+        assert together.decodes
+
+
+def test_a_cache_goes_on_under_autograd() -> None:
+    """What it keeps of positions must not be of inference mode alone."""
+    model = decoder(SMALL)
+    with torch.inference_mode():
+        first = KVCache(SMALL, 1, 9).next_turn
+    cache = KVCache(SMALL, 1, 9)
+    with torch.inference_mode():
+        cache.next_turn()
+    assert first is not None
+    logits, _ = model(torch.tensor([[1]]), cache)
+    logits.sum().backward()
+    assert model.layers[0].attn.q.weight.grad is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token(dtype: torch.dtype) -> None:
+    """Where torch's argmax is: the first of equals, a NaN before all numbers."""
+    for n in (1, 2, 15, 16, 17, 1023, 1024, 1025, 5000):
+        plain_V = torch.randn(n).to(dtype)
+        equal_V, spoilt_V, infinite_V = torch.full_like(plain_V, -torch.inf), plain_V.clone(), plain_V.clone()
+        spoilt_V[n // 3 :: 7] = torch.nan
+        infinite_V[n // 2 :: 5] = torch.inf
+        zeros_V = torch.zeros_like(plain_V)
+        zeros_V[0] = -0.0
+        for logits_V in (plain_V, -plain_V.abs(), equal_V, spoilt_V, infinite_V, zeros_V, plain_V.repeat(2)[::2]):
+            assert likeliest(logits_V) == int(logits_V.argmax())
+            with torch.inference_mode():
+                assert sample(logits_V, Sampling(temperature=0)) == int(logits_V.argmax())
+    with pytest.raises(RuntimeError, match="not a contiguous vector"):
+        likeliest(torch.zeros(0, dtype=dtype))
+
+
+def test_norms_say_what_they_are_of() -> None:
+    norm = RMSNorm(4, eps=1e-3)
+    weight, eps = at_once.norm_of(norm) or (None, None)
+    assert weight is norm.weight
+    assert eps == 1e-3
+    assert at_once.norm_of(norm.double()) is None
+    assert at_once.norm_of(nn.RMSNorm(4)) is None
