@@ -114,9 +114,8 @@ void run_stream(const Call& call, const Plan& plan, const std::vector<char>& few
     if (used[t]) x.fill(t, call.x_row(t), call.x_type);
   });
 
-  const Buffer h_buffer((count * G + count * F) * 4);
+  const Buffer h_buffer(count * G * 4);
   float* h_nG = h_buffer.as<float>();
-  float* a_nF = h_nG + count * G;
   int64_t matrices = 0;
   for_each_expert([&](int64_t, int64_t, int) { ++matrices; });
   for_each_expert([&](int64_t e, int64_t first, int load) {
@@ -128,9 +127,9 @@ void run_stream(const Call& call, const Plan& plan, const std::vector<char>& few
   const Prepared a(count, F, call.down.first);
   const bool gate = is_gated(call.kind);
   each(count, 2.0 * F, [&](int64_t i) {
-    const float* h = h_nG + i * G;
-    stream().activate(a_nF + i * F, h, gate ? h + F : nullptr, call.kind, F);
-    a.fill(i, a_nF + i * F, Type::kFloat32);
+    float* h = h_nG + i * G;
+    stream().activate(h, h, gate ? h + F : nullptr, call.kind, F);
+    a.fill(i, h, Type::kFloat32);
   });
 
   items.clear();
@@ -146,8 +145,8 @@ void run_few_and_many(const Call& call, const Plan& plan, const std::vector<char
   std::vector<char> few(call.experts), many(call.experts);
   for (int64_t e = 0; e < call.experts; ++e) {
     const int64_t load = here[e] ? plan.load(e) : 0;
-    few[e] = load > 0 && load <= kFew;
-    many[e] = load > kFew;
+    few[e] = load > 0 && load <= handful::few(call.gate_up.first);
+    many[e] = load > 0 && !few[e];
   }
   run_stream(call, plan, few, out_ND);
   if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_tiles(call, plan, many, out_ND, nullptr);

@@ -25,4 +25,9 @@ const Stream& stream() {
   return has(kAvx512) ? kAvx512Stream : kAvx2Stream;
 }
 
+int64_t few(const Matrix& m) {
+  const bool pairs = m.pairs && has(kAvx512Vnni) && has(kAvx512Bf16);
+  return pairs || m.group > 0 ? 16 : 8;
+}
+
 }  // namespace handful

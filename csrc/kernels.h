@@ -33,6 +33,14 @@ constexpr int kByteRecord = 12 * kPanel;  // units of a group
 // values. Together they keep a layer within 1e-2. Of normal numbers it is 0.0028 and, after SwiGLU, 0.0047.
 constexpr float kInputLimit = 0.0045f, kHiddenLimit = 0.0055f;
 
+// Codes: a row lies in blocks of 512 columns, the last of which may be shorter, and a block in pieces of 32 columns. The
+// word of 4 bytes at 4 * (j * pieces + i) of a block holds columns 4j to 4j + 3 of piece i, for j below 8; at 4 bits for j
+// below 4, and columns 4j + 16 to 4j + 19 in the bytes' high halves. So the words of different pieces, which have scales
+// of their own, are neighbours: a piece is a lane.
+constexpr int kPiece = 32;
+constexpr int kPieces = 16;  // of a whole block
+constexpr int kBlock = kPiece * kPieces;
+
 enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 
 // Of float32 and bfloat16.
@@ -53,6 +61,18 @@ struct Matrix {
   bool pairs = false;  // bfloat16 ones may meet vectors rounded to bfloat16, as two products an instruction
 
   const char* row(int64_t r) const { return data + r * stride; }
+  // Of quantised rows, with their padding.
+  int64_t columns() const { return type == Type::kInt4 ? 2 * stride : stride; }
+};
+
+// A block of a row of codes: columns `column` to its end.
+struct Block {
+  const char* words;
+  int pieces;
+
+  Block(const Matrix& m, int64_t row, int64_t column)
+      : words(m.row(row) + (m.type == Type::kInt4 ? column / 2 : column)),
+        pieces(static_cast<int>(m.columns() - column < kBlock ? (m.columns() - column) / kPiece : kPieces)) {}
 };
 
 // One network's activation, gate and up: rows of a tile with their biases, and where the results go.
@@ -173,7 +193,7 @@ struct Stream {
   // out[v * out_stride + r] = m[row + r] · x[v], for `rows` rows and `count` vectors.
   void (*multiply)(float* out, int64_t out_stride, const Matrix& m, int64_t row, int64_t rows,
                    const char* const* prepared, int count, int64_t width);
-  // out[i] = act(gate[i], up[i]); up null: no gate.
+  // out[i] = act(gate[i], up[i]); up null: no gate. `out` may be `gate`.
   void (*activate)(float* out, const float* gate, const float* up, Activation kind, int64_t count);
   // y[i] = sum over k of weights[k] * rows[k][i], in that order; a null row counts for nothing.
   void (*combine)(char* y, Type type, const float* const* rows, const float* weights, int count, int64_t width);
@@ -191,5 +211,7 @@ const Kernels& kernels(bool bf16);
 // The same for products with weights of a type: those of codes may be in bytes where those of bfloat16 would do.
 const Kernels& kernels(bool bf16, Type weights);
 const Stream& stream();
+// Tokens up to which they meet a matrix as a stream; more are packed into tiles.
+int64_t few(const Matrix& m);
 
 }  // namespace handful

@@ -36,12 +36,14 @@ constexpr int W = 16;
 
 #include "vectors.inc"
 
-// A group is 32 values. In the left matrix it is its bytes, those that go with the rests, and a float32 scale; in a panel
-// the same with the numbers that the int32 sums begin at, which take the weights' offset of 128 off.
+// A group is 32 values. In a panel it is its bytes, those of the rests, a float32 scale, and the numbers that the int32 sums
+// begin at, which take the weights' offset of 128 off. In the left matrix, where a group is a piece of a block, it is its
+// bytes, what goes with the rests, and its scale, each of all of the block's groups side by side.
 constexpr int kGroup = kByteGroup, kQuads = kGroup / 4, kUnits = kQuads + kQuads / 4;
-constexpr int kLeftGroup = kUnits + 1, kScaleRow = kUnits, kStartRow = kUnits + 1;
+constexpr int kScaleRow = kUnits, kStartRow = kUnits + 1;
 constexpr int kOffset = 128;
-static_assert((kStartRow + 1) * kPanel == kByteRecord && kByteDepth / kGroup * kLeftGroup <= kLeftStride);
+static_assert((kStartRow + 1) * kPanel == kByteRecord && (kUnits + 1) * kPieces <= kLeftStride);
+static_assert(kGroup == kPiece && kByteDepth == kBlock && W == kPieces);
 
 constexpr float kLargest = 123;             // with `rest` a byte's 127
 constexpr float kMagic = 12582912.0f;       // 1.5 · 2^23: adding it leaves the nearest whole number in the low bits
@@ -66,49 +68,48 @@ INLINE F size_of(F value) { return bits<F>(bits<U>(value) & 0x7fffffffu); }
 // Weights.
 
 template <Type type>
-INLINE void pack_row(uint32_t* left, const char* codes, const uint16_t* scales, int group, int count) {
-  const int shift = group == 32 ? 5 : 7;
-  char* to = reinterpret_cast<char*>(left);
-  const auto put_group = [&](int k, __m256i bytes, uint64_t rests) {
-    const float scale = widen(scales[k >> shift]) * (type == Type::kInt4 ? 1.0f / 16 : 1.0f);
-    store(to, bytes);
-    store(to + kGroup, rests);
-    store(to + 4 * kUnits, scale);
-    to += 4 * kLeftGroup;
-  };
-  for (int k = 0; k < count; k += 64) {  // the stored row goes on to a multiple
-    U bytes;
-    if constexpr (type == Type::kInt8) {
-      bytes = load<U>(codes + k) ^ 0x80808080u;
-    } else {
-      const auto both = load<__m256i>(codes + k / 2);
-      const auto pairs = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_slli_epi16(both, 4)), both, 1);
-      bytes = bits<U>(pairs) & 0xf0f0f0f0u;
-    }
+INLINE void pack_row(uint32_t* left, const Matrix& m, int64_t row, int64_t k0) {
+  const Block block(m, row, k0);
+  const auto lanes = static_cast<__mmask16>((1 << block.pieces) - 1);
+  U rests[kQuads / 4] = {};
+  const auto put = [&](int j, U bytes) {
+    store(left + j * kPieces, bytes);
     // (1, 2, 4, 8) times them, over 16, less 15 / 16 · 128 and plus the offset.
     const I sums = multiply_bytes(I{}, bytes, U{} + 0x08040201u);
-    const __m128i rests = _mm512_cvtepi32_epi8(bits<__m512i>(((sums + 8) >> 4) + 8));
-    put_group(k, _mm512_castsi512_si256(bits<__m512i>(bytes)), _mm_extract_epi64(rests, 0));
-    put_group(k + 32, _mm512_extracti64x4_epi64(bits<__m512i>(bytes), 1), _mm_extract_epi64(rests, 1));
+    rests[j / 4] |= (bits<U>(((sums + 8) >> 4) + 8) & 0xffu) << (j % 4 * 8);
+  };
+#pragma GCC unroll 8
+  for (int j = 0; j < (type == Type::kInt8 ? 8 : 4); ++j) {
+    const U words = bits<U>(_mm512_maskz_loadu_epi32(lanes, block.words + 4 * j * block.pieces));
+    if constexpr (type == Type::kInt8) {
+      put(j, words ^ 0x80808080u);
+    } else {
+      put(j, (words << 4) & 0xf0f0f0f0u);
+      put(j + 4, words & 0xf0f0f0f0u);
+    }
   }
+  for (int u = 0; u < kQuads / 4; ++u) store(left + (kQuads + u) * kPieces, rests[u]);
+  const uint16_t* scales = m.scales + row * m.scale_stride + k0 / m.group;
+  const U places = U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >> (m.group == kPiece ? 0 : 2);
+  const int count = m.group == kPiece ? block.pieces : block.pieces / 4;
+  const F some = widen(bits<H>(_mm256_maskz_loadu_epi16((1 << count) - 1, scales)));
+  const F spread = bits<F>(_mm512_permutexvar_ps(bits<__m512i>(places), bits<__m512>(some)));
+  store(left + kUnits * kPieces, spread * (type == Type::kInt4 ? 1.0f / 16 : 1.0f));
 }
 
 constexpr int kRowsAhead = 4;  // that are asked for: the CPU's own prefetchers do not know that a row goes on below
 
 void pack_rows(uint32_t* left, const Matrix& m, int64_t row, int rows, int64_t k0, int count) {
   for (int r = 0; r < rows; ++r) {
-    const char* from = m.row(row + r);
     if (r + kRowsAhead < rows) {
       const char* ahead = m.row(row + r + kRowsAhead);
       const int64_t first = m.type == Type::kInt8 ? k0 : k0 / 2, bytes = m.type == Type::kInt8 ? count : count / 2;
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(ahead + first + b);
     }
-    const uint16_t* scales = m.scales + (row + r) * m.scale_stride + k0 / m.group;
-    uint32_t* to = left + r * kLeftStride;
     if (m.type == Type::kInt8) {
-      pack_row<Type::kInt8>(to, from + k0, scales, m.group, count);
+      pack_row<Type::kInt8>(left + r * kLeftStride, m, row + r, k0);
     } else {
-      pack_row<Type::kInt4>(to, from + k0 / 2, scales, m.group, count);
+      pack_row<Type::kInt4>(left + r * kLeftStride, m, row + r, k0);
     }
   }
 }
@@ -253,7 +254,7 @@ void multiply_rows(float* tile, const uint32_t* left, const uint32_t* block, int
   }
   const int records = groups + static_cast<int>(block[0]);
   for (int i = 0; i < records; ++i) {
-    const uint32_t* weights = left + (i < groups ? i : static_cast<int>(block[1 + i - groups])) * kLeftGroup;
+    const uint32_t* weights = left + (i < groups ? i : static_cast<int>(block[1 + i - groups]));
     const uint32_t* record = block + kPanel + i * kByteRecord;
     I dots[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -268,7 +269,7 @@ void multiply_rows(float* tile, const uint32_t* left, const uint32_t* block, int
       for (int v = 0; v < VECTORS; ++v) right[v] = load<U>(record + u * kPanel + v * W);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
-        const U value = U{} + weights[r * kLeftStride + u];
+        const U value = U{} + weights[r * kLeftStride + u * kPieces];
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) dots[r][v] = multiply_bytes(dots[r][v], value, right[v]);
       }
@@ -278,7 +279,7 @@ void multiply_rows(float* tile, const uint32_t* left, const uint32_t* block, int
       const F scale = load<F>(record + kScaleRow * kPanel + v * W);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
-        const F both = scale * load<float>(weights + r * kLeftStride + kUnits);
+        const F both = scale * load<float>(weights + r * kLeftStride + kUnits * kPieces);
         sums[r][v] = add_product(sums[r][v], to_float(dots[r][v]), both);
       }
     }

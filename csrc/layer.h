@@ -87,9 +87,6 @@ void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float
 // -------------------------------------------------------------------------------------------------------------------
 // Streaming.
 
-// A matrix with so few tokens streams.
-constexpr int64_t kFew = 8;
-
 // Vectors, prepared to meet the rows of a matrix like `m`.
 class Prepared {
  public:

@@ -10,8 +10,6 @@
 namespace handful {
 namespace {
 
-constexpr int64_t kFewOfFloats = 16;  // tokens that meet weights that are no codes as a stream
-
 // The matrices are of one type and width.
 void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                    const std::vector<char*>& y) {
@@ -121,7 +119,7 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<T
   STD_TORCH_CHECK(alike, "weights are not of one dtype");
   if (tokens == 0) return results;
   const char* from = static_cast<const char*>(x.const_data_ptr());
-  if (tokens <= (bits == 0 ? kFewOfFloats : kFew)) {
+  if (tokens <= few(stacks[0].first)) {
     stream_tokens(stacks, from, type, tokens, y);
   } else {
     multiply_tokens(stacks, from, type, tokens, y);

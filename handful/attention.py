@@ -27,7 +27,7 @@ from handful.errors import ConfigError
 from handful.experts import Linear
 from handful.experts.at_once import Operation, attend_layer, is_bare, maps_of, norm_of
 from handful.experts.layer import multiply_all
-from handful.experts.native import DTYPES, attend_one, available, plain_inference, rms_norm
+from handful.experts.native import DTYPES, attend_many, attend_one, available, plain_inference, rms_norm
 
 TURNED = 64  # positions whose cos and sin are made at a time in decoding
 
@@ -430,6 +430,10 @@ class Attention(nn.Module):
             # One token looks at the end of the cache alone, whatever its length.
             k_BJPd, v_BJPd = k_BJPd[:, :, -self.window :], v_BJPd[:, :, -self.window :]
             mask = None if mask is None else mask[..., -self.window :]
+        # A mask of two dimensions says no more than causality and the window.
+        plain = self.has_native and plain_inference(q_BSHd) and q_BSHd.dtype == k_BJPd.dtype
+        if plain and S > 1 and (mask is None or mask.dim() == 2):
+            return attend_many(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, self.window, self.scale, self.sinks)
         out_BHSd = attend(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, mask, self.scale, self.sinks)
         return out_BHSd.transpose(1, 2).reshape(B, S, -1)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ __all__ = [
 
 LARGEST = {8: 127, 4: 7}  # what q can be, either sign
 GROUPS = (32, 128)
-BLOCK = 64  # columns that share 32 bytes at 4 bits; the padding is to whole blocks at 8 bits too
+GRID = 64  # columns are padded to a multiple
+PIECE, BLOCK = 32, 512  # columns that kernels multiply in one lane, and in all of them
 # Weights up to here stay finite in float32 and bfloat16, whichever way their scale is rounded.
 LIMIT = 3.3e38
 SLICE = 1 << 20  # weights in float32 at a time
@@ -54,9 +55,11 @@ E8M0_BIAS = 127
 class Packed:
     """A quantised weight of shape (..., O, I).
 
-    codes    8 bits: int8 (..., O, columns), the q themselves, -127 to 127. 4 bits: uint8 (..., O, columns // 2); in
-             every block of 64 columns byte j holds q + 8 of column j in its low half and of column j + 32 in its high
-             half, with q from -7 to 7.
+    codes    8 bits: int8 (..., O, columns), the q themselves, -127 to 127. 4 bits: uint8 (..., O, columns // 2), two
+             q + 8 in a byte, with q from -7 to 7. A row is cut into blocks of 512 columns, of which the last may be
+             shorter, and a block into pieces of 32. A block's words of 4 bytes are: the first word of every piece, the
+             second of every piece, and so on. Word j of a piece holds its columns 4j to 4j + 3; at 4 bits those in the
+             low halves of its bytes, and columns 4j + 16 to 4j + 19 in the high ones.
     scales   bfloat16 (..., O, columns // group): the largest magnitude of the group / 127 or 7. 0: a group of zeros.
     bits     8 or 4.
     group    32 or 128.
@@ -98,7 +101,7 @@ class Packed:
 
 def columns_of(inputs: int, group: int) -> int:
     """The inputs, padded to whole groups and whole blocks."""
-    whole = max(group, BLOCK)
+    whole = max(group, GRID)
     return -(-inputs // whole) * whole
 
 
@@ -150,7 +153,7 @@ def pack(weight: Tensor, bits: int = 4, group: int = 32, name: str = "weight") -
         # A group of zeros has scale 0: any divisor gives its codes.
         q_rgn = (w_rgn / scale_rg1.masked_fill(scale_rg1 == 0, 1.0)).round_().clamp_(-largest, largest)
         q_rC = q_rgn.to(torch.int8).view(rows, columns)
-        codes[index] = q_rC if bits == 8 else _join(q_rC)
+        codes[index] = _interleave(q_rC, bits)
     return Packed(codes, scales, bits, group, inputs)
 
 
@@ -195,23 +198,41 @@ def _unpack_rows(packed: Packed | Mxfp4, index: tuple[int | slice, ...]) -> Tens
     if isinstance(packed, Mxfp4):
         return unpack_mxfp4(packed.blocks[index], packed.scales[index]).float()
     codes, scales_rg = packed.codes[index], packed.scales[index].float()
-    q_rC = codes if packed.bits == 8 else _split(codes)
+    q_rC = _in_order(codes, packed.bits)
     q_rgn = q_rC.view(*scales_rg.shape, packed.group)
     return (q_rgn * scales_rg.unsqueeze(-1)).view(q_rC.shape)[:, : packed.inputs]
 
 
-def _join(q_rC: Tensor) -> Tensor:
-    """int8 in ±7 (r, C) -> uint8 (r, C / 2): two columns of a block of 64 in a byte."""
-    rows, columns = q_rC.shape
-    nibbles = (q_rC + 8).to(torch.uint8).view(rows, columns // BLOCK, 2, BLOCK // 2)
-    return (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).view(rows, columns // 2)
+def _interleave(q_rC: Tensor, bits: int) -> Tensor:
+    """int8 q (r, C) -> codes, as `Packed` holds them."""
+
+    def turn(q_nC: Tensor) -> Tensor:
+        words = q_nC.unflatten(1, (-1, PIECE // 4, 4)).transpose(1, 2)  # (n, words, pieces, 4)
+        if bits == 4:
+            low, high = (words + 8).to(torch.uint8).chunk(2, dim=1)
+            words = low | high << 4
+        return words.flatten(1)
+
+    return _by_blocks(q_rC, BLOCK, turn)
 
 
-def _split(codes: Tensor) -> Tensor:
-    """`_join`, the other way."""
-    rows, width = codes.shape
-    half = codes.view(rows, width // (BLOCK // 2), BLOCK // 2)
-    return (torch.stack([half & 15, half >> 4], dim=2).to(torch.int8) - 8).view(rows, 2 * width)
+def _in_order(codes: Tensor, bits: int) -> Tensor:
+    """`_interleave`, the other way."""
+
+    def turn(codes: Tensor) -> Tensor:
+        words = codes.unflatten(1, (PIECE * bits // 32, -1, 4))
+        if bits == 4:
+            words = torch.cat([words & 15, words >> 4], dim=1).to(torch.int8) - 8
+        return words.transpose(1, 2).flatten(1)
+
+    return _by_blocks(codes, BLOCK * bits // 8, turn)
+
+
+def _by_blocks(rows: Tensor, size: int, turn: Callable[[Tensor], Tensor]) -> Tensor:
+    """turn((n, size)) of all blocks of the rows at once, and of the rows' last ones where they are shorter."""
+    count, width = rows.shape
+    parts = [part for part in rows.split([width - width % size, width % size], dim=1) if part.shape[1]]
+    return torch.cat([turn(part.reshape(-1, min(size, part.shape[1]))).view(count, -1) for part in parts], dim=1)
 
 
 def _slices(shape: tuple[int, ...]) -> Iterator[tuple[int | slice, ...]]:

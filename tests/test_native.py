@@ -24,7 +24,7 @@ from handful.attention import attend
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Experts
-from handful.experts.native import available, linear, quantized_experts
+from handful.experts.native import FEW, available, linear, quantized_experts
 from handful.machine import native_error
 from handful.quantize import Packed, pack, unpack
 from handful.routing import Routing
@@ -186,7 +186,7 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 8, 9, 13])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 128, 129])
 def test_streaming(T: int, dtype: torch.dtype, activation: Activation) -> None:
     """Few tokens per expert meet the weights row by row; beside it, an expert with many."""
     some = [case(T, 1, 1, D, F, activation=activation, bias=T % 2 == 0) for D, F in ((19, 37), (128, 70), (9, 300))]
@@ -282,7 +282,7 @@ def test_linear(kind: str, dtype: torch.dtype) -> None:
         weight = torch.randn(O, I)
         given = packings(weight)[kind] if quantized else weight.to(getattr(torch, kind))
         exact = unpack(given, F64) if isinstance(given, Packed) else given.to(F64)
-        for T in (0, 1, 2, 3, 8, 9, 40):
+        for T in (0, 1, 2, 3, 8, 9, 16, 17, 40, 130):
             x_TI = torch.randn(T, I).to(dtype)
             bias = torch.randn(O).to(dtype) if T % 2 else None
             want = x_TI.to(F64) @ exact.T + (0 if bias is None else bias.to(F64))
@@ -375,8 +375,9 @@ def test_a_quantised_token_is_its_own(bits: int) -> None:
     matrix = Packed(gate_up.codes[0], gate_up.scales[0], bits, 32, D)
     x_TD = tokens_like("normal", 40, D)
     plain_TD, plain_TO = one_expert(x_TD, gate_up, down), linear(x_TD, matrix)
-    assert one_expert(x_TD[:9], gate_up, down).equal(plain_TD[:9])
-    assert linear(x_TD[:9], matrix).equal(plain_TO[:9])
+    some = FEW + 1
+    assert one_expert(x_TD[:some], gate_up, down).equal(plain_TD[:some])
+    assert linear(x_TD[:some], matrix).equal(plain_TO[:some])
     strange_TD = x_TD.clone()
     strange_TD[2, 7] = 1e4  # most of its token: some of it is multiplied twice
     strange_TD[11, 600] = math.nan

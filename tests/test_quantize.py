@@ -50,7 +50,8 @@ def test_eight_bits_by_hand() -> None:
     """A scale of 1, ties to the even number, and 59 columns of padding whose second group is no group at all."""
     packed = pack(torch.tensor([[127.0, -64.0, 0.5, 1.5, 2.5]]), bits=8, group=32)
     assert packed.codes.dtype == torch.int8
-    assert packed.codes.tolist() == [[127, -64, 0, 2, 2] + [0] * 59]
+    # Two pieces: the first words of both, then the second ones.
+    assert packed.codes.tolist() == [[127, -64, 0, 2] + [0] * 4 + [2] + [0] * 55]
     assert packed.scales.dtype == BF16
     assert packed.scales.tolist() == [[1.0, 0.0]]
     assert (packed.bits, packed.group, packed.inputs, packed.shape) == (8, 32, 5, (1, 5))
@@ -58,35 +59,58 @@ def test_eight_bits_by_hand() -> None:
 
 
 def test_four_bits_by_hand() -> None:
-    """Byte j of a block: column j low, column j + 32 high, each with 8 added."""
+    """Two pieces in four rounds of words: columns from 0 of the first, from 0 of the second; then from 4 on; ...
+
+    Columns 16 to 31 of a piece are in the high halves. 8 is added to each.
+    """
     first = torch.arange(32) % 15 - 7  # -7 … 7, -7 … 7, -7, -6
     second = 7 - torch.arange(32) % 15
-    third = torch.tensor([7, -1])
-    packed = pack(torch.cat([first * 1.0, second * 0.5, third * 4.0]).unsqueeze(0), bits=4, group=32)
+    packed = pack(torch.cat([first * 1.0, second * 0.5]).unsqueeze(0), bits=4, group=32)
     assert packed.codes.dtype == torch.uint8
-    assert packed.codes.shape == (1, 64)
+    assert packed.codes.shape == (1, 32)
     bytes_ = packed.codes[0].tolist()
-    assert bytes_[0] == 0xF1  # -7 + 8 low, 7 + 8 high
-    assert bytes_[7] == 0x88
-    assert bytes_[14] == 0x1F
-    assert bytes_[:32] == [
-        (low + 8) | (high + 8) << 4 for low, high in zip(first.tolist(), second.tolist(), strict=True)
-    ]
-    assert bytes_[32:] == [0x8F, 0x87] + [0x88] * 30
-    assert packed.scales.tolist() == [[1.0, 0.5, 4.0, 0.0]]
+    # -7 … -4 with -6 … -3, then 7 … 4 with 6 … 3.
+    assert bytes_[:8] == [0x21, 0x32, 0x43, 0x54, 0xEF, 0xDE, 0xCD, 0xBC]
+    # -3 … 0 with -2 … 1, then 3 … 0 with 2 … -1.
+    assert bytes_[8:16] == [0x65, 0x76, 0x87, 0x98, 0xAB, 0x9A, 0x89, 0x78]
+    assert packed.scales.tolist() == [[1.0, 0.5]]
+    packed = pack(torch.tensor([[7.0, -1.0]]), bits=4, group=32)
+    assert packed.codes.tolist() == [[0x8F, 0x87] + [0x88] * 30]
+    assert packed.scales.tolist() == [[1.0, 0.0]]
 
 
 def test_a_group_of_128_by_hand() -> None:
     weight = torch.zeros(1, 130)
     weight[0, 127], weight[0, 128], weight[0, 0] = -14.0, 0.25, 3.0
     packed = pack(weight, bits=4, group=128)
-    # Two groups, four blocks. 0.25 / 7 is 0.03564453125 in bfloat16.
+    # Two groups, eight pieces. 0.25 / 7 is 0.03564453125 in bfloat16.
     assert packed.scales.tolist() == [[2.0, 0.03564453125]]
     wanted = [0x88] * 128
     wanted[0] = 0x8A  # 1.5 rounds to 2
-    wanted[32 + 31] = 0x18  # column 127 is the last of its block's high half
-    wanted[64] = 0x8F
+    wanted[3 * 32 + 3 * 4 + 3] = 0x18  # column 127 is the last of the last word of piece 3
+    wanted[4 * 4] = 0x8F
     assert packed.codes[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", [64, 512, 513, 640, 1088])
+def test_where_a_column_lies(bits: int, inputs: int) -> None:
+    """By the words of `Packed`, for every column of one."""
+    found = pack(torch.zeros(1, inputs), bits).codes[0]
+    columns = found.numel() * 8 // bits
+    for column in range(0, inputs, 37):
+        one = torch.zeros(1, inputs)
+        one[0, column] = 1.0
+        changed = (pack(one, bits).codes[0] != found).nonzero().flatten().tolist()
+        block, piece, within = column // 512, column % 512 // 32, column % 32
+        pieces = min(512, columns - 512 * block) // 32
+        word, high = within // 4, False
+        if bits == 4:
+            word, high = word % 4, within >= 16
+        place = 512 * block * bits // 8 + 4 * (word * pieces + piece) + within % 4
+        assert changed == [place]
+        code = pack(one, bits).codes[0, place].item()
+        assert code == {(8, False): 127, (4, False): 0x8F, (4, True): 0xF8}[bits, high]
 
 
 def test_codes_follow_from_the_rounded_scale() -> None:

@@ -342,7 +342,7 @@ def test_what_is_no_pack_is_refused(tmp_path: Path) -> None:
         PackFile(tmp_path)
     for at, value, said in (
         (0, b"SAFE", "not a pack of experts"),
-        (8, b"\x07", "a pack of version 7: this reads 1; make it again"),
+        (8, b"\x07", "a pack of version 7: this reads 2; make it again"),
         (12, b"\xff\xff\xff\x7f", "a description of 2147483647 bytes"),
         (16, b"[", "its description is no pack's"),
         (30, b"#", "its description's checksum is wrong"),

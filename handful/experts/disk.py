@@ -29,7 +29,7 @@ from handful.quantize import check_format, columns_of
 
 __all__ = ["Field", "Layout", "PackFile", "layout_of", "view", "write_pack"]
 
-MAGIC, VERSION = b"HANDFUL\x00", 1
+MAGIC, VERSION = b"HANDFUL\x00", 2
 PAGE = 4096  # what direct reads are aligned to: the largest block of common disks
 ALIGN = 64  # a cache line, for a field within a record
 LONGEST = 1 << 24  # of a description, in bytes

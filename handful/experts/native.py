@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Slots",
+    "attend_many",
     "attend_one",
     "available",
     "experts_in_parts",
@@ -50,13 +51,15 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
-FEW = 8  # tokens up to which they read a matrix as a stream (kFew in csrc/layer.h)
-PAIRED, SINGLE = 16, 4  # tokens up to which that is quicker than torch for one matrix of floats: bfloat16 pairs, others
+FEW = 16  # tokens up to which they read a quantised matrix as a stream (few in csrc/kernels.cpp)
+# Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16, and
+# of others.
+AMX, PAIRED, SINGLE = 16, 128, 4
 ROUTED = 32  # tokens up to which a router is one operation; for more, torch's product is the quicker
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
 
 _registered = False
-_pairs = False  # whether few tokens meet bfloat16 matrices as pairs
+_paired = SINGLE  # the number of those that this computer has, for bfloat16
 
 
 def available() -> bool:
@@ -72,7 +75,7 @@ def available() -> bool:
 
 def few(dtype: torch.dtype) -> int:
     """Tokens up to which the kernels multiply a matrix of floats more quickly than torch."""
-    return PAIRED if dtype == torch.bfloat16 and _pairs else SINGLE
+    return _paired if dtype == torch.bfloat16 else SINGLE
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -284,6 +287,16 @@ def likeliest(logits_V: Tensor) -> int:
     return place
 
 
+def attend_many(
+    q_BHSd: Tensor, k_BJPd: Tensor, v_BJPv: Tensor, window: int | None, scale: float, sinks_H: Tensor | None
+) -> Tensor:
+    """Attention of the last S of P tokens, each to the tokens up to itself, with a window to the last so many of them:
+    (B, S, H·v); no gradients."""
+    sinks = None if sinks_H is None else sinks_H.float()
+    out: Tensor = torch.ops.handful.attend_many(q_BHSd, k_BJPd, v_BJPv, sinks, scale, window or 0)
+    return out
+
+
 def attend_one(
     q_BX: Tensor,
     k_BX: Tensor,
@@ -475,15 +488,21 @@ def _fake_moe_layer(
     return torch.empty_like(x), *_fake_route(x_TD, router, bias, balance_bias, chosen, *others)
 
 
+def _fake_attend_many(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1] * v.shape[3]))
+
+
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
 def _register() -> None:
-    global _registered, _pairs
+    global _registered, _paired
     if _registered:
         return
-    _pairs = {"avx512_vnni", "avx512_bf16"} <= {*torch.ops.handful.isa().split()}
+    isa = set(torch.ops.handful.isa().split())
+    if isa >= {"avx512_vnni", "avx512_bf16"}:
+        _paired = AMX if "amx_bf16" in isa else PAIRED
     torch.library.register_fake("handful::experts", _fake_experts)
     torch.library.register_fake("handful::experts_forward", _fake_forward)
     torch.library.register_fake("handful::experts_backward", _fake_backward)
@@ -491,6 +510,7 @@ def _register() -> None:
     torch.library.register_fake("handful::linears", _fake_linears)
     torch.library.register_fake("handful::rms_norm", _fake_like_first)
     torch.library.register_fake("handful::attend_one", _fake_like_first)
+    torch.library.register_fake("handful::attend_many", _fake_attend_many)
     torch.library.register_fake("handful::route", _fake_route)
     torch.library.register_fake("handful::attend_layer", _fake_like_first)
     torch.library.register_fake("handful::moe_layer", _fake_moe_layer)
