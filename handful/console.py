@@ -395,6 +395,6 @@ def memory_line(within: Mapping[str, Any]) -> str:
     """What a memory budget did, in a line; with the forecast, if there is one."""
     held = f"{within['slots']:,} of {within['experts']:,} experts in memory"
     forecast = within["forecast_tokens_per_second"]
-    told = "" if forecast is None else f"; forecast {forecast:,.0f} tokens/s"
+    told = "" if forecast is None else f"; forecast {forecast:,.0f} tokens/s with these hits"
     waited = f"{within['wait_seconds']:.1f} s waited"
     return f"{held}, {within['hit_rate']:.0%} of uses found there, {size(within['bytes_read'])} read, {waited}{told}"

@@ -207,7 +207,7 @@ def _interleave(q_rC: Tensor, bits: int) -> Tensor:
     """int8 q (r, C) -> codes, as `Packed` holds them."""
 
     def turn(q_nC: Tensor) -> Tensor:
-        words = q_nC.unflatten(1, (-1, PIECE // 4, 4)).transpose(1, 2)  # (n, words, pieces, 4)
+        words: Tensor = q_nC.unflatten(1, (-1, PIECE // 4, 4)).transpose(1, 2)  # (n, words, pieces, 4)
         if bits == 4:
             low, high = (words + 8).to(torch.uint8).chunk(2, dim=1)
             words = low | high << 4
@@ -220,7 +220,7 @@ def _in_order(codes: Tensor, bits: int) -> Tensor:
     """`_interleave`, the other way."""
 
     def turn(codes: Tensor) -> Tensor:
-        words = codes.unflatten(1, (PIECE * bits // 32, -1, 4))
+        words: Tensor = codes.unflatten(1, (PIECE * bits // 32, -1, 4))
         if bits == 4:
             words = torch.cat([words & 15, words >> 4], dim=1).to(torch.int8) - 8
         return words.transpose(1, 2).flatten(1)

@@ -914,7 +914,7 @@ def test_attention_of_many_tokens_at_the_edges(dtype: torch.dtype, threads: Call
 
 def test_attention_of_many_tokens_refuses_what_does_not_fit() -> None:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 6)
-    arguments = {"q": q, "k": k, "v": v, "sinks": torch.randn(4), "scale": 1.0, "window": 0}
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "sinks": torch.randn(4), "scale": 1.0, "window": 0}
     for name, values in {
         "q": [q[0], q[:1], q[..., 1:], q[:, 1:], q.half(), q.to(BF16), q.transpose(2, 3), torch.randn(2, 4, 10, 8)],
         "k": [k[0], k[:1], k[..., 1:], k[:, :, 1:], k[:, :0], k.half(), k.to(BF16), k.transpose(2, 3)],

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from handful.errors import CheckpointError, ConfigError, HandfulError, RoutingError
 from handful.experts import Experts, disk
 from handful.experts.disk import PAGE, Layout, PackFile, layout_of, write_pack
-from handful.experts.native import available, experts_in_parts
+from handful.experts.native import FEW, available, experts_in_parts
 from handful.experts.quantized import QuantizedExperts
 from handful.experts.readahead import Read, Reader
 from handful.experts.stored import Store, StoredExperts
@@ -183,7 +183,7 @@ def test_few_tokens_whose_experts_are_all_there_are_one_operation(
         stats = store.stats()
         assert (stats.total("hits"), stats.total("misses")) == (3 + 3 + 2, 3 + 1)
         # More tokens than the kernels read as a stream, and those of which some are dropped, go the other way.
-        assert in_parts(naming([[0, 1, 2]] * 9))
+        assert in_parts(naming([[0, 1, 2]] * (FEW + 1)))
         some = naming([[0, 1, 2]] * 2)
         assert in_parts(replace(some, dropped_TK=torch.tensor([[True, False, False]] * 2)))
         with pytest.raises(RoutingError, match="expert -1"):

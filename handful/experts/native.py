@@ -52,8 +52,8 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16)
 FEW = 16  # tokens up to which they read a quantised matrix as a stream (few in csrc/kernels.cpp)
-# Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16, and
-# of others.
+# Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16,
+# and of others.
 AMX, PAIRED, SINGLE = 16, 128, 4
 ROUTED = 32  # tokens up to which a router is one operation; for more, torch's product is the quicker
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
