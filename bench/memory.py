@@ -40,13 +40,13 @@ from torch import Tensor
 
 import handful
 from handful import memory
-from handful.attention import KVCache
 from handful.ceilings import ceilings
 from handful.experts.cache import POLICIES, belady, simulate
 from handful.experts.stored import Store
 from handful.model import Decoder
 from handful.moe import Router
 from handful.plan import plan
+from handful.positions import KVCache
 from handful.routing import Routing
 
 Key = tuple[int, int]

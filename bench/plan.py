@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timing import publish, rounds, show
 from torch import Tensor
 
-from handful.attention import Attention, KVCache
+from handful.attention import Attention
 from handful.ceilings import Ceilings, measure_overhead
 from handful.config import ModelConfig, RouterConfig
 from handful.engine import CHUNK, Engine, Request, Sampling
@@ -31,6 +31,7 @@ from handful.experts.quantized import quantize_model
 from handful.machine import machine, measure
 from handful.model import Decoder
 from handful.plan import FORMATS, plan
+from handful.positions import KVCache
 
 SHAPE = ModelConfig(
     vocab=16384,

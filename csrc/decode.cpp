@@ -32,7 +32,7 @@ struct Rotation {
   int64_t half;  // pairs of a head
   bool adjacent;
 
-  // Adjacent pairs come out as two halves, as in attention.py.
+  // Adjacent pairs come out as two halves, as in positions.py.
   void turn(float* head, float* scratch) const {
     for (int64_t i = 0; i < half; ++i) {
       const float first = head[adjacent ? 2 * i : i], second = head[adjacent ? 2 * i + 1 : i + half];

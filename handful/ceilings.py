@@ -157,13 +157,13 @@ def _rates(entry: Any) -> dict[str, Any] | None:
 
 
 def _measure(place: Path) -> dict[str, Any]:
-    rates = dict(vars(measure()))
+    rates, disk = vars(measure()), None
     try:
         overhead = measure_overhead(place)
-        rates |= {"disk_bytes_per_second": measure_disk(place, overhead.fetch_seconds)}
+        disk = measure_disk(place, overhead.fetch_seconds)
     except HandfulError:  # a folder that cannot be written to, or a system that keeps what it has read
         overhead = measure_overhead()
-    return {**rates, "overhead": vars(overhead), "measured_at": time.time()}
+    return {**rates, "disk_bytes_per_second": disk, "overhead": vars(overhead), "measured_at": time.time()}
 
 
 def measure_disk(folder: str | Path, fetch_seconds: float = 0.0, repeats: int = 96) -> float:
@@ -191,9 +191,8 @@ def measure_disk(folder: str | Path, fetch_seconds: float = 0.0, repeats: int = 
         slots = 16 * layout.record_bytes
         with Store(PackFile(file), slots, top_k=together, policy="lru", read_ahead=False) as store:
             for turn in range(repeats):
-                wanted = [
-                    stride * (turn * together + i) % experts for i in range(together)
-                ]  # here and there in the file
+                first = turn * together  # here and there in the file
+                wanted = [stride * (first + i) % experts for i in range(together)]
                 began = time.perf_counter()
                 for _ in store.fetch(0, wanted):
                     pass

@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from handful.attention import KVCache, KVCaches
 from handful.encoder_decoder import EncoderDecoder, OutputCache
 from handful.errors import ConfigError
 from handful.model import Decoder
+from handful.positions import KVCache, KVCaches
 from handful.routing import Routing
 from handful.sampling import Logprobs, Sampler, Sampling, logprobs
 from handful.text import Stream, Tokenizer

@@ -13,13 +13,12 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from handful.errors import ConfigError, HandfulError
+from handful.errors import ConfigError
 
 __all__ = ["Machine", "Measured", "machine", "measure", "native_error"]
 
@@ -69,13 +68,11 @@ class Measured:
     read_bytes_per_second       of memory, streaming through a buffer larger than the usual caches.
     float32_flops               FLOP/s of a matrix product; a multiplication and an addition are two.
     bfloat16_flops              the same in bfloat16.
-    disk_bytes_per_second       of reading a file that is not cached; None: not asked for.
     """
 
     read_bytes_per_second: float
     float32_flops: float
     bfloat16_flops: float
-    disk_bytes_per_second: float | None
 
 
 def machine() -> Machine:
@@ -250,12 +247,9 @@ def _cgroup_limits(
 # Rates.
 
 
-def measure(folder: str | Path | None = None) -> Measured:
-    """Measure memory, the matrix product and, in `folder`, the disk. Takes two or three seconds.
-
-    Uses up to 1 GiB of memory and a quarter of what is available, and 256 MiB of disk in `folder` for as long as it
-    takes. Raises HandfulError if `folder` cannot be written to, or the system cannot drop its cached pages.
-    """
+def measure() -> Measured:
+    """Measure memory and the matrix product. Takes two seconds, and up to 1 GiB of memory and a quarter of what is
+    available."""
     import torch
 
     with torch.inference_mode():
@@ -263,7 +257,6 @@ def measure(folder: str | Path | None = None) -> Measured:
             read_bytes_per_second=_read_rate(),
             float32_flops=_product_rate(torch.float32),
             bfloat16_flops=_product_rate(torch.bfloat16),
-            disk_bytes_per_second=None if folder is None else _disk_rate(Path(folder)),
         )
 
 
@@ -298,26 +291,3 @@ def _product_rate(dtype: object) -> float:
     m, k, n = 1024, 2048, 2048
     x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)  # type: ignore[call-overload]
     return 2 * m * k * n / _median_seconds(lambda: torch.nn.functional.linear(x, w))
-
-
-def _disk_rate(folder: Path, size: int = 256 << 20, block: int = 8 << 20) -> float:
-    if sys.platform != "linux":
-        raise HandfulError("the disk is measured on Linux only, where a file's cached pages can be dropped")
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            # Random bytes: a disk that compresses would read zeros at no cost.
-            data = os.urandom(block)
-            for _ in range(size // block):
-                file.write(data)
-            os.fsync(file.fileno())
-            into = bytearray(block)
-
-            def read() -> None:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                file.seek(0)
-                while file.readinto(into):
-                    pass
-
-            return size / _median_seconds(read)
-    except OSError as error:
-        raise HandfulError(f"folder {str(folder)!r}: {error.strerror}") from None

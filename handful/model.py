@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from handful.attention import KVCache, KVCaches, RMSNorm, Span, attend_at_once, make_attention
+from handful.attention import RMSNorm, attend_at_once, make_attention
 from handful.config import ModelConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import FeedForward, Linear
@@ -24,6 +24,7 @@ from handful.experts.at_once import Operation, is_bare, nobody_looks
 from handful.experts.layer import feed_at_once, multiply
 from handful.experts.native import available
 from handful.moe import Mixing, MoE, mix_at_once
+from handful.positions import KVCache, KVCaches, Span
 from handful.routing import Choice, Routing
 from handful.text import Tokenizer
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn.modules.module import register_module_forward_hook
 
-from handful.attention import KVCache, KVCaches, RMSNorm, Span, rope_table
+from handful.attention import RMSNorm
 from handful.config import ModelConfig, RopeScaling, RouterConfig
 from handful.errors import HandfulError, RoutingError
 from handful.experts import Linear, at_once
@@ -26,6 +26,7 @@ from handful.experts.native import ROUTED, available, likeliest
 from handful.experts.quantized import PackedWeight, QuantizedLinear, quantize_model
 from handful.machine import native_error
 from handful.model import Decoder
+from handful.positions import KVCache, KVCaches, Span, rope_table
 from handful.routing import Choice, Routing
 from handful.sampling import Sampling, sample
 

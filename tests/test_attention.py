@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from handful.attention import Attention, KVCache, LatentAttention, Span, rope_frequency, rope_table, rotate
+from handful.attention import Attention, LatentAttention
 from handful.config import MLAConfig, ModelConfig, RopeScaling
 from handful.errors import ConfigError
 from handful.model import Decoder
+from handful.positions import KVCache, Span, rope_frequency, rope_table, rotate
 
 F64 = torch.float64
 CPU = torch.device("cpu")

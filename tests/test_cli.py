@@ -281,9 +281,7 @@ TINY_LAYER = {"width": 8, "hidden": 8, "experts": 4, "top_k": 2}
 
 
 def test_doctor(handful: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = Measured(
-        read_bytes_per_second=12.5e9, float32_flops=99.5e9, bfloat16_flops=1.25e12, disk_bytes_per_second=None
-    )
+    rates = Measured(read_bytes_per_second=12.5e9, float32_flops=99.5e9, bfloat16_flops=1.25e12)
     monkeypatch.setattr("handful.machine.measure", lambda: rates)
     monkeypatch.setattr("handful.experts.choice.TIMED", (("decoding", 1, dict(TINY_LAYER)),))
     result = handful("doctor", "--json")

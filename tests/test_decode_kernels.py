@@ -20,7 +20,7 @@ from test_attention import SHAPES, SMALL, tokens
 from torch import Tensor
 from torch.library import opcheck
 
-from handful.attention import KVCache, KVCaches, RMSNorm
+from handful.attention import RMSNorm
 from handful.config import ModelConfig, RouterConfig
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Linear
@@ -30,6 +30,7 @@ from handful.experts.quantized import QuantizedLinear
 from handful.machine import native_error
 from handful.model import Decoder
 from handful.moe import Router
+from handful.positions import KVCache, KVCaches
 from handful.routing import Choice, Routing
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
@@ -385,7 +386,7 @@ def test_a_router_refuses_experts_that_do_not_exist() -> None:
 
 CHILD = """
 import torch
-from handful.attention import KVCache
+from handful.positions import KVCache
 from handful.config import ModelConfig
 from handful.experts.native import rms_norm
 from handful.model import Decoder

@@ -24,7 +24,7 @@ TIERS = [
     ["errors", "units", "config", "presets", "machine"],
     ["routing", "shapes", "loss", "count", "cost", "checkpoint", "text", "documents", "data", "quantize"],
     ["experts", "balance", "observe", "placement"],
-    ["attention", "moe", "model", "encoder_decoder", "evaluate"],
+    ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate"],
     ["families", "memory", "upcycle", "transformers"],
     ["runs", "settings", "watch", "train", "sampling", "engine", "ceilings", "plan", "trace", "report", "verify"],
     ["compare", "server"],

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from handful.attention import KVCache, Span
 from handful.balance import z_loss
 from handful.config import ModelConfig, RouterConfig
 from handful.cost import cost
@@ -25,6 +24,7 @@ from handful.errors import ConfigError
 from handful.experts import FeedForward
 from handful.model import Decoder
 from handful.moe import MoE, NotCausalWarning
+from handful.positions import KVCache, Span
 from handful.presets import PRESETS, small_model
 
 F64 = torch.float64

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from handful.attention import KVCache
 from handful.checkpoint import read_json
 from handful.families import config_from_hf, config_to_hf, save, tensors_to_hf
 from handful.families.convert import RUN
 from handful.families.io import load_decoder
 from handful.model import Decoder
+from handful.positions import KVCache
 
 transformers: Any = importlib.import_module("transformers")  # its types know less than its configs accept
 transformers.utils.logging.disable_progress_bar()

@@ -536,7 +536,7 @@ def test_a_recording_of_another_model() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ceilings, measured once.
 
-MEASURED = Measured(read_bytes_per_second=2e10, float32_flops=1e11, bfloat16_flops=2e11, disk_bytes_per_second=None)
+MEASURED = Measured(read_bytes_per_second=2e10, float32_flops=1e11, bfloat16_flops=2e11)
 FETCHES = replace(NONE, fetch_seconds=0.25)
 
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCAB, dense, moe
 from torch import Tensor
 
-from handful.attention import KVCache
 from handful.balance import switch_loss
 from handful.config import ModelConfig
 from handful.errors import CheckpointError, RoutingError
@@ -24,6 +23,7 @@ from handful.experts.grouped import grouped
 from handful.model import Decoder
 from handful.moe import MoE, NotCausalWarning, Router
 from handful.observe import Recorder, Recording
+from handful.positions import KVCache
 from handful.routing import Choice, Routing
 
 CONFIGS: dict[str, ModelConfig] = {
