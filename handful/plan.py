@@ -33,7 +33,7 @@ from handful.count import Counted, Pass, Weights, counted
 from handful.engine import CHUNK
 from handful.errors import ConfigError
 from handful.experts.disk import Layout, layout_of
-from handful.experts.native import FEW, PANEL
+from handful.experts.native import FEW
 from handful.experts.stored import GUESSES
 from handful.units import size
 
@@ -44,6 +44,7 @@ Verdict = Literal["fits", "fits with memory", "does not fit", "not run"]
 FORMATS = {"float32": 0, "bfloat16": 0, "int8": 8, "int4": 4}  # bits of a packed weight; 0: not packed
 CONTEXT = 4096  # tokens of a sequence, where nothing is said
 STREAM = 400  # bytes that norms, sums and the like move for each number of the stream, in a layer
+STEP, CODES_STEP = 8, 16  # tokens that the kernels multiply at once by floats, and by codes
 PROCESS = 400_000_000  # bytes of Python, torch and what they load
 
 
@@ -53,7 +54,7 @@ class Efficiency:
 
     experts, matrices, attention   of memory's rate: experts, all other matrices, and the cache, for few tokens.
     experts_product, matrices_product, attention_product   of the product's rate, for many; tokens of the native kernels
-                                   counted in whole panels.
+                                   counted in whole steps.
     """
 
     experts: float
@@ -457,7 +458,7 @@ def _step(
         of_product = efficiency.experts_product if routed else efficiency.matrices_product
         rows = passed * weights.active / used  # tokens of each that is used
         if (routed or packed) and rows > FEW:
-            rows += PANEL / 2  # the last panel is half full on average
+            rows += (CODES_STEP if packed else STEP) / 2  # the last step is half full on average
         reading = used * one / (rates.read * share)
         multiplying = used * rows * 2 * weights.multiplied / (rates.product * of_product)
         parts["experts" if routed else "resident"] += weights.layers * max(reading, multiplying)
