@@ -77,6 +77,7 @@ def computer() -> Ceilings:
         native_error=found.native_error,
         memory_bytes=1 << 50,
         disk_free_bytes=1 << 50,
+        disk_bytes_per_second=None,
         overhead=measure_overhead(),
         measured_at=time.time(),
         **vars(rates),
