@@ -19,7 +19,7 @@ from handful.config import ModelConfig
 from handful.experts import Linear
 from handful.experts.at_once import Operation, attend_layer, is_bare, maps_of, norm_of
 from handful.experts.layer import multiply_all
-from handful.experts.native import DTYPES, attend_many, attend_one, available, plain_inference, rms_norm
+from handful.experts.native import DTYPES, OneToken, attend_many, attend_one, available, plain_inference, rms_norm
 from handful.positions import Span, rotate, yarn_factor
 
 __all__ = ["Attention", "LatentAttention", "RMSNorm", "attend", "attend_at_once", "make_attention"]
@@ -102,8 +102,11 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, span: Span) -> Tensor:
         B, S, _ = x_BSD.shape
         q, k, v = multiply_all(x_BSD, self.q, self.k, self.v)
-        if span.decodes and self.has_native and plain_inference(q) and self._norms()[0]:
-            return self.o(self._one_more(q, k, v, span))  # type: ignore[no-any-return]
+        # One new token of each sequence is our kernels': through torch it is some thirty calls.
+        one = self._one_token(span) if span.decodes and self.has_native and plain_inference(q) else None
+        if one is not None:
+            out_TX = attend_one(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), one)
+            return self.o(out_TX.view(q.shape))  # type: ignore[no-any-return]
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q_BSHd, k_BSJd = q.view(B, S, self.heads, self.head_dim), k.view(B, S, self.kv_heads, self.head_dim)
@@ -114,35 +117,30 @@ class Attention(nn.Module):
         out: Tensor = self.o(span.over(self._look, q_BSHd, k_BSJd, v_BSJd))
         return out
 
-    def _one_more(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
-        """What is below, for one new token of each sequence, by our kernels: through torch it is some thirty calls."""
-        out_TX = attend_one(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self._norms()[1], self.eps, self.qk_norm == "full",
-            span.rope, self.adjacent, [cache.held[self.layer] for cache in span.caches],
-            [cache.length for cache in span.caches], self.window, self.scale, self.sinks,
+    def _one_token(self, span: Span) -> OneToken | None:
+        """What our kernels are given of one new token of each sequence; None where they cannot stand for the norms."""
+        norms = None
+        if self.qk_norm != "none":
+            q_norm, k_norm = norm_of(self._modules["q_norm"]), norm_of(self._modules["k_norm"])
+            if q_norm is None or k_norm is None:
+                return None
+            norms = q_norm[0], k_norm[0]
+        caches = span.caches
+        held, lengths = [cache.held[self.layer] for cache in caches], [cache.length for cache in caches]
+        return OneToken(
+            norms, self.eps, self.qk_norm == "full", span.rope, self.adjacent, held, lengths, self.window, self.scale,
+            self.sinks,
         )  # fmt: skip
-        return out_TX.view(q.shape)
-
-    def _norms(self) -> tuple[bool, tuple[Tensor, Tensor] | None]:
-        """Whether our kernels can stand for the norms of queries and keys, and their weights, if there are norms."""
-        if self.qk_norm == "none":
-            return True, None
-        q_norm, k_norm = norm_of(self._modules["q_norm"]), norm_of(self._modules["k_norm"])
-        return (False, None) if q_norm is None or k_norm is None else (True, (q_norm[0], k_norm[0]))
 
     def at_once(self, norm: nn.Module | None, x_BSD: Tensor, span: Span, residual_scale: float) -> Operation | None:
         """What `attend_at_once` says, where the modules in it allow it."""
         modules, D = self._modules, x_BSD.shape[-1]
         given = (modules.get("q"), D), (modules.get("k"), D), (modules.get("v"), D), (modules.get("o"), self.inner)
         maps = maps_of(given, x_BSD.shape[:-1].numel(), x_BSD.dtype)
-        before, (can, norms) = norm_of(norm), self._norms()
-        if maps is None or before is None or not can or len({bias is None for bias in maps.biases[:3]}) > 1:
+        before, one = norm_of(norm), self._one_token(span)
+        if maps is None or before is None or one is None or len({bias is None for bias in maps.biases[:3]}) > 1:
             return None
-        return attend_layer(
-            before, maps, norms, self.eps, self.qk_norm == "full", span.rope, self.adjacent,
-            [cache.held[self.layer] for cache in span.caches], [cache.length for cache in span.caches],
-            self.window, self.scale, self.sinks, residual_scale,
-        )  # fmt: skip
+        return attend_layer(before, maps, one, residual_scale)
 
     def _look(self, span: Span, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor) -> Tensor:
         B, S = q_BSHd.shape[:2]

@@ -10,7 +10,7 @@ Legend: D model width · T tokens · E experts · K experts per token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from handful.config import RouterConfig
-from handful.experts.native import explained, plain_inference, router_rules
+from handful.experts.native import OneToken, explained, plain_inference, router_rules
 from handful.quantize import Packed
 
 __all__ = [
@@ -150,34 +150,17 @@ class Operation(NamedTuple):
             raise explained(error) from None
 
 
-def attend_layer(
-    norm: tuple[Tensor, float],
-    maps: Maps,
-    qk_norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    whole_norm: bool,
-    rope: tuple[Tensor, Tensor],
-    adjacent: bool,
-    held: Sequence[tuple[Tensor, ...]],
-    lengths: Sequence[int],
-    window: int | None,
-    scale: float,
-    sinks_H: Tensor | None,
-    residual_scale: float,
-) -> Operation:
+def attend_layer(norm: tuple[Tensor, float], maps: Maps, given: OneToken, residual_scale: float) -> Operation:
     """x + residual_scale · attention of the normed x, for one new token of each sequence: of x (..., D) the same.
 
-    maps   q, k, v and o; the first three have biases or none has. The others are as `native.attend_one` takes them.
+    maps   q, k, v and o; the first three have biases or none has.
     """
     weights, scales, biases, bits, group = maps
+    three = [bias for bias in biases[:3] if bias is not None]
     return Operation(
         torch.ops.handful.attend_layer.default,
-        (
-            *norm, weights, scales, [bias for bias in biases[:3] if bias is not None], biases[3], bits, group,
-            *(qk_norms or (None, None)), eps, whole_norm, *rope, adjacent, [keys for keys, _ in held],
-            [values for _, values in held], lengths, window or 0, scale, sinks_H, residual_scale,
-        ),
-    )  # fmt: skip
+        (*norm, weights, scales, three, biases[3], bits, group, *given.arguments(), residual_scale),
+    )
 
 
 def moe_layer(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from handful.experts.layer import Experts
 
 __all__ = [
+    "OneToken",
     "Slots",
     "attend_many",
     "attend_one",
@@ -297,34 +298,42 @@ def attend_many(
     return out
 
 
-def attend_one(
-    q_BX: Tensor,
-    k_BX: Tensor,
-    v_BX: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    whole_norm: bool,
-    rope: tuple[Tensor, Tensor],
-    adjacent: bool,
-    held: Sequence[tuple[Tensor, ...]],
-    lengths: Sequence[int],
-    window: int | None,
-    scale: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
+class OneToken(NamedTuple):
+    """What the attention of one new token of each of B sequences is given beside its queries, keys and values.
+
+    norms     weights of the norms of queries and keys, None: there are none. whole_norm: over all heads, not in each.
+    rope      cos and sin of the new tokens' positions, (caches, r/2).
+    held      keys and values (b, J, C, d) of the caches that the sequences lie in, in order, for b sequences each;
+              lengths: how many tokens each cache holds.
+    """
+
+    norms: tuple[Tensor, Tensor] | None
+    eps: float
+    whole_norm: bool
+    rope: tuple[Tensor, Tensor]
+    adjacent: bool
+    held: Sequence[tuple[Tensor, ...]]
+    lengths: Sequence[int]
+    window: int | None
+    scale: float
+    sinks_H: Tensor | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the operations take them."""
+        return (
+            *(self.norms or (None, None)), self.eps, self.whole_norm, *self.rope, self.adjacent,
+            [keys for keys, _ in self.held], [values for _, values in self.held], self.lengths, self.window or 0,
+            self.scale, self.sinks_H,
+        )  # fmt: skip
+
+
+def attend_one(q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, given: OneToken) -> Tensor:
     """One more token of each of B sequences: QK-norm, RoPE, its place in a cache and attention, as one operation; no
     gradients.
 
     q_BX, k_BX, v_BX   as the projections make them, (B, H·d) and (B, J·d).
-    held               keys and values (b, J, C, d) of the caches that the sequences lie in, in order, for b sequences
-                       each; lengths: how many tokens each cache holds.
-    rope               cos and sin of the new tokens' positions, (caches, r/2).
     """
-    q_norm, k_norm = norms or (None, None)
-    out: Tensor = torch.ops.handful.attend_one(
-        q_BX, k_BX, v_BX, q_norm, k_norm, eps, whole_norm, *rope, adjacent, [keys for keys, _ in held],
-        [values for _, values in held], lengths, window or 0, scale, sinks_H,
-    )  # fmt: skip
+    out: Tensor = torch.ops.handful.attend_one(q_BX, k_BX, v_BX, *given.arguments())
     return out
 
 
