@@ -123,17 +123,16 @@ class Experts(nn.Module):
         return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
 
 
-def streams(x: Tensor, weight: Tensor, has_native: bool) -> bool:
-    """Whether our kernels are to multiply x by a float weight: few tokens in inference, which read a weight as fast as
-    memory gives it. With more, torch's products are as good."""
-    if not has_native or x.dtype != weight.dtype or not plain_inference(x):
-        return False
-    return x.numel() <= few(x.dtype) * x.shape[-1]
+def for_ours(weight: Tensor, tokens: int, dtype: torch.dtype, has_native: bool) -> bool:
+    """Whether our kernels are to multiply so many tokens by a float weight in plain inference: few of them, which read
+    a weight as fast as memory gives it. With more, torch's products are as good."""
+    return has_native and weight.dtype == dtype and tokens <= few(dtype)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, has_native: bool) -> Tensor:
     """x · weightᵀ + bias."""
-    return linear(x, weight, bias) if streams(x, weight, has_native) else F.linear(x, weight, bias)
+    ours = for_ours(weight, x.shape[:-1].numel(), x.dtype, has_native) and plain_inference(x)
+    return linear(x, weight, bias) if ours else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -150,7 +149,7 @@ class Linear(nn.Linear):
         """Weight and bias, if our kernels are to multiply so many tokens by them in plain inference."""
         held = self._parameters  # self.weight takes ten times as long
         weight = held.get("weight")
-        if weight is None or "bias" not in held or weight.dtype != dtype or not self.has_native or tokens > few(dtype):
+        if weight is None or "bias" not in held or not for_ours(weight, tokens, dtype, self.has_native):
             return None
         return weight, held["bias"]
 
