@@ -18,12 +18,15 @@ from setuptools.command.build_ext import build_ext
 # 2.11: the oldest torch that the stable ABI is held to.
 TORCH_TARGET = "0x020b000000000000"
 
-# No -march here: the kernels choose their instructions at run time, file by file. psABI: vectors are passed between
-# functions of one file alone, so how the ABI would pass them does not matter.
+# psABI: vectors are passed between functions of one file alone, so how the ABI would pass them does not matter.
 FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
+
+# The kernels choose their instructions at run time, file by file: all else must run on every CPU. These are the last
+# flags, so that a user's CXXFLAGS with -march=native do not reach it.
+BASELINE = ["-march=x86-64", "-mtune=generic"]
 
 
 def torch_folder() -> Path | None:
@@ -48,7 +51,7 @@ def extensions() -> list[Extension]:
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for kind in ("*.h", "*.inc") for path in Path("csrc").glob(kind)),
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-            extra_compile_args=[*FLAGS, f"-isystem{torch}/include", *extra_flags],
+            extra_compile_args=[*FLAGS, f"-isystem{torch}/include", *extra_flags, *BASELINE],
             extra_link_args=extra_flags,
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],

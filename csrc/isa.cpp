@@ -5,8 +5,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <sstream>
 #include <stdexcept>
 
 namespace handful {
@@ -76,6 +79,8 @@ uint32_t detect() {
   if (bit(more.ecx, 11)) found |= kAvx512Vnni;
   if (bit(newer.eax, 5)) found |= kAvx512Bf16;
 
+  // AMX's tiles come with bfloat16 vectors on every CPU that there is, and everything but their product is those'.
+  if ((found & kAvx512Bf16) == 0) return found;
 #ifdef HANDFUL_EMULATE_AMX
   return found | kAmxBf16 | kAmxInt8;
 #endif
@@ -108,14 +113,26 @@ uint32_t features() {
   return mask;
 }
 
-std::string feature_names() {
+std::string names_of(uint32_t features) {
   std::string names;
   for (const Named& feature : kFeatures) {
-    if ((features() & feature.bits) == 0) continue;
+    if ((features & feature.bits) == 0) continue;
     if (!names.empty()) names += ' ';
     names += feature.name;
   }
   return names;
+}
+
+uint32_t features_of(const std::string& names) {
+  uint32_t features = 0;
+  std::istringstream words(names);
+  for (std::string word; words >> word;) {
+    const auto* named = std::find_if(std::begin(kFeatures), std::end(kFeatures),
+                                     [&](const Named& feature) { return word == feature.name; });
+    if (named == std::end(kFeatures)) throw std::runtime_error("there is no feature '" + word + "'");
+    features |= named->bits;
+  }
+  return features;
 }
 
 }  // namespace handful

@@ -20,9 +20,13 @@ enum Feature : uint32_t {
 // The features of this process, found at the first call. Throws std::runtime_error for a wrong HANDFUL_ISA.
 uint32_t features();
 
-inline bool has(Feature feature) { return (features() & feature) != 0; }
+inline bool covers(uint32_t features, uint32_t needed) { return (features & needed) == needed; }
 
-// Their names, separated by spaces: "avx2 avx512 avx512_vnni".
-std::string feature_names();
+inline bool has(Feature feature) { return covers(features(), feature); }
+
+// Names of features, separated by spaces: "avx2 avx512 avx512_vnni".
+std::string names_of(uint32_t features);
+// And back. Throws std::runtime_error for a name that there is not.
+uint32_t features_of(const std::string& names);
 
 }  // namespace handful

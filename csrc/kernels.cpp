@@ -1,33 +1,71 @@
 #include "kernels.h"
 
+#include <stdexcept>
+
 #include "isa.h"
 #include "levels.h"
 
 namespace handful {
+namespace {
 
-const Kernels& kernels(bool bf16) {
-  static const Kernels amx = amx_kernels();
-  if (bf16 && has(kAmxBf16)) return amx;
-  if (bf16 && has(kAvx512Bf16)) return kAvx512Bf16Kernels;
-  return has(kAvx512) ? kAvx512Kernels : kAvx2Kernels;
+const Kernels& amx() {
+  static const Kernels all = [] {
+    Kernels table = kAvx512Bf16Kernels;
+    table.name = "AMX";
+    table.needs |= kAmxTiles.needs;
+    table.in_place = false;  // a left block may have rows beyond the last one
+    table.begin = kAmxTiles.begin;
+    table.end = kAmxTiles.end;
+    table.multiply = kAmxTiles.multiply;
+    return table;
+  }();
+  return all;
 }
+
+const Kernels& bytes() {
+  static const Kernels all = [] {
+    Kernels table = kAvx512Kernels;
+    table.name = "AVX-512 VNNI";
+    table.needs |= kAvx512VnniBytes.needs;
+    table.pack_rows = kAvx512VnniBytes.pack_rows;
+    table.multiply = kAvx512VnniBytes.multiply;
+    table.quantize = kAvx512VnniBytes.quantize;
+    return table;
+  }();
+  return all;
+}
+
+// The first of the tables, which stand in order of preference, that the features cover.
+template <class Table, class... Tables>
+const Table* first(uint32_t features, const Table& best, const Tables&... others) {
+  if (covers(features, best.needs)) return &best;
+  if constexpr (sizeof...(others) > 0) return first(features, others...);
+  throw std::runtime_error("there are no kernels for this CPU, or HANDFUL_ISA switched them off");
+}
+
+const Chosen& chosen() {
+  static const Chosen all = choose(features());
+  return all;
+}
+
+}  // namespace
+
+Chosen choose(uint32_t features) {
+  return {first(features, kAvx512Kernels, kAvx2Kernels),
+          first(features, amx(), kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels),
+          first(features, amx(), bytes(), kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels),
+          first(features, kAvx512PairsStream, kAvx512VnniStream, kAvx512Stream, kAvx2Stream)};
+}
+
+const Kernels& kernels(bool bf16) { return bf16 ? *chosen().bfloat16 : *chosen().float32; }
 
 const Kernels& kernels(bool bf16, Type weights) {
-  static const Kernels bytes = byte_kernels();
   const bool codes = weights == Type::kInt8 || weights == Type::kInt4;
-  // AMX multiplies bfloat16 more quickly yet.
-  return codes && bf16 && has(kAvx512Vnni) && !has(kAmxBf16) ? bytes : kernels(bf16);
+  return codes && bf16 ? *chosen().codes : kernels(bf16);
 }
 
-const Stream& stream() {
-  if (has(kAvx512Vnni) && has(kAvx512Bf16)) return kAvx512PairsStream;
-  if (has(kAvx512Vnni)) return kAvx512VnniStream;
-  return has(kAvx512) ? kAvx512Stream : kAvx2Stream;
-}
+const Stream& stream() { return *chosen().stream; }
 
-int64_t few(const Matrix& m) {
-  const bool pairs = m.pairs && has(kAvx512Vnni) && has(kAvx512Bf16);
-  return pairs || m.group > 0 ? 16 : 8;
-}
+int64_t few(const Matrix& m) { return (m.pairs && stream().pairs) || m.group > 0 ? 16 : 8; }
 
 }  // namespace handful

@@ -135,6 +135,8 @@ struct Soften {
 };
 
 struct Kernels {
+  const char* name;  // of the level, for people
+  uint32_t needs;    // features of the CPU (isa.h)
   int values;  // in a unit
   bool in_place;  // whether rows of a matrix in the kernels' own type are best multiplied where they lie, else packed
 
@@ -187,6 +189,10 @@ struct Attend {
 
 // A matrix times a few vectors, read once from memory. `x` is what `prepare` made of each vector.
 struct Stream {
+  const char* name;
+  uint32_t needs;
+  bool pairs;  // whether bfloat16 weights that allow it are multiplied as pairs
+
   // Bytes that a prepared vector of `width` values takes.
   int64_t (*prepared_bytes)(int64_t width, const Matrix& m);
   void (*prepare)(char* prepared, const float* x, int64_t width, const Matrix& m);
@@ -206,7 +212,8 @@ struct Stream {
   void (*score)(float* out, const float* logits, bool sigmoids, int64_t count);
 };
 
-// The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them.
+// The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them. All of these throw
+// std::runtime_error where there is none: a CPU without AVX2, or HANDFUL_ISA=none.
 const Kernels& kernels(bool bf16);
 // The same for products with weights of a type: those of codes may be in bytes where those of bfloat16 would do.
 const Kernels& kernels(bool bf16, Type weights);

@@ -8,11 +8,12 @@
 
 #include "levels.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16 | kAmxBf16;
 
 constexpr int kTileRows = 16, kTileUnits = 16;
 constexpr int64_t kTileBytes = kPanel * 4;
@@ -156,15 +157,8 @@ void multiply(const Product& job) {
 
 }  // namespace
 
-Kernels amx_kernels() {
-  Kernels table = kAvx512Bf16Kernels;
-  table.in_place = false;  // a left block may have rows beyond the last one
-  table.begin = begin;
-  table.end = end;
-  table.multiply = multiply;
-  return table;
-}
+constexpr Tiles kAmxTiles = {kNeeds, begin, end, multiply};
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

@@ -9,11 +9,12 @@
 
 #include "levels.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+BEGIN_LEVEL("avx2,fma,f16c")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2;
 
 constexpr Type kOwn = Type::kFloat32;
 constexpr int W = 8, VALUES = 1, LEFT_ROWS = 6, ACROSS = 2;
@@ -45,11 +46,12 @@ void nothing() {}
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {VALUES,   true,     nothing,           nothing,          pack_rows,
-                              pack_columns, pack_tokens, pack_transposed, multiply, activate,
-                              activate_backward, soften, scale_columns, store_transposed, store_rows};
-const Stream kAvx2Stream = kLoops;
+constexpr Kernels kAvx2Kernels = {"AVX2", kNeeds, VALUES, true, nothing, nothing,
+                                  pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
+                                  activate, activate_backward, soften, scale_columns,
+                                  store_transposed, store_rows};
+constexpr Stream kAvx2Stream = loops("AVX2");
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

@@ -9,11 +9,12 @@
 
 #include "levels.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512;
 
 constexpr Type kOwn = Type::kFloat32;
 constexpr int W = 16, VALUES = 1, LEFT_ROWS = 6, ACROSS = 4;
@@ -45,11 +46,12 @@ void nothing() {}
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {VALUES,   true,     nothing,           nothing,          pack_rows,
-                              pack_columns, pack_tokens, pack_transposed, multiply, activate,
-                              activate_backward, soften, scale_columns, store_transposed, store_rows};
-const Stream kAvx512Stream = kLoops;
+constexpr Kernels kAvx512Kernels = {"AVX-512", kNeeds, VALUES, true, nothing, nothing,
+                                  pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
+                                  activate, activate_backward, soften, scale_columns,
+                                  store_transposed, store_rows};
+constexpr Stream kAvx512Stream = loops("AVX-512");
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

@@ -9,13 +9,12 @@
 
 #include "levels.h"
 
-// gcc 12 warns of its own intrinsics' undefined operands.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16;
 
 constexpr Type kOwn = Type::kBFloat16;
 constexpr int W = 16, VALUES = 2, LEFT_ROWS = 6, ACROSS = 4;
@@ -68,10 +67,11 @@ void nothing() {}
 
 }  // namespace
 
-const Kernels kAvx512Bf16Kernels = {VALUES,       true,        nothing,         nothing,  pack_rows,
-                                    pack_columns, pack_tokens, pack_transposed, multiply, activate,
-                                    activate_backward, soften, scale_columns, store_transposed, store_rows};
+constexpr Kernels kAvx512Bf16Kernels = {"AVX-512 BF16", kNeeds, VALUES, true, nothing, nothing,
+                                  pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
+                                  activate, activate_backward, soften, scale_columns,
+                                  store_transposed, store_rows};
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

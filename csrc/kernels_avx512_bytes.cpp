@@ -24,13 +24,12 @@
 
 #include "levels.h"
 
-// gcc 12 warns of its own intrinsics' undefined operands.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
 
 constexpr int W = 16;
 
@@ -325,14 +324,8 @@ void multiply(const Product& job) {
 
 }  // namespace
 
-Kernels byte_kernels() {
-  Kernels table = kAvx512Kernels;
-  table.quantize = quantize;
-  table.pack_rows = pack_rows;
-  table.multiply = multiply;
-  return table;
-}
+constexpr Bytes kAvx512VnniBytes = {kNeeds, pack_rows, multiply, quantize};
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

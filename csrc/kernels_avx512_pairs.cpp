@@ -9,13 +9,12 @@
 
 #include "levels.h"
 
-// gcc 12 warns of its own intrinsics' undefined operands.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni | kAvx512Bf16;
 
 constexpr int W = 16;
 
@@ -34,8 +33,8 @@ INLINE F multiply_floats(F sums, U a, U b) {
 
 }  // namespace
 
-const Stream kAvx512PairsStream = kLoops;
+constexpr Stream kAvx512PairsStream = loops("AVX-512 VNNI and BF16");
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

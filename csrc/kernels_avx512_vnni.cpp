@@ -9,13 +9,12 @@
 
 #include "levels.h"
 
-// gcc 12 warns of its own intrinsics' undefined operands.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace handful {
 namespace {
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
 
 constexpr int W = 16;
 
@@ -27,8 +26,8 @@ constexpr int W = 16;
 
 }  // namespace
 
-const Stream kAvx512VnniStream = kLoops;
+constexpr Stream kAvx512VnniStream = loops("AVX-512 VNNI");
 
 }  // namespace handful
 
-#pragma GCC pop_options
+END_LEVEL

@@ -5,9 +5,27 @@
 #include "bandwidth.h"
 #include "experts.h"
 #include "isa.h"
+#include "levels.h"
+
+namespace {
+
+std::string isa() { return handful::names_of(handful::features()); }
+
+// What a CPU of these features multiplies with, a line each: for what, by which level, and the features it needs.
+std::string levels(std::string features) {
+  const handful::Chosen chosen = handful::choose(handful::features_of(features));
+  const auto line = [](const char* use, const auto* table) {
+    return std::string(use) + ": " + table->name + ": " + handful::names_of(table->needs) + "\n";
+  };
+  return line("float32", chosen.float32) + line("bfloat16", chosen.bfloat16) + line("codes", chosen.codes) +
+         line("few tokens", chosen.stream);
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY(handful, m) {
   m.def("isa() -> str");
+  m.def("levels(str features) -> str");
   m.def("read_bandwidth(Tensor buffer, int repeats) -> (float, int)");
   m.def(
       "experts(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
@@ -35,7 +53,8 @@ STABLE_TORCH_LIBRARY(handful, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&handful::feature_names));
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("levels", TORCH_BOX(&levels));
   m.impl("experts_step", TORCH_BOX(&handful::experts_step));
 }
 

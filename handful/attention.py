@@ -30,17 +30,16 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)
-        self.has_native = available()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_native and plain_inference(x, self.weight):
+        if available() and plain_inference(x, self.weight):
             return rms_norm(x, self.weight, self.eps or 0.0)
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
 
     def norm_for_kernels(self) -> tuple[Tensor, float] | None:
         """Weight and epsilon, if our kernels are to norm x in plain inference."""
         weight = self._parameters.get("weight")
-        if weight is None or not self.has_native or weight.dtype not in DTYPES:
+        if weight is None or not available() or weight.dtype not in DTYPES:
             return None
         return weight, self.eps or 0.0
 
@@ -87,7 +86,6 @@ class Attention(nn.Module):
         self.scale = d**-0.5 if config.attention_scale is None else config.attention_scale
         self.qk_norm = config.qk_norm
         self.eps = config.norm_eps
-        self.has_native = available()
         self.adjacent = config.rope_adjacent
         self.q = Linear(D, H * d, bias=config.qkv_bias)
         self.k = Linear(D, J * d, bias=config.qkv_bias)
@@ -103,7 +101,7 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         q, k, v = multiply_all(x_BSD, self.q, self.k, self.v)
         # One new token of each sequence is our kernels': through torch it is some thirty calls.
-        one = self._one_token(span) if span.decodes and self.has_native and plain_inference(q) else None
+        one = self._one_token(span) if span.decodes and available() and plain_inference(q) else None
         if one is not None:
             out_TX = attend_one(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), one)
             return self.o(out_TX.view(q.shape))  # type: ignore[no-any-return]
@@ -153,7 +151,7 @@ class Attention(nn.Module):
             k_BJPd, v_BJPd = k_BJPd[:, :, -self.window :], v_BJPd[:, :, -self.window :]
             mask = None if mask is None else mask[..., -self.window :]
         # A mask of two dimensions says no more than causality and the window.
-        plain = self.has_native and plain_inference(q_BSHd) and q_BSHd.dtype == k_BJPd.dtype
+        plain = available() and plain_inference(q_BSHd) and q_BSHd.dtype == k_BJPd.dtype
         if plain and S > 1 and (mask is None or mask.dim() == 2):
             return attend_many(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, self.window, self.scale, self.sinks)
         out_BHSd = attend(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, mask, self.scale, self.sinks)
@@ -231,7 +229,7 @@ def attend_at_once(
 ) -> Operation | None:
     """x + residual_scale · attention(norm(x), span) as one operation with the same bits, for one new token of each
     sequence and any x like this one, that `nobody_looks` at; None where the modules must be called."""
-    if not is_bare(attention, Attention) or not attention.has_native or not span.decodes:
+    if not is_bare(attention, Attention) or not available() or not span.decodes:
         return None
     return attention.at_once(norm, x_BSD, span, residual_scale)
 

@@ -22,7 +22,6 @@ from handful.errors import ConfigError, RoutingError
 from handful.experts import FeedForward, Linear
 from handful.experts.at_once import Operation, is_bare, nobody_looks
 from handful.experts.layer import feed_at_once, multiply
-from handful.experts.native import available
 from handful.moe import Mixing, MoE, mix_at_once
 from handful.positions import KVCache, KVCaches, Span
 from handful.routing import Choice, Routing
@@ -124,7 +123,6 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, i, backend) for i in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.has_native = available()
         self.head = None if config.tied else Linear(config.width, config.vocab, bias=False)
         self.reset_parameters()
 
@@ -167,7 +165,7 @@ class Decoder(nn.Module):
     def logits(self, x_BSD: Tensor) -> Tensor:
         """The output layer: (..., D) of `hidden` -> (..., V)."""
         if self.head is None:
-            return multiply(x_BSD, self.embed.weight, None, self.has_native)
+            return multiply(x_BSD, self.embed.weight, None)
         out: Tensor = self.head(x_BSD)
         return out
 

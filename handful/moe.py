@@ -46,7 +46,6 @@ class Router(nn.Module):
         E = config.experts
         self.weight = nn.Parameter(torch.randn(E, width) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(E)) if config.logits_bias else None
-        self.has_native = available()
         # Zero, as in Shazeer et al.: every expert starts with the same noise, softplus(0) = 0.69.
         self.noise_weight = nn.Parameter(torch.zeros(E, width)) if config.noisy_top_k else None
         self.balance_bias: Tensor | None
@@ -90,7 +89,7 @@ class Router(nn.Module):
 
     def is_plain(self, x: Tensor, tokens: int) -> bool:
         """Few tokens in inference, each for itself: what one operation of ours does."""
-        if not self.has_native or self.training or tokens > ROUTED or not self.config.independent:
+        if not available() or self.training or tokens > ROUTED or not self.config.independent:
             return False
         weight = self._parameters.get("weight")  # self.weight takes ten times as long
         return weight is not None and plain_inference(x, weight)

@@ -51,7 +51,7 @@ from handful.experts.grouped import (
     with_zero_row,
 )
 from handful.experts.layer import check_fits
-from handful.experts.native import available, compute_dtype
+from handful.experts.native import compute_dtype
 from handful.experts.untraced import untraced
 from handful.routing import Routing
 
@@ -111,10 +111,6 @@ class Borrowed:
     @property
     def count(self) -> int:
         return self.gate_up.shape[0]
-
-    @property
-    def has_native(self) -> bool:
-        return available()
 
     def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
         if self.gate_up_bias is None or self.down_bias is None:

@@ -270,12 +270,10 @@ def router_of(config: RouterConfig, width: int, dtype: torch.dtype) -> Router:
 
 
 def through_torch(router: Router, x_TD: Tensor, choice: Routing | None = None) -> Routing:
-    router.has_native = False
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("handful.moe.available", lambda: False)
         routing: Routing = router(x_TD, choice=choice)
         return routing
-    finally:
-        router.has_native = True
 
 
 @given(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from handful.experts.layer import Experts
-from handful.experts.native import DTYPES
+from handful.experts.native import DTYPES, levels
 from handful.machine import native_error
 from handful.routing import Routing
 
@@ -60,12 +60,7 @@ def choose(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
 
 def _instructions(dtype: torch.dtype) -> str:
     """What the kernels multiply tiles with here."""
-    isa = torch.ops.handful.isa().split()
-    if dtype == torch.bfloat16 and "amx_bf16" in isa:
-        return "AMX"
-    if dtype == torch.bfloat16 and "avx512_bf16" in isa:
-        return "AVX-512 BF16"
-    return "AVX-512" if "avx512" in isa else "AVX2"
+    return levels(torch.ops.handful.isa().split())[str(dtype).removeprefix("torch.")].name
 
 
 def time_backends(seconds: float = 0.15) -> list[Timed]:

@@ -36,7 +36,7 @@ __all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "feed_at_once", "mult
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """`native` for what its kernels take, `grouped` for everything else."""
-    taken = experts.has_native and takes(x_TD, experts.gate_up, experts.down)
+    taken = available() and takes(x_TD, experts.gate_up, experts.down)
     return (native if taken else grouped)(x_TD, routing, experts)
 
 
@@ -91,7 +91,6 @@ class Experts(nn.Module):
         self.count = count
         self.activation = activation
         self.backend = backend
-        self.has_native = available()
         rows = _first_rows(hidden, activation)
         self.gate_up = nn.Parameter(torch.randn(count, rows, width) * width**-0.5)
         self.down = nn.Parameter(torch.randn(count, width, hidden) * hidden**-0.5)
@@ -111,7 +110,7 @@ class Experts(nn.Module):
     def weights_for_kernels(self, inputs: int, dtype: torch.dtype) -> ExpertsWeights | None:
         """The weights, if one operation is to apply them to few tokens of `inputs` numbers in plain inference."""
         gate_up, down = self._parameters.get("gate_up"), self._parameters.get("down")
-        if gate_up is None or down is None or not self.has_native or self.backend not in ("auto", "native"):
+        if gate_up is None or down is None or not available() or self.backend not in ("auto", "native"):
             return None
         if gate_up.dtype not in DTYPES or down.dtype not in DTYPES or gate_up.shape[0::2] != (self.count, inputs):
             return None
@@ -123,15 +122,15 @@ class Experts(nn.Module):
         return f"{experts} experts, width={width}, rows={rows}, activation={self.activation}, backend={self.backend}"
 
 
-def for_ours(weight: Tensor, tokens: int, dtype: torch.dtype, has_native: bool) -> bool:
+def for_ours(weight: Tensor, tokens: int, dtype: torch.dtype) -> bool:
     """Whether our kernels are to multiply so many tokens by a float weight in plain inference: few of them, which read
     a weight as fast as memory gives it. With more, torch's products are as good."""
-    return has_native and weight.dtype == dtype and tokens <= few(dtype)
+    return available() and weight.dtype == dtype and tokens <= few(dtype)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, has_native: bool) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias."""
-    ours = for_ours(weight, x.shape[:-1].numel(), x.dtype, has_native) and plain_inference(x)
+    ours = for_ours(weight, x.shape[:-1].numel(), x.dtype) and plain_inference(x)
     return linear(x, weight, bias) if ours else F.linear(x, weight, bias)
 
 
@@ -140,16 +139,15 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        self.has_native = available()
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(x, self.weight, self.bias, self.has_native)
+        return multiply(x, self.weight, self.bias)
 
     def for_kernels(self, tokens: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias, if our kernels are to multiply so many tokens by them in plain inference."""
         held = self._parameters  # self.weight takes ten times as long
         weight = held.get("weight")
-        if weight is None or "bias" not in held or not for_ours(weight, tokens, dtype, self.has_native):
+        if weight is None or "bias" not in held or not for_ours(weight, tokens, dtype):
             return None
         return weight, held["bias"]
 

@@ -10,8 +10,9 @@ rows (F without a gate) · I inputs, O outputs of a linear map · N assignments 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,7 @@ __all__ = [
     "experts_in_slots",
     "explained",
     "few",
+    "levels",
     "likeliest",
     "linear",
     "linears",
@@ -59,19 +61,35 @@ AMX, PAIRED, SINGLE = 16, 128, 4
 ROUTED = 32  # tokens up to which a router is one operation; for more, torch's product is the quicker
 PANEL = 32  # assignments of one expert that the kernels lay side by side (kPanel in csrc/kernels.h)
 
-_registered = False
+_available: bool | None = None  # None: nobody has asked yet
 _paired = SINGLE  # the number of those that this computer has, for bfloat16
 
 
 def available() -> bool:
     """Whether the kernels are there: `handful.machine.native_error()` says why not. Loads them at the first call.
 
-    Raises ConfigError if HANDFUL_ISA names a level that this computer does not have.
+    It is a fact about this process: modules ask when they compute, and keep no answer that another computer's
+    process would read. Raises ConfigError if HANDFUL_ISA names a level that this computer does not have.
     """
-    if native_error() is not None:
-        return False
-    _register()
-    return True
+    return _find() if _available is None else _available
+
+
+class Level(NamedTuple):
+    """A level of instructions that kernels are compiled for: its name, and the features that it needs of a CPU."""
+
+    name: str
+    needs: frozenset[str]
+
+
+def levels(features: Iterable[str]) -> dict[str, Level]:
+    """Which level a CPU of these features (as in `Machine.isa`) multiplies with: many tokens in "float32", "bfloat16"
+    and by "codes" of 8 or 4 bits, and "few tokens". HandfulError where there is none."""
+    try:
+        lines = torch.ops.handful.levels(" ".join(features)).splitlines()
+    except RuntimeError as error:
+        raise explained(error) from None
+    rows = (line.split(": ") for line in lines)
+    return {use: Level(name, frozenset(needs.split())) for use, name, needs in rows}
 
 
 def few(dtype: torch.dtype) -> int:
@@ -93,7 +111,7 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
 
 def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply the experts by the kernels. HandfulError where they are not there, or for a dtype they do not take."""
-    if not experts.has_native:
+    if not available():
         raise HandfulError(f"experts backend 'native': {native_error()}")
     if not takes(x_TD, experts.gate_up, experts.down):
         raise ConfigError(
@@ -505,10 +523,16 @@ def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _find() -> bool:
+    global _available
+    if native_error() is None:
+        _register()
+    _available = native_error() is None
+    return _available
+
+
 def _register() -> None:
-    global _registered, _paired
-    if _registered:
-        return
+    global _paired
     isa = set(torch.ops.handful.isa().split())
     if isa >= {"avx512_vnni", "avx512_bf16"}:
         _paired = AMX if "amx_bf16" in isa else PAIRED
@@ -525,4 +549,9 @@ def _register() -> None:
     torch.library.register_fake("handful::moe_layer", _fake_moe_layer)
     torch.library.register_fake("handful::feed_forward_layer", _fake_like_first)
     torch.library.register_autograd("handful::experts_forward", _backward, setup_context=_setup)
-    _registered = True
+
+
+# Known before anything is traced, by a module that comes out of a pickle too. A wrong HANDFUL_ISA is told to who asks
+# next.
+with contextlib.suppress(ConfigError):
+    available()

@@ -166,7 +166,6 @@ class QuantizedExperts(nn.Module):
         self.count = gate_up.shape[0]
         self.activation = activation
         self.backend = backend
-        self.has_native = available()
         self.gate_up = PackedWeight(gate_up)
         self.down = PackedWeight(down)
         self.register_buffer("gate_up_bias", gate_up_bias)
@@ -196,9 +195,9 @@ class QuantizedExperts(nn.Module):
         check_fits(x_TD, routing, self.count, self.gate_up.inputs)
         _refuse_gradients("experts", x_TD, routing.weights_TK)
         dtype = compute_dtype(x_TD)
-        if self.backend == "native" and not self.has_native:
+        if self.backend == "native" and not available():
             raise HandfulError(f"experts backend 'native': {native_error()}")
-        if self.backend == "native" or (self.backend == "auto" and self.has_native and takes(x_TD)):
+        if self.backend == "native" or (self.backend == "auto" and available() and takes(x_TD)):
             packed = self.gate_up.value, self.down.value
             biases = _cast(self.gate_up_bias, dtype), _cast(self.down_bias, dtype)
             return quantized_experts(x_TD, routing, *packed, *biases, self.activation)
@@ -211,7 +210,7 @@ class QuantizedExperts(nn.Module):
         first, second = modules["gate_up"], modules["down"]
         assert isinstance(first, PackedWeight)
         assert isinstance(second, PackedWeight)
-        if not self.has_native or self.backend not in ("auto", "native") or first.inputs != inputs:
+        if not available() or self.backend not in ("auto", "native") or first.inputs != inputs:
             return None
         up, down, kind = first.value, second.value, (second.inputs, second.bits, second.group)
         if (first.bits, first.group) != (second.bits, second.group):
@@ -240,7 +239,6 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.packed = PackedWeight(packed)
         self.dtype = dtype
-        self.has_native = available()
         self.register_buffer("bias", bias)
 
     @classmethod
@@ -272,7 +270,7 @@ class QuantizedLinear(nn.Module):
         dtype = compute_dtype(x)
         if x.shape[-1:] != (self.in_features,):
             raise ConfigError(f"linear was given x of shape {tuple(x.shape)}: its last size must be {self.in_features}")
-        if self.has_native and takes(x):
+        if available() and takes(x):
             return linear(x.to(dtype), self.packed.value, _cast(self.bias, dtype))
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), unpack(self.packed.value, dtype), _cast(self.bias, dtype))
@@ -281,7 +279,7 @@ class QuantizedLinear(nn.Module):
         """Weight and bias, if our kernels are to multiply so many tokens by them in plain inference."""
         packed = self._modules["packed"]  # self.packed takes ten times as long
         assert isinstance(packed, PackedWeight)
-        if not self.has_native or packed.inputs != inputs:
+        if not available() or packed.inputs != inputs:
             return None
         bias = self._buffers["bias"]
         return packed.value, bias if bias is None else _cast(bias, dtype)

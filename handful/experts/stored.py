@@ -425,7 +425,6 @@ class StoredExperts(nn.Module):
         self.count = store.layout.experts
         self.activation = activation
         self.backend = backend
-        self.has_native = available()
         shapes = {field.name: field.shape for field in store.layout.fields}
         self.width = shapes["down"][0]
         self.hidden = shapes["gate_up"][0] // (2 if activation in GATED else 1)
@@ -441,13 +440,13 @@ class StoredExperts(nn.Module):
             )
         if x_TD.device.type != "cpu":
             raise HandfulError(f"stored experts compute on the cpu: they were given x on {x_TD.device.type}")
-        if self.backend == "native" and not self.has_native:
+        if self.backend == "native" and not available():
             raise HandfulError(f"experts backend 'native': {native_error()}")
         taken = takes(x_TD) and (self.float_dtype is None or self.float_dtype in DTYPES)
         if self.backend == "native" and not taken:
             raise ConfigError("experts backend 'native' takes float32 and bfloat16 on cpu")
         with self.store.busy:
-            if self.backend in ("auto", "native") and self.has_native and taken:
+            if self.backend in ("auto", "native") and available() and taken:
                 y_TD = self._at_once(x_TD, routing)
                 if y_TD is not None:
                     return y_TD
