@@ -19,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1
 SANITIZED := build/sanitize/handful/_native.abi3.so
 
-.PHONY: help demo test check sanitize emulate bench browser-test clean
+.PHONY: help demo test check sanitize emulate wheel wheel-test bench browser-test clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -42,6 +42,18 @@ sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and un
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
 	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \
 	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys tests/test_native.py tests/test_decode_kernels.py tests/test_stored.py
+
+wheel: $(DEV) ## build dist/handful_moe-*.whl: one for every Python from 3.11 and torch from 2.11, no compiler needed to install it
+	rm -rf build/lib* build/bdist* dist
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+# In an environment of its own, in which no compiler is to be found.
+wheel-test: wheel ## install that wheel in a new environment and prove its kernels there
+	rm -rf build/clean && $(PYTHON) -m venv build/clean
+	ls dist/handful_moe-*-cp311-abi3-linux_x86_64.whl
+	build/clean/bin/python -m pip --disable-pip-version-check --quiet install torch==$(TORCH) dist/*.whl
+	cd build/clean && PATH=/nowhere ./bin/python -m handful verify && PATH=/nowhere ./bin/python -c \
+	  "import handful.machine as m; assert m.native_error() is None, m.native_error(); print(m.machine().isa)"
 
 emulate: $(DEV) ## run every kernel on emulated CPUs, one with AVX2 alone and one without; needs qemu-x86_64 (Debian's qemu-user)
 	$(TEST_ENV) qemu-x86_64 -cpu Haswell-noTSX $(BIN)/python tests/every_operation.py avx2 2> >(grep -v 'TCG' >&2)

@@ -14,13 +14,14 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from handful.errors import ConfigError
 
-__all__ = ["Machine", "Measured", "machine", "measure", "native_error"]
+__all__ = ["Machine", "Measured", "SlowWarning", "machine", "measure", "native_error", "warn_if_slow"]
 
 # What /proc/cpuinfo must list for a feature, in the order of the levels: the same table as in csrc/isa.cpp.
 CPUINFO_FLAGS = {
@@ -103,38 +104,60 @@ def machine() -> Machine:
 
 
 # Operations of this version that an extension built from an older one lacks.
-NEWEST = ("experts_rows", "linears", "route")
+NEWEST = ("levels",)
 
 
-@functools.cache
+class SlowWarning(UserWarning):
+    """All works, and several times slower than this computer could."""
+
+
 def native_error() -> str | None:
     """Load the native extension, once, as torch.ops.handful. Returns None, or in one line why it is not there.
 
     Raises ConfigError if HANDFUL_ISA names a level that this computer does not have.
     """
+    return _load()[0]
+
+
+def warn_if_slow() -> None:
+    """A SlowWarning, the first time, where the native extension is missing from a computer that could have it."""
+    error, can_be_mended = _load()
+    if error and can_be_mended and not _warned:
+        _warned.append(error)
+        warnings.warn(f"computing through torch alone, several times slower: {error}", SlowWarning, stacklevel=3)
+
+
+_warned: list[str] = []
+
+
+@functools.cache
+def _load() -> tuple[str | None, bool]:
+    """Why the extension is not there, None if it is; and whether that could be mended on this computer."""
     import torch
 
     system, processor = platform.system(), platform.machine()
     if (system, processor) != ("Linux", "x86_64"):
-        return f"the native extension is for Linux on x86-64, and this is {system} on {processor}"
+        return f"the native extension is for Linux on x86-64, and this is {system} on {processor}", False
     library = _native_library()
     if library is None:
-        return "the native extension was not built: reinstall Handful with torch and a C++ compiler present"
+        why = _read(Path(__file__).parent / "_native_error.txt").strip()  # written by setup.py
+        why = why or "install Handful again, with torch and a C++ compiler there"
+        return f"the native extension was not built: {why}", True
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"the native extension does not load: {str(error.__cause__ or error).splitlines()[0]}"
+        return f"the native extension does not load: {str(error.__cause__ or error).splitlines()[0]}", True
+    missing = [name for name in NEWEST if not hasattr(torch.ops.handful, name)]
+    if missing:
+        return f"the native extension is an older one, without {missing[0]}: install Handful again", True
     try:
         isa = torch.ops.handful.isa()
     except RuntimeError as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-    missing = [name for name in NEWEST if not hasattr(torch.ops.handful, name)]
-    if missing:
-        return f"the native extension is an older one, without {missing[0]}: reinstall Handful"
     if not isa:
         forced = os.environ.get("HANDFUL_ISA")
-        return f"switched off by HANDFUL_ISA = {forced!r}" if forced else "this CPU has no AVX2"
-    return None
+        return f"switched off by HANDFUL_ISA = {forced!r}" if forced else "this CPU has no AVX2", False
+    return None, False
 
 
 def _native_library() -> Path | None:

@@ -51,9 +51,9 @@ def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "_native_library", lambda: None)
-    native_error.cache_clear()
+    module._load.cache_clear()
     yield
-    native_error.cache_clear()
+    module._load.cache_clear()
 
 
 @pytest.fixture
@@ -137,22 +137,22 @@ def test_a_broken_extension_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_native_library", lambda: broken)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    native_error.cache_clear()
+    module._load.cache_clear()
     try:
         assert str(native_error()).startswith("the native extension does not load: ")
     finally:
-        native_error.cache_clear()
+        module._load.cache_clear()
 
 
 @pytest.mark.parametrize(("system", "processor"), [("Darwin", "arm64"), ("Linux", "aarch64")])
 def test_other_computers_are_told(system: str, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: processor)
-    native_error.cache_clear()
+    module._load.cache_clear()
     try:
         assert native_error() == f"the native extension is for Linux on x86-64, and this is {system} on {processor}"
     finally:
-        native_error.cache_clear()
+        module._load.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,11 +266,11 @@ def test_read_bandwidth_refuses(buffer: torch.Tensor, repeats: int, message: str
 def test_an_extension_of_an_older_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from handful import machine as module
 
-    module.native_error.cache_clear()
+    module._load.cache_clear()
     monkeypatch.setattr(module, "NEWEST", ("attend_one", "of_tomorrow"))
     try:
         error = module.native_error()
         if module._native_library() is not None and "HANDFUL_ISA" not in os.environ:
-            assert error == "the native extension is an older one, without of_tomorrow: reinstall Handful"
+            assert error == "the native extension is an older one, without of_tomorrow: install Handful again"
     finally:
-        module.native_error.cache_clear()
+        module._load.cache_clear()

@@ -7,7 +7,8 @@ that needs it, when it runs.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -44,6 +45,7 @@ VERBS = {
 
 def main() -> None:
     """Run the command line. A user's mistake is one line and exit status 1 (2 for wrong usage); Ctrl-C is 130."""
+    warnings.showwarning = _show
     try:
         app()
     except HandfulError as error:
@@ -51,6 +53,17 @@ def main() -> None:
             raise
         open_screen().print(Text.assemble(("error", "red"), f" {error}"))
         sys.exit(1)
+
+
+def _show(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+    """A warning of ours is a line for people; others name their place in the source."""
+    if category.__module__.startswith("handful"):
+        open_screen().print(Text.assemble(("warning", "yellow"), f" {message}"))
+    else:
+        _show_others(message, category, *rest, **options)
+
+
+_show_others = warnings.showwarning
 
 
 def _version(asked: bool) -> None:

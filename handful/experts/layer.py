@@ -29,6 +29,7 @@ from handful.experts.at_once import (
 from handful.experts.grouped import grouped
 from handful.experts.native import DTYPES, available, few, linear, linears, native, plain_inference, takes
 from handful.experts.reference import activate, reference
+from handful.machine import warn_if_slow
 from handful.routing import Routing
 
 __all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "feed_at_once", "multiply", "multiply_all"]
@@ -88,6 +89,8 @@ class Experts(nn.Module):
         super().__init__()
         if backend not in BACKENDS:
             raise ConfigError(f"experts backend {backend!r}: one of {', '.join(BACKENDS)}")
+        if backend == "auto":
+            warn_if_slow()
         self.count = count
         self.activation = activation
         self.backend = backend
