@@ -177,7 +177,7 @@ def measure_disk(folder: str | Path, fetch_seconds: float = 0.0, repeats: int = 
     if not hasattr(os, "posix_fadvise"):
         raise HandfulError("the disk is measured where a file's cached pages can be dropped, as on Linux")
     side, experts, together, stride = 1024, 64, 2, 37
-    layout = layout_of("", ("",), (experts, side, side), (experts, side, side), torch.bfloat16, bias=False)
+    layout = layout_of(("",), (experts, side, side), (experts, side, side), torch.bfloat16, bias=False)
     # Random bytes: a disk that compresses would read zeros at no cost.
     noise = torch.frombuffer(bytearray(os.urandom(2 * side * side)), dtype=torch.bfloat16).view(side, side)
     seconds = []

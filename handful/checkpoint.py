@@ -18,6 +18,7 @@ tensor at a time: a mapped file's pages count as the process's memory until the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -182,7 +183,12 @@ def write_folder(path: str | Path, files: Mapping[str, Any]) -> None:
         _flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+        raise CheckpointError(f"{path}: cannot be written: {_why(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a full disk left of it
+        if old.exists() and not path.exists():
+            with contextlib.suppress(OSError):
+                os.rename(old, path)
 
 
 def write_file(path: str | Path, content: Any) -> None:
@@ -195,7 +201,10 @@ def write_file(path: str | Path, content: Any) -> None:
         os.replace(temporary, path)
         _flush(path.parent)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+        raise CheckpointError(f"{path}: cannot be written: {_why(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def point(link: str | Path, target: str | Path) -> None:
@@ -208,7 +217,14 @@ def point(link: str | Path, target: str | Path) -> None:
         os.replace(temporary, link)
         _flush(link.parent)
     except OSError as error:
-        raise CheckpointError(f"{link}: cannot be pointed at {target}: {error}") from None
+        raise CheckpointError(f"{link}: cannot be pointed at {target}: {_why(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _why(error: OSError | ValueError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _write(path: Path, content: Any) -> None:

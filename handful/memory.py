@@ -10,6 +10,7 @@ What is in memory is `handful.experts.stored`; what is on disk, `handful.experts
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from handful.checkpoint import Tensors
+from handful.data import default_cache
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts import Experts
-from handful.experts.disk import Layout, PackFile, layout_of, write_pack
+from handful.experts.disk import UNKNOWN, Layout, PackFile, layout_of, sole_writer, write_pack
 from handful.experts.stored import DEFAULT_POLICY, Store, StoredExperts
 from handful.families.fill import fill
 from handful.families.io import find_tokenizer, open_checkpoint
@@ -33,6 +35,8 @@ __all__ = ["attach", "load", "pack", "resident_bytes"]
 
 Model = Decoder | EncoderDecoder
 Progress = Callable[[int, int], None]
+
+LARGEST_HEADER = 1 << 26  # bytes of a file's header that are looked at
 
 
 def pack(
@@ -55,12 +59,12 @@ def pack(
     read or a disk that refuses, ConfigError for a wrong format, for a model without experts, and for one whose experts
     are quantised already.
     """
-    model, state, _ = (
+    model, state, folder = (
         (source, Tensors.of(source.state_dict()), None) if isinstance(source, nn.Module) else open_checkpoint(source)
     )
-    layout = _layout(model, state, quantize, group, dtype)
-    _write(path, layout, state, progress)
-    return layout
+    layout = _layout(model, state, folder, quantize, group, dtype)
+    with sole_writer(Path(path)):
+        return _write(path, layout, state, progress)
 
 
 def attach(
@@ -83,7 +87,8 @@ def attach(
     state = Tensors.of(model.state_dict())
     file = PackFile(path)
     try:
-        _check(file, _layout(model, state, file.layout.bits or None, file.layout.group or 32, _dtype(file.layout)))
+        layout = _layout(model, state, None, file.layout.bits or None, file.layout.group or 32, _dtype(file.layout))
+        _check(file, replace(layout, source=_digest(layout, state)))
         return _exchange(model, file, memory_bytes, policy, read_ahead)
     except BaseException:
         file.close()
@@ -105,8 +110,9 @@ def load(
 ) -> tuple[Model, Store]:
     """A model in evaluation mode, and the store of its experts, within `memory_bytes` of weights.
 
-    file        the pack; None: `experts-FORMAT.pack` in the checkpoint's folder. It is made if it is not there, and
-                made again if it is of other weights or another format.
+    file        the pack; None: `experts-FORMAT.pack` in the checkpoint's folder, or where that cannot be written to in
+                the user's cache folder. It is made if it is not there, and made again if it is of another format or
+                the checkpoint's files are not those that it was made of, by their names, sizes, times and headers.
     quantize, group, dtype, backend   as in `handful.load`, whose bits the model gives.
     policy, read_ahead                as in `attach`.
     progress    of packing: is told (bytes done, bytes in all).
@@ -114,13 +120,16 @@ def load(
     Close the store when the model is done with. Errors as those of `handful.load`, `pack` and `attach`.
     """
     model, state, folder = open_checkpoint(path_or_repo, backend)
-    layout = _layout(model, state, quantize, group, dtype)
+    layout = _layout(model, state, folder, quantize, group, dtype)
     tokenizer = find_tokenizer(folder, model)
-    path = Path(file) if file is not None else folder / f"experts-{layout.format.replace('/', '-')}.pack"
-    opened = _fitting(path, layout)
+    path = Path(file) if file is not None else _beside(folder) / f"experts-{layout.format.replace('/', '-')}.pack"
+    opened = _fitting(path, layout, state)
     if opened is None:
-        _write(path, layout, state, progress)
-        opened = PackFile(path)
+        with sole_writer(path):
+            opened = _fitting(path, layout, state)  # another process may have made it meanwhile
+            if opened is None:
+                _write(path, layout, state, progress)
+                opened = PackFile(path)
     try:
         modules = _modules(model)
         for name in modules:
@@ -159,8 +168,23 @@ def _dtype(layout: Layout) -> torch.dtype:
     return found
 
 
-def _layout(model: nn.Module, state: Tensors, quantize: int | None, group: int, dtype: torch.dtype | None) -> Layout:
-    """How these experts are packed. ConfigError if they cannot be."""
+def _beside(folder: Path) -> Path:
+    """Where a checkpoint's packs go: into its folder, or where that cannot be written to, into the user's cache."""
+    if os.access(folder, os.W_OK):
+        return folder
+    whole = folder.resolve()
+    return default_cache() / "packs" / f"{whole.name}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}"
+
+
+def _layout(
+    model: nn.Module,
+    state: Tensors,
+    folder: Path | None,
+    quantize: int | None,
+    group: int,
+    dtype: torch.dtype | None,
+) -> Layout:
+    """How these experts are packed, of a folder or of a model in memory. ConfigError if they cannot be."""
     modules = _modules(model)
     if not modules:
         raise ConfigError("the model has no experts that can be packed: it is dense, or they are quantised already")
@@ -171,7 +195,6 @@ def _layout(model: nn.Module, state: Tensors, quantize: int | None, group: int, 
             raise ConfigError(f"{name} is of shape {shape}, {first} of {shapes[first]}: a pack holds experts of one")
     gate_up, down = shapes[first]
     return layout_of(
-        _identity(state, tuple(modules)),
         tuple(modules),
         (gate_up[0], gate_up[1], gate_up[2]),
         (down[0], down[1], down[2]),
@@ -179,49 +202,75 @@ def _layout(model: nn.Module, state: Tensors, quantize: int | None, group: int, 
         bias=f"{first}.down_bias" in state,
         bits=quantize or 0,
         group=group,
+        files=() if folder is None else _stamp(folder),
     )
 
 
-def _identity(state: Tensors, layers: tuple[str, ...]) -> str:
-    """What tells these experts from those of another model, or of another step of its training: a digest of every
-    router and of one expert of each layer. As bfloat16, so that a model in another dtype is the same."""
-    digest = hashlib.sha256()
-    for i, name in enumerate(layers):
-        down = state.entry(f"{name}.down")
-        router = f"{name.rpartition('.')[0]}.router.weight"
-        read = [down.read(i % down.shape[0], dtype=torch.bfloat16)]
-        read += [state.entry(router).read(dtype=torch.bfloat16)] if router in state else []
-        for tensor in read:
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().contiguous().view(torch.int16).numpy().data)
-    return digest.hexdigest()
+def _stamp(folder: Path) -> tuple[tuple[str, int, int, str], ...]:
+    """What a checkpoint's files are, without reading their weights: names, sizes, times of the last change (ns), and
+    digests of their headers, or of small files as they are."""
+    found = []
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        with open(file, "rb") as opened:
+            status = os.fstat(opened.fileno())
+            first = opened.read(8)
+            length = int.from_bytes(first, "little") if file.suffix == ".safetensors" else status.st_size
+            header = hashlib.sha256(first + opened.read(min(length, LARGEST_HEADER)))
+        found.append((file.name, status.st_size, status.st_mtime_ns, header.hexdigest()[:16]))
+    return tuple(found)
 
 
-def _write(path: str | Path, layout: Layout, state: Tensors, progress: Progress | None) -> None:
-    dtype = _dtype(layout)
+class _Reader:
+    """Reads experts as they are packed, before they are quantised, and makes a digest of all that it read."""
+
+    def __init__(self, layout: Layout, state: Tensors) -> None:
+        self.layout, self.state, self.dtype = layout, state, _dtype(layout)
+        self._digest = hashlib.sha256()
+        self._biased = any(field.name.endswith("_bias") for field in layout.fields)
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        name, found = self.layout.layers[layer], {}
+        for key in ("gate_up", "down", *(("gate_up_bias", "down_bias") if self._biased else ())):
+            tensor = self.state.entry(f"{name}.{key}").read(expert, dtype=self.dtype).cpu().contiguous()
+            self._digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+            found[key] = tensor
+        return found
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _digest(layout: Layout, state: Tensors) -> str:
+    """Of every expert's numbers, in the order of a pack."""
+    reader = _Reader(layout, state)
+    with torch.no_grad():
+        for layer in range(len(layout.layers)):
+            for expert in range(layout.experts):
+                reader.read(layer, expert)
+    return reader.digest()
+
+
+def _write(path: str | Path, layout: Layout, state: Tensors, progress: Progress | None) -> Layout:
+    reader = _Reader(layout, state)
 
     def record(layer: int, expert: int) -> Mapping[str, Tensor]:
-        name = layout.layers[layer]
-        found: dict[str, Tensor] = {}
-        for key in ("gate_up", "down"):
-            weight = state.entry(f"{name}.{key}").read(expert, dtype=dtype)
-            if layout.bits:
-                packed = quantized(weight, layout.bits, layout.group, f"{name}.{key}[{expert}]")
+        found = reader.read(layer, expert)
+        if layout.bits:
+            for key in ("gate_up", "down"):
+                name = f"{layout.layers[layer]}.{key}[{expert}]"
+                packed = quantized(found[key], layout.bits, layout.group, name)
                 found |= {key: packed.codes, f"{key}_scales": packed.scales}
-            else:
-                found[key] = weight
-            if any(field.name == f"{key}_bias" for field in layout.fields):
-                found[f"{key}_bias"] = state.entry(f"{name}.{key}_bias").read(expert, dtype=dtype)
         return found
 
     with torch.no_grad():
-        write_pack(path, layout, record, progress)
+        write_pack(path, layout, record, progress, source=reader.digest)
+    return replace(layout, source=reader.digest())
 
 
 def _check(file: PackFile, wanted: Layout) -> None:
-    """CheckpointError unless a pack holds just what is wanted."""
+    """CheckpointError unless a pack holds just what is wanted, by its source."""
     found = file.layout
-    if replace(found, source=wanted.source) != wanted:
+    if replace(found, source=wanted.source, files=wanted.files) != wanted:
         has = f"{len(found.layers)} layers of {found.experts} experts in {found.format}"
         right = f"{len(wanted.layers)} of {wanted.experts} in {wanted.format}"
         raise CheckpointError(f"{file.path}: holds {has}: the model has {right}, or of other shapes")
@@ -229,20 +278,20 @@ def _check(file: PackFile, wanted: Layout) -> None:
         raise CheckpointError(f"{file.path}: holds the experts of other weights: pack these, or name their own pack")
 
 
-def _fitting(path: Path, wanted: Layout) -> PackFile | None:
-    """A pack that holds what is wanted; None if it is to be made."""
+def _fitting(path: Path, wanted: Layout, state: Tensors) -> PackFile | None:
+    """A pack of the files that are wanted, or if it was packed from memory of the same weights; None: to be made."""
     if not path.exists():
         return None
     try:
         file = PackFile(path)
     except CheckpointError:
         return None
-    try:
-        _check(file, wanted)
-    except CheckpointError:
-        file.close()
-        return None
-    return file
+    found = file.layout
+    alike = replace(found, source=UNKNOWN, files=wanted.files) == wanted
+    if alike and (found.files == wanted.files or (not found.files and found.source == _digest(wanted, state))):
+        return file
+    file.close()
+    return None
 
 
 def _exchange(model: nn.Module, file: PackFile, memory_bytes: int, policy: str, read_ahead: bool) -> Store:

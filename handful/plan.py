@@ -320,7 +320,6 @@ def _layout(model: Counted, dtype: str) -> Layout | None:
     (rows, width), (_, hidden) = routed[0].matrices
     bits = FORMATS[dtype]
     return layout_of(
-        "0" * 64,  # as long as a digest: the description is part of the file
         tuple(f"layers.{layer}.ffn.experts" for layer in range(model.moe_layers)),
         (routed[0].copies, rows, width),
         (routed[0].copies, width, hidden),

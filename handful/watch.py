@@ -5,6 +5,8 @@ Legend: L MoE layers · E experts
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 from handful.config import ModelConfig
 from handful.observe import collapsed, stats
 
-__all__ = ["CollapseWatch", "Event", "Sink", "routing_event", "tensorboard"]
+__all__ = ["CollapseWatch", "Event", "Sink", "TensorBoardWarning", "routing_event", "tensorboard"]
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]  # somewhere that events go
@@ -53,17 +55,38 @@ class CollapseWatch:
         return found
 
 
+class TensorBoardWarning(UserWarning):
+    """What a run writes for TensorBoard could not be written, and is left out."""
+
+
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[Sink]:
-    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not."""
+    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not.
+
+    Nor does it where the disk refuses: a run is worth more than its curves. A warning says so, once.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         yield lambda event: None
         return
     writer: SummaryWriter | None = None
+    refused = False
+
+    def refuse(error: OSError) -> None:
+        nonlocal refused
+        if not refused:
+            warnings.warn(f"{folder / 'tensorboard'}: cannot be written: {error.strerror}", TensorBoardWarning, 2)
+        refused = True
 
     def sink(event: Event) -> None:
+        if not refused:
+            try:
+                write(event)
+            except OSError as error:
+                refuse(error)
+
+    def write(event: Event) -> None:
         nonlocal writer
         # Made at the first event: a run that is refused leaves nothing behind.
         writer = writer or SummaryWriter(str(folder / "tensorboard"))
@@ -77,8 +100,18 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
                 for layer, value in enumerate(event[name]):
                     writer.add_scalar(f"routing/{name}/{layer}", value, step)
 
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands its error on to `write`, and prints a traceback beside it."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+            loud(args)
+
+    loud, threading.excepthook = threading.excepthook, quiet
     try:
         yield sink
     finally:
         if writer is not None:
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                refuse(error)
+        threading.excepthook = loud

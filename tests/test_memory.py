@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,15 +182,101 @@ def test_a_pack_of_other_weights_is_refused_or_made_again(tmp_path: Path) -> Non
     assert not written or told[-1][0] == told[-1][1]
 
 
-@pytest.mark.parametrize("change", ["an expert", "a router"])
-def test_another_step_of_the_same_training_is_another_model(tmp_path: Path, change: str) -> None:
-    model = handful.load(made(tmp_path / "model"))
+@pytest.mark.parametrize(("matrix", "place"), [("gate_up", (0, 0, 0)), ("down", (15, 31, 23)), ("gate_up", (7, 40, 3))])
+def test_one_changed_weight_of_any_expert_is_another_model(
+    tmp_path: Path, matrix: str, place: tuple[int, int, int]
+) -> None:
+    """In memory, by every number; in a folder, by its files."""
+    folder = made(tmp_path / "model")
+    model = handful.load(folder)
     memory.pack(model, tmp_path / "e.pack")
-    name = "layers.1.ffn.experts.down" if change == "an expert" else "layers.2.ffn.router.weight"
+    with memory.attach(handful.load(folder), tmp_path / "e.pack", 10**9):
+        pass
+    with memory.load(folder, 10**9, file=tmp_path / "e.pack")[1] as store:  # what was packed from memory serves too
+        assert store.layout.files == ()
+    memory.load(folder, 10**9)[1].close()
     with torch.no_grad():
-        model.get_parameter(name).mul_(1.01)
+        model.get_parameter(f"layers.1.ffn.experts.{matrix}")[place].mul_(1.01)
     with pytest.raises(CheckpointError, match="other weights"):
         memory.attach(model, tmp_path / "e.pack", 10**9)
+    save(model, tmp_path / "new")
+    for file in (tmp_path / "new").iterdir():  # in place, as a download of another revision does
+        shutil.copy(file, folder / file.name)
+    right = read(handful.load(folder))
+    for pack in (None, tmp_path / "e.pack"):
+        stored, store = memory.load(folder, 10**9, file=pack)
+        with store:
+            assert equal(read(stored), right)
+
+
+def test_the_files_of_a_folder_tell_a_change_of_the_same_size_and_time(tmp_path: Path) -> None:
+    """Headers are looked at beside sizes and times, which rsync may keep."""
+    folder = made(tmp_path / "model")
+    memory.load(folder, 10**9)[1].close()
+    weights = folder / "model.safetensors"
+    before = weights.stat()
+    content = weights.read_bytes()
+    assert content.count(b"layers.0.") == content.count(b"layers.1.")
+    swapped = (
+        content.replace(b"layers.0.", b"layers.@.")
+        .replace(b"layers.1.", b"layers.0.")
+        .replace(b"layers.@.", b"layers.1.")
+    )
+    weights.write_bytes(swapped)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    stored, store = memory.load(folder, 10**9)
+    with store:
+        assert equal(read(stored), read(handful.load(folder)))
+
+
+RACE = """
+import sys, handful, torch
+from handful import memory
+from test_memory import read
+torch.set_num_threads(1)
+sys.stdin.readline()
+model, store = memory.load(sys.argv[1], 10**9)
+with store:
+    print(float(torch.stack([x.double().sum() for x in read(model)]).sum()))
+"""
+
+
+def test_processes_that_pack_at_once(tmp_path: Path) -> None:
+    """All of them get the model, one of them packs, and what a killed one left behind goes."""
+    folder = made(tmp_path / "model", moe({"experts": 32, "top_k": 3}, layers=3, width=64, expert_width=64))
+    (folder / ".new-experts-float32.pack-1-ab").write_bytes(b"x" * 1000)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONPATH": path},
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for job in jobs:
+        assert job.stdin is not None
+        job.stdin.write("go\n")
+        job.stdin.flush()
+    ends = [job.communicate() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], ends
+    assert len({out for out, _ in ends}) == 1
+    assert [file.name for file in folder.glob("*pack*")] == ["experts-float32.pack"]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs go to the user's cache, under a name of the folder's own."""
+    monkeypatch.setenv("HANDFUL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    paths = []
+    for name in ("a/model", "b/model"):
+        folder = made(tmp_path / name)
+        for _ in range(2):  # made, and found again
+            with memory.load(folder, 10**9)[1] as store:
+                paths.append(store.pack.path)
+        assert not list(folder.glob("*.pack"))
+    assert paths[0] == paths[1] != paths[2] == paths[3]
+    assert all(path.is_relative_to(tmp_path / "cache" / "packs") for path in paths)
 
 
 def test_a_pack_of_another_shape_or_format(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -39,7 +40,7 @@ from handful.model import Decoder
 from handful.runs import Run
 from handful.train import _Stepper, lr_at, make_optimizer, pick_dtype, train
 from handful.upcycle import upcycle
-from handful.watch import tensorboard
+from handful.watch import TensorBoardWarning, tensorboard
 
 module: Any = sys.modules["handful.train"]  # `handful.train` is the function
 
@@ -1050,3 +1051,24 @@ def test_tensorboard_leaves_a_refused_run_alone(tmp_path: Path) -> None:
     with tensorboard(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_disk_that_refuses_tensorboard_takes_no_run_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line, once, and no traceback of its thread."""
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem  # type: ignore[import-untyped]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "_write", full)
+    monkeypatch.setattr(LocalFileSystem, "append", full)
+    with warnings.catch_warnings(record=True) as told, tensorboard(tmp_path / "run") as sink:
+        warnings.simplefilter("always")
+        for step in range(50):
+            sink({"event": "step", "step": step, "loss": 1.0})
+    said = [str(w.message) for w in told if w.category is TensorBoardWarning]
+    assert said == [f"{tmp_path / 'run/tensorboard'}: cannot be written: No space left on device"]
+    assert "Traceback" not in capfd.readouterr().err

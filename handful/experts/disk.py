@@ -10,13 +10,17 @@ Legend: E experts · D model width · F an expert's hidden width · G = 2·F gat
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
+import secrets
 import threading
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +31,11 @@ from torch import Tensor
 from handful.errors import CheckpointError, ConfigError
 from handful.quantize import check_format, columns_of
 
-__all__ = ["Field", "Layout", "PackFile", "layout_of", "view", "write_pack"]
+__all__ = ["Field", "Layout", "PackFile", "layout_of", "sole_writer", "view", "write_pack"]
 
-MAGIC, VERSION = b"HANDFUL\x00", 2
+MAGIC, VERSION = b"HANDFUL\x00", 3
 PAGE = 4096  # what direct reads are aligned to: the largest block of common disks
+UNKNOWN = "0" * 64  # a source that is not known yet, as long as one that is
 ALIGN = 64  # a cache line, for a field within a record
 LONGEST = 1 << 24  # of a description, in bytes
 
@@ -60,7 +65,9 @@ class Field:
 class Layout:
     """What a pack holds and where.
 
-    source     what tells the model whose experts these are from any other.
+    source     a digest of every number that was packed: `attach` holds a model in memory against it.
+    files      of the checkpoint that it was packed from, their names, sizes, times and a digest of their headers:
+               `load` holds the folder against these, which takes no reading of weights. Empty: packed from memory.
     layers     the names of the modules that hold experts, in order.
     experts    E, of each of them.
     bits       8 or 4 with `group` weights to a scale; 0: floating weights.
@@ -70,6 +77,7 @@ class Layout:
     """
 
     source: str
+    files: tuple[tuple[str, int, int, str], ...]
     layers: tuple[str, ...]
     experts: int
     bits: int
@@ -106,7 +114,6 @@ class Layout:
 
 
 def layout_of(
-    source: str,
     layers: tuple[str, ...],
     gate_up: tuple[int, int, int],
     down: tuple[int, int, int],
@@ -115,6 +122,7 @@ def layout_of(
     bias: bool,
     bits: int = 0,
     group: int = 32,
+    files: tuple[tuple[str, int, int, str], ...] = (),
 ) -> Layout:
     """The layout for experts of these shapes, (E, G, D) and (E, D, F). ConfigError for a format that is not there."""
     name = str(dtype).removeprefix("torch.")
@@ -137,7 +145,8 @@ def layout_of(
         fields.append(Field(key, kind, shape, offset))
         offset = _up(offset + fields[-1].nbytes, ALIGN)
     return Layout(
-        source=source,
+        source=UNKNOWN,
+        files=files,
         layers=layers,
         experts=gate_up[0],
         bits=bits,
@@ -160,23 +169,26 @@ def write_pack(
     layout: Layout,
     record: Callable[[int, int], Mapping[str, Tensor]],
     progress: Callable[[int, int], None] | None = None,
+    *,
+    source: Callable[[], str] = lambda: UNKNOWN,
 ) -> None:
     """Write a pack, one expert in memory at a time, so that it appears whole or not at all.
 
     record     (layer, expert) -> its tensors by the fields' names.
     progress   is told (bytes done, bytes in all) after every record.
+    source     asked for after the last record, what `Layout.source` is then.
 
-    The file's size is claimed from the disk before anything is written. CheckpointError if the disk refuses, with
-    nothing left behind.
+    The file's size is claimed from the disk before anything is written. Its temporary name is this writer's alone.
+    CheckpointError if the disk refuses, with nothing left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".new-{path.name}")
+    temporary = path.with_name(f".new-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     data = bytearray(layout.record_bytes)
     whole = torch.frombuffer(data, dtype=torch.uint8)
     sums: list[int] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file, 0, layout.nbytes)
@@ -191,7 +203,7 @@ def write_pack(
                     at += len(data)
                     if progress is not None:
                         progress(at - layout.start, layout.nbytes - layout.start)
-            text = layout.text()
+            text = replace(layout, source=source()).text()
             head = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
             head += b"".join(value.to_bytes(4, "little") for value in sums)
             _write(file, head + zlib.crc32(head).to_bytes(4, "little"), 0)
@@ -208,7 +220,27 @@ def write_pack(
         what = f"cannot be written: {error.strerror} (it has {layout.nbytes:,} bytes)"
         raise CheckpointError(f"{path}: {what}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """One process at a time packs into a folder: whoever waited finds what the first one made. What a writer that was
+    killed left of this pack is removed. Where the file system has no locks, several write, each under its own name."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            for left in path.parent.glob(f".new-{glob.escape(path.name)}-*"):
+                left.unlink()
+        yield
+    finally:
+        os.close(folder)
 
 
 def checksum(record: bytearray | memoryview) -> int:
@@ -353,4 +385,6 @@ def _layout_from(values: Any) -> Layout:
     )
     if not fields or any(f.dtype not in DTYPES or f.offset < 0 or min(f.shape, default=0) < 1 for f in fields):
         raise ValueError("fields")
-    return Layout(**(values | {"fields": fields, "layers": tuple(str(name) for name in values["layers"])}))
+    files = tuple((str(name), int(size), int(time), str(header)) for name, size, time, header in values["files"])
+    layers = tuple(str(name) for name in values["layers"])
+    return Layout(**(values | {"fields": fields, "files": files, "layers": layers}))
