@@ -1,7 +1,8 @@
 """What keeps experts busy. Left alone, a router collapses: an expert that is chosen learns, and is chosen more.
 
-Every loss is a function of routings and is 1 when the load is even, so their weights compare. The loss-free bias needs
-no loss at all: it moves selection, not gradients.
+Every loss is a function of routings and is 1 when the load is even, so their weights compare. Padding counts in none of
+them (`Routing.real_T`), and of no tokens at all each is 0. The loss-free bias needs no loss at all: it moves selection,
+not gradients.
 
 Legend: B sequences · S tokens in one · T = B·S tokens · E experts · K experts per token · L MoE layers
 """
@@ -46,12 +47,15 @@ def switch_loss(routing: Routing) -> Tensor:
 
 def sequence_loss(routing: Routing, sequences: int) -> Tensor:
     """The same within each of B sequences, averaged over them (DeepSeek-V3, arXiv:2412.19437, eq. 17-20), a scalar."""
-    E = routing.experts
-    experts_Bn = routing.experts_TK.reshape(sequences, -1)
-    ones_Bn = torch.ones(experts_Bn.shape, dtype=torch.float32, device=experts_Bn.device)
-    load_BE = ones_Bn.new_zeros(sequences, E).scatter_add_(1, experts_Bn, ones_Bn) / experts_Bn.shape[1]
-    mean_BE = _probabilities(routing).view(sequences, -1, E).mean(1)
-    return E * (load_BE * mean_BE).sum(-1).mean()
+    E, K = routing.experts, routing.top_k
+    experts_Bn, counted_Bn = (value_TK.reshape(sequences, -1) for value_TK in (routing.experts_TK, routing.counted_TK))
+    load_BE = counted_Bn.new_zeros(sequences, E).scatter_add_(1, experts_Bn, counted_Bn)
+    tokens_B1 = load_BE.sum(-1, keepdim=True) / K
+    some_B1 = tokens_B1.clamp_min(1)
+    real_BS1 = counted_Bn.view(sequences, -1, K)[..., :1] > 0
+    sum_BE = torch.where(real_BS1, _probabilities(routing).view(sequences, -1, E), 0.0).sum(1)
+    loss_B = E * (load_BE / (some_B1 * K) * sum_BE / some_B1).sum(-1)
+    return loss_B.sum() / (tokens_B1 > 0).sum().clamp_min(1)  # a sequence of nothing but padding is none
 
 
 def global_loss(routing: Routing, load_E: Tensor) -> Tensor:
@@ -61,8 +65,8 @@ def global_loss(routing: Routing, load_E: Tensor) -> Tensor:
     micro-batches this is the loss of the whole batch, exactly: the load carries no gradient and P is a mean over
     tokens. A sequence about one subject may then use few experts, as long as the batch uses all.
     """
-    load_E = load_E / load_E.sum()
-    return routing.experts * (load_E * _probabilities(routing).mean(0)).sum()
+    load_E = load_E / load_E.sum().clamp_min(1)
+    return routing.experts * (load_E * routing.mean(_probabilities(routing))).sum()
 
 
 def gshard_loss(routing: Routing) -> Tensor:
@@ -70,15 +74,15 @@ def gshard_loss(routing: Routing) -> Tensor:
 
     c_e counts first choices, m_e is the mean probability. The paper's loss is this without E², which its code has.
     """
-    first_T = routing.experts_TK[:, 0]
-    ones_T = torch.ones(first_T.shape, dtype=torch.float32, device=first_T.device)
-    first_E = ones_T.new_zeros(routing.experts).index_add_(0, first_T, ones_T) / routing.tokens
-    return routing.experts**2 * (first_E * _probabilities(routing).mean(0)).mean()
+    counted_T = routing.counted_TK[:, 0]
+    first_E = counted_T.new_zeros(routing.experts).index_add_(0, routing.experts_TK[:, 0], counted_T)
+    first_E = first_E / first_E.sum().clamp_min(1)
+    return routing.experts**2 * (first_E * routing.mean(_probabilities(routing))).mean()
 
 
 def z_loss(routing: Routing) -> Tensor:
     """mean_t (log Σ_e exp logit)²: router z-loss (ST-MoE, arXiv:2202.08906, eq. 5), a scalar. Keeps them small."""
-    return routing.logits_TE.logsumexp(-1).square().mean()
+    return routing.mean(routing.logits_TE.logsumexp(-1).square())
 
 
 def balance_loss(

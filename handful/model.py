@@ -61,14 +61,14 @@ class Block(nn.Module):
         alone, ffn, norm = nobody_looks(x_BSD), self.ffn, self.ffn_norm
         attend = self._attend(x_BSD, span) if alone else None
         x_BSD = x_BSD + self._scaled(self.attn(self.attn_norm(x_BSD), span)) if attend is None else attend.of(x_BSD)
-        feed = self._feed(x_BSD, choice) if alone else None
+        feed = self._feed(x_BSD, choice) if alone and span.real_BS is None else None
         if isinstance(feed, Mixing):
             x_BSD, *made = feed.operation.of(x_BSD)
             return x_BSD, feed.routing(*made)
         if feed is not None:
             return feed.of(x_BSD), None
         if isinstance(ffn, MoE):
-            y_BSD, routing = ffn(norm(x_BSD), choice)
+            y_BSD, routing = ffn(norm(x_BSD), choice, mask=span.real_BS)
             return x_BSD + self._scaled(y_BSD), routing
         return x_BSD + self._scaled(ffn(norm(x_BSD))), None
 

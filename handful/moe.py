@@ -29,6 +29,10 @@ from handful.routing import Choice, Routing
 __all__ = ["MoE", "NotCausalWarning", "Router", "mix_at_once"]
 
 
+class UntrainableWarning(UserWarning):
+    """No gradient of what the model is for can reach the router."""
+
+
 class NotCausalWarning(UserWarning):
     """The router lets later tokens change what happens to earlier ones: for training studies, not for generation."""
 
@@ -52,6 +56,14 @@ class Router(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(E) if config.balance_bias else None)
         if config.choice == "expert":
             warnings.warn("expert choice looks at later tokens: not causal", NotCausalWarning, stacklevel=2)
+        # A model that is being loaded has no memory yet, and its router has learnt.
+        if config.top_k == 1 and config.normalize and config.choice == "token" and not self.weight.is_meta:
+            warnings.warn(
+                "router.normalize = True with top_k = 1: every weight is 1, and no gradient of the loss reaches the "
+                "router; set normalize=False",
+                UntrainableWarning,
+                stacklevel=2,
+            )
         limited = config.capacity_factor or config.eval_capacity_factor or config.sequence_capacity
         if config.drop_order == "choice" and limited:
             warnings.warn(
@@ -68,24 +80,32 @@ class Router(nn.Module):
             self.balance_bias = bias.to(self.balance_bias.device)
         return self
 
-    def forward(self, x_TD: Tensor, sequence: int | None = None, *, choice: Choice | Routing | None = None) -> Routing:
+    def forward(
+        self,
+        x_TD: Tensor,
+        sequence: int | None = None,
+        *,
+        choice: Choice | Routing | None = None,
+        real_T: Tensor | None = None,
+    ) -> Routing:
         """Route T tokens.
 
         sequence   how many tokens in a row are one sequence, whose share of an expert `sequence_capacity` limits; None:
                    all T are.
         choice     the experts to take, and what to drop, whatever the scores say. The weights are made from the scores
                    as ever, with their gradients: the same router gives the same weights.
+        real_T     False for padding, which takes no place before an expert and is dropped; None: all are real.
         """
-        if self.is_plain(x_TD, len(x_TD)):
+        if self.is_plain(x_TD, len(x_TD)) and real_T is None:
             return self._at_once(x_TD, choice)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
             if choice is not None:
-                return self._chosen(logits_TE, scores_TE, choice)
+                return self._chosen(logits_TE, scores_TE, choice, real_T)
             if self.config.choice == "expert":
-                return self._experts_choose(logits_TE, scores_TE)
-            return self._tokens_choose(logits_TE, scores_TE, sequence)
+                return self._experts_choose(logits_TE, scores_TE, real_T)
+            return self._tokens_choose(logits_TE, scores_TE, sequence, real_T)
 
     def is_plain(self, x: Tensor, tokens: int) -> bool:
         """Few tokens in inference, each for itself: what one operation of ours does."""
@@ -113,7 +133,9 @@ class Router(nn.Module):
             logits_TE = logits_TE + torch.randn_like(logits_TE) * size_TE
         return logits_TE
 
-    def _tokens_choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int | None) -> Routing:
+    def _tokens_choose(
+        self, logits_TE: Tensor, scores_TE: Tensor, sequence: int | None, real_T: Tensor | None
+    ) -> Routing:
         cfg = self.config
         # Selection has no gradient: only the weights of what was chosen do.
         with torch.no_grad():
@@ -122,14 +144,14 @@ class Router(nn.Module):
                 select_TE = _limit_groups(select_TE, cfg.groups, cfg.top_groups, cfg.group_score)
             experts_TK = select_TE.topk(cfg.top_k, dim=-1).indices
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
-        dropped_TK = self._drop(experts_TK, weights_TK, sequence)
-        return Routing(logits_TE, scores_TE, experts_TK, weights_TK * cfg.scale, dropped_TK)
+        dropped_TK = self._drop(experts_TK, weights_TK, sequence, real_T)
+        return Routing(logits_TE, scores_TE, experts_TK, weights_TK * cfg.scale, dropped_TK, real_T)
 
     def _weights(self, weights_TK: Tensor) -> Tensor:
         # Sigmoid scores can all be next to nothing; softmax's chosen ones sum to at least 1/E.
         return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) if self.config.normalize else weights_TK
 
-    def _chosen(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice | Routing) -> Routing:
+    def _chosen(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice | Routing, real_T: Tensor | None) -> Routing:
         experts_TK, _ = self.asked(choice, len(scores_TE), scores_TE.device)
         assert experts_TK is not None
         low, high = (int(bound) for bound in experts_TK.aminmax()) if len(scores_TE) else (0, 0)
@@ -139,9 +161,12 @@ class Router(nn.Module):
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.config.choice == "expert" and choice.dropped_TK is not None:
             weights_TK = weights_TK.masked_fill(choice.dropped_TK, 0)
-        return Routing(
-            logits_TE, scores_TE, experts_TK, self._weights(weights_TK) * self.config.scale, choice.dropped_TK
-        )
+        dropped_TK = choice.dropped_TK
+        if real_T is not None:
+            padding_TK = ~real_T.unsqueeze(1).expand_as(experts_TK)
+            dropped_TK = padding_TK if dropped_TK is None else dropped_TK | padding_TK
+        weights_TK = self._weights(weights_TK) * self.config.scale
+        return Routing(logits_TE, scores_TE, experts_TK, weights_TK, dropped_TK, real_T)
 
     def asked(
         self, choice: Choice | Routing | None, tokens: int, device: torch.device
@@ -157,12 +182,16 @@ class Router(nn.Module):
         return experts_TK, choice.dropped_TK
 
     @torch.no_grad()
-    def _drop(self, experts_TK: Tensor, weights_TK: Tensor, sequence: int | None) -> Tensor | None:
+    def _drop(
+        self, experts_TK: Tensor, weights_TK: Tensor, sequence: int | None, real_T: Tensor | None
+    ) -> Tensor | None:
         cfg = self.config
         dropped_TK = None
+        if real_T is not None:
+            dropped_TK = ~real_T.unsqueeze(1).repeat(1, experts_TK.shape[1])
         if cfg.random_second and self.training:
-            dropped_TK = torch.zeros_like(experts_TK, dtype=torch.bool)
-            dropped_TK[:, 1] = torch.rand_like(weights_TK[:, 1]) > 2 * weights_TK[:, 1]
+            dropped_TK = torch.zeros_like(experts_TK, dtype=torch.bool) if dropped_TK is None else dropped_TK
+            dropped_TK[:, 1] |= torch.rand_like(weights_TK[:, 1]) > 2 * weights_TK[:, 1]
         factor = cfg.capacity_factor if self.training else cfg.eval_capacity_factor
         T, K = experts_TK.shape
         queue_TK, capacity = experts_TK, cfg.sequence_capacity
@@ -172,21 +201,26 @@ class Router(nn.Module):
             queue_TK = experts_TK + first_T.unsqueeze(1)
         elif factor is not None:
             # Rounded first: 1.1 · 25 · 4 / 10 is 11.000000000000002 to a computer, and its ceiling would be 12.
-            capacity = math.ceil(round(factor * T * K / cfg.experts, 6))
+            tokens = T if real_T is None else int(real_T.sum())
+            capacity = math.ceil(round(factor * tokens * K / cfg.experts, 6))
         else:
             return dropped_TK
         full_TK = _over_capacity(queue_TK, dropped_TK, capacity, cfg.drop_order == "choice")
         return full_TK if dropped_TK is None else full_TK | dropped_TK
 
-    def _experts_choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Routing:
+    def _experts_choose(self, logits_TE: Tensor, scores_TE: Tensor, real_T: Tensor | None) -> Routing:
         cfg = self.config
         T, E = scores_TE.shape
+        select_TE = scores_TE.detach()
+        if real_T is not None:
+            T = int(real_T.sum())
+            select_TE = select_TE.masked_fill(~real_T.unsqueeze(1), -math.inf)
         capacity = min(T, max(1, round(T * cfg.top_k / E)))
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-        chosen_TE.scatter_(0, scores_TE.detach().topk(capacity, dim=0).indices, True)
+        chosen_TE.scatter_(0, select_TE.topk(capacity, dim=0).indices, True)
         weights_TE = self._weights(scores_TE * chosen_TE)
-        experts_TE = torch.arange(E, device=scores_TE.device).expand(T, E)
-        return Routing(logits_TE, scores_TE, experts_TE, weights_TE * cfg.scale, ~chosen_TE)
+        experts_TE = torch.arange(E, device=scores_TE.device).expand_as(scores_TE)
+        return Routing(logits_TE, scores_TE, experts_TE, weights_TE * cfg.scale, ~chosen_TE, real_T)
 
 
 def _limit_groups(select_TE: Tensor, groups: int, top_groups: int, score: str) -> Tensor:
@@ -252,13 +286,25 @@ class MoE(nn.Module):
         self.shared = FeedForward(width, shared_hidden, activation) if shared_hidden else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
 
-    def forward(self, x: Tensor, choice: Choice | Routing | None = None) -> tuple[Tensor, Routing]:
-        """y and the routing; `choice` as in `Router.forward`."""
+    def forward(
+        self, x: Tensor, choice: Choice | Routing | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """y and the routing.
+
+        choice   as in `Router.forward`.
+        mask     False for tokens that are padding, of x's shape without its width: they take no expert's capacity, no
+                 loss or load counts them, and no expert computes them. None: there is none.
+        """
         width = self.router.weight.shape[1]
         if x.shape[-1] != width:
             raise RoutingError(f"MoE input has width {x.shape[-1]}: it must be {width}")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise RoutingError(
+                f"mask is {str(mask.dtype)[6:]} of shape {tuple(mask.shape)}: it must be bool of {tuple(x.shape[:-1])}"
+            )
         x_TD = x.reshape(-1, width)
-        routing = self.router(x_TD, x.shape[-2] if x.dim() > 1 else None, choice=choice)
+        real_T = None if mask is None else mask.reshape(-1)
+        routing = self.router(x_TD, x.shape[-2] if x.dim() > 1 else None, choice=choice, real_T=real_T)
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)

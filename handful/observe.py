@@ -33,7 +33,7 @@ __all__ = [
 
 def load(routing: Routing) -> Tensor:
     """(E,) the share of the T·K assignments that chose each expert; sums to 1."""
-    return routing.chosen_E / routing.chosen_E.sum()
+    return routing.chosen_E / routing.chosen_E.sum().clamp_min(1)
 
 
 def max_vio(load_E: Tensor) -> float:
@@ -76,8 +76,8 @@ def collapsed(load_E: Tensor, top_k: int) -> str | None:
 
 
 def dropped(routing: Routing) -> float:
-    """The share of assignments that were not computed because their expert was full."""
-    return 0.0 if routing.dropped_TK is None else float(routing.dropped_TK.float().mean())
+    """The share of real tokens' assignments that were not computed because their expert was full."""
+    return 0.0 if routing.dropped_TK is None else float(routing.mean(routing.dropped_TK.float()).mean())
 
 
 def coactivation(routing: Routing) -> Tensor:
@@ -238,6 +238,7 @@ def _rows(routing: Routing, start: int, end: int | None) -> Routing:
         routing.experts_TK[start:end],
         routing.weights_TK[start:end],
         None if routing.dropped_TK is None else routing.dropped_TK[start:end],
+        None if routing.real_T is None else routing.real_T[start:end],
     )
 
 

@@ -218,12 +218,14 @@ class Span:
              they may. No mask where none is needed but the causal one, or, for a single new token, none at all.
     parts    of several sequences in a batch of one: (first token, end, the sequence's own span). Its rope, cache and
              masks are this one's then.
+    real_BS  False for new tokens that are padding; None: there are none.
     """
 
     rope: tuple[Tensor, Tensor]
     cache: KVCache | None
     masks: dict[int | None, Tensor | None]
     parts: tuple[tuple[int, int, Span], ...] = ()
+    real_BS: Tensor | None = None
 
     @staticmethod
     def of(
@@ -234,7 +236,8 @@ class Span:
         turns = rope_frequency(config, device) if cache is None else cache.turns
         at_S = torch.arange(past, past + new, device=device)
         positions = at_S if padding_B is None else (at_S - padding_B[:, None]).clamp_min(0)
-        return Span(rope_table(turns, positions), cache, _masks(config, past, at_S, padding_B))
+        real_BS = None if padding_B is None or bool((padding_B <= past).all()) else at_S >= padding_B[:, None]
+        return Span(rope_table(turns, positions), cache, _masks(config, past, at_S, padding_B), real_BS=real_BS)
 
     @cached_property
     def decodes(self) -> bool:

@@ -55,6 +55,8 @@ class Routing:
     weights_TK   what their outputs are multiplied by.
     dropped_TK   True where an assignment is not computed (the expert was full); None: all are. A router with
                  `choice="expert"` lists every expert for every token and drops those that did not choose the token.
+    real_T       False for tokens that are padding: nothing of theirs is computed, and no loss or load counts them;
+                 None: all are real.
 
     RoutingError if their shapes do not fit together.
     """
@@ -64,6 +66,7 @@ class Routing:
     experts_TK: Tensor
     weights_TK: Tensor
     dropped_TK: Tensor | None = None
+    real_T: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.experts_TK.dim() != 2 or self.scores_TE.dim() != 2 or len(self.scores_TE) != len(self.experts_TK):
@@ -75,6 +78,8 @@ class Routing:
             value, right = getattr(self, name), tuple(getattr(self, like).shape)
             if value is not None and value.shape != right:
                 raise RoutingError(f"routing.{name} has shape {tuple(value.shape)}: it must be {right} like {like}")
+        if self.real_T is not None and self.real_T.shape != (self.tokens,):
+            raise RoutingError(f"routing.real_T has shape {tuple(self.real_T.shape)}: it must be ({self.tokens},)")
 
     @property
     def tokens(self) -> int:
@@ -114,6 +119,17 @@ class Routing:
     @cached_property
     def chosen_E(self) -> Tensor:
         """Assignments that each expert was chosen for, before any were dropped, as float32. What balance looks at."""
-        experts_N = self.experts_TK.flatten()
-        ones_N = torch.ones(experts_N.shape, dtype=torch.float32, device=experts_N.device)
-        return ones_N.new_zeros(self.experts).index_add_(0, experts_N, ones_N)
+        counts_E = torch.zeros(self.experts, device=self.experts_TK.device)
+        return counts_E.index_add_(0, self.experts_TK.flatten(), self.counted_TK.flatten())
+
+    @property
+    def counted_TK(self) -> Tensor:
+        """1 for each assignment of a real token, whether or not it was dropped, 0 for padding's: float32."""
+        ones_TK = torch.ones(self.experts_TK.shape, device=self.experts_TK.device)
+        return ones_TK if self.real_T is None else ones_TK * self.real_T.unsqueeze(1)
+
+    def mean(self, value_TX: Tensor) -> Tensor:
+        """The mean over real tokens of a number or a row for each token, without its first dimension; 0 of none."""
+        if self.real_T is not None:
+            value_TX = value_TX[self.real_T]
+        return value_TX.mean(0) if len(value_TX) else value_TX.sum(0)
