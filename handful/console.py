@@ -288,11 +288,14 @@ def cost_tables(name: str, price: Cost) -> list[Table]:
             ("training", si(price.flops.training, "FLOP")),
         ],
     )
+    stored = price.bytes.published
+    published = [] if stored is None else [(f"checkpoint, {price.published}", size(stored))]
     state = [("state of a sequence of any length", size(price.bytes.state))] if price.bytes.state else []
     held = facts(
         "memory",
         [
             (f"weights, {price.dtype}", size(price.bytes.weights)),
+            *published,
             ("KV cache per token", size(price.bytes.cache_per_token)),
             (f"KV cache of {price.context:,} tokens", size(price.bytes.cache)),
             *state,
@@ -331,7 +334,8 @@ def plan_tables(name: str, machine: Ceilings, plans: Sequence[Plan], replays: Se
     first = plans[0]
     sequences = f"{first.batch} × {first.context:,}" if first.batch > 1 else f"{first.context:,}"
     rows: list[tuple[str, Any]] = [
-        ("all weights", lambda p: size(p.weights)),
+        ("to download", lambda p: size(p.download) if p.download else "it is there"),
+        ("all weights, held", lambda p: size(p.weights)),
         (f"KV cache, {sequences} tokens", lambda p: size(p.cache)),
         ("to work with", lambda p: size(p.working)),
     ]

@@ -21,18 +21,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import comb
 from typing import Any
 
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
-from handful.count import Attention, Counted, Pass, Weights, counted
+from handful.count import Attention, Counted, Part, Pass, Weights, counted
 from handful.errors import ConfigError
 
-__all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Traffic", "cost"]
+__all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Precision", "Traffic", "cost"]
 
 # Bytes of a number of the cache and of what is sent; and of a weight, but for those that a format packs.
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2, "mxfp4": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2, "mxfp4": 2, "fp8": 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,8 +143,9 @@ class Bytes:
     """Bytes held.
 
     weights                all parameters at the dtype: what inference holds besides its cache. With int8 and int4 the
-                           matrices that `quantize_model` packs in groups of 32, with mxfp4 the routed experts'; the
-                           rest in bfloat16, as are cache and traffic.
+                           matrices that `quantize_model` packs in groups of 32, with mxfp4 those of routed experts,
+                           with fp8 those of all layers but for routers; the rest in bfloat16, as are cache and traffic.
+    published              the checkpoint, as it is stored: what there is to download. None: that is not known.
     cache_per_token        keys and values of one token in all layers at the dtype (MLA: the compressed ones).
     cache                  of one sequence at the full context; a layer with a window holds that many tokens.
     state                  what recurrences keep of a sequence of any length, at the dtype.
@@ -153,6 +155,7 @@ class Bytes:
     """
 
     weights: int
+    published: int | None
     cache_per_token: int
     cache: int
     state: int
@@ -162,11 +165,71 @@ class Bytes:
     training_moments: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How a checkpoint stores its weights (`families.precision` reads it from a config.json).
+
+    name            for people: "fp8", "awq int4/128".
+    number          bytes of what is not packed.
+    parts           whose matrices are packed, but for those in `without`; of a part in `layers_without` so many layers
+                    are not.
+    bits            of a packed number. block_bits: beside every block of (rows, columns), where 0 columns are a whole
+                    row; input_bits: beside every column; tensor_bits: beside every matrix.
+    known           False: the config says that they are packed in a way that is not known here.
+    """
+
+    name: str
+    number: int = 2
+    parts: frozenset[Part] = frozenset()
+    without: frozenset[Part] = frozenset()
+    layers_without: Mapping[Part, int] = field(default_factory=dict)
+    bits: int = 0
+    block: tuple[int, int] | None = None
+    block_bits: int = 0
+    input_bits: int = 0
+    tensor_bits: int = 0
+    known: bool = True
+
+    def nbytes(self, model: Counted) -> int:
+        """Of all weights of a model: what there is to download."""
+        return sum(self.of(weights) for weights in model.weights)
+
+    def of(self, weights: Weights) -> int:
+        plain = weights.layers * weights.copies * (weights.multiplied + weights.vectors) * self.number
+        if weights.part not in self.parts - self.without:
+            return plain
+        packed = max(0, weights.layers - self.layers_without.get(weights.part, 0))
+        saved = sum(
+            outputs * inputs * self.number - self._matrix(outputs, inputs) for outputs, inputs in weights.matrices
+        )
+        return plain - packed * weights.copies * saved
+
+    def _matrix(self, outputs: int, inputs: int) -> int:
+        bits = outputs * inputs * self.bits + inputs * self.input_bits + self.tensor_bits
+        if self.block is not None:
+            rows, columns = self.block
+            bits += -(-outputs // rows) * -(-inputs // (columns or inputs)) * self.block_bits
+        return -(-bits // 8)
+
+
+# What --dtype names beside dtypes of a number: as gpt-oss is published, and as DeepSeek-V3 is.
+PACKED = {
+    "mxfp4": Precision(name="mxfp4", parts=frozenset({"routed_experts"}), bits=4, block=(1, 32), block_bits=8),
+    "fp8": Precision(
+        name="fp8",
+        parts=frozenset({"attention", "routed_experts", "shared_experts", "dense_ffn", "state_space"}),
+        bits=8,
+        block=(128, 128),
+        block_bits=32,
+    ),
+}
+
+
 def held_bytes(weights: Weights, dtype: str) -> int:
     """Bytes of weights at a dtype or in a packed format."""
+    if dtype in PACKED:
+        return PACKED[dtype].of(weights)
     number, packed = BYTES[dtype], dtype in ("int8", "int4") and weights.packed
-    if dtype == "mxfp4":
-        packed = weights.part == "routed_experts"
     each = [
         outputs * (packed_row(inputs, dtype) if packed else inputs * number) for outputs, inputs in weights.matrices
     ]
@@ -174,19 +237,17 @@ def held_bytes(weights: Weights, dtype: str) -> int:
 
 
 def packed_row(inputs: int, dtype: str) -> int:
-    """Bytes of one row of a packed matrix."""
-    if dtype == "mxfp4":  # 32 numbers of 4 bits share a scale of 8 (OCP Microscaling)
-        return 17 * -(-inputs // 32)
-    # Ours (quantize.py): whole blocks of 64 numbers, and 32 share a scale of 16 bits.
+    """Bytes of one row of a matrix in our formats (quantize.py): whole blocks of 64 numbers, 16 bits beside each 32."""
     return ((64 if dtype == "int8" else 32) + 2 * 2) * -(-inputs // 64)
 
 
-def byte_counts(model: Counted, context: int, dtype: str) -> Bytes:
+def byte_counts(model: Counted, context: int, dtype: str, published: Precision | None = None) -> Bytes:
     held = parameters(model).incl_all_embeddings
     trained = held - sum(w.layers * w.copies * w.untrained for w in model.weights)
     number = BYTES[dtype]
     return Bytes(
         weights=sum(held_bytes(weights, dtype) for weights in model.weights),
+        published=published.nbytes(model) if published is not None and published.known else None,
         cache_per_token=number * sum(a.layers * a.cached // a.every for a in model.attention),
         cache=number * sum(a.layers * a.cached * held_tokens(a, context) for a in model.attention),
         state=0 if model.state is None else number * model.state.numbers,
@@ -285,10 +346,11 @@ def communication(model: Counted, ranks: int, dtype: str) -> Communication:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs at a context, a dtype and a number of ranks."""
+    """What a model costs at a context, a dtype and a number of ranks. `published`: how its checkpoint is stored."""
 
     context: int
     dtype: str
+    published: str | None
     ranks: int
     total_parameters: Parameters
     active_parameters: Parameters
@@ -327,6 +389,7 @@ def cost(
     context: int | None = None,
     ranks: int = 1,
     dtype: str = "bfloat16",
+    published: Precision | None = None,
 ) -> Cost:
     """Price a model.
 
@@ -335,9 +398,11 @@ def cost(
               tokens of the source and of the target.
     ranks     over how many devices the routed experts are spread.
     dtype     of weights, cache and traffic: "float32", "bfloat16" or "float16"; or how the weights are packed, "int8",
-              "int4" or "mxfp4" (see `Bytes`).
+              "int4", "mxfp4" or "fp8" (see `Bytes`).
+    published how its checkpoint stores the weights (`families.precision`), for the size of a download.
 
-    ConfigError for a context or a number of ranks below 1, no context where the model has none, or another dtype.
+    ConfigError for a context or a number of ranks below 1, more ranks than a layer has experts, no context where the
+    model has none, or another dtype.
     """
     model = counted(model)
     context = model.context if context is None else context
@@ -347,15 +412,18 @@ def cost(
         raise ConfigError(f"context = {context}: at least 1")
     if ranks < 1:
         raise ConfigError(f"ranks = {ranks}: at least 1")
+    if model.router is not None and ranks > model.router.experts:
+        raise ConfigError(f"ranks = {ranks}: at most {model.router.experts}, a layer's experts: others would hold none")
     if dtype not in BYTES:
         raise ConfigError(f"dtype = {dtype!r}: one of {', '.join(BYTES)}")
     return Cost(
         context=context,
         dtype=dtype,
+        published=None if published is None else published.name,
         ranks=ranks,
         total_parameters=parameters(model),
         active_parameters=parameters(model, active=True),
         flops=flops(model, context),
-        bytes=byte_counts(model, context, dtype),
+        bytes=byte_counts(model, context, dtype, published),
         communication=communication(model, ranks, dtype),
     )

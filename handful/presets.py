@@ -16,7 +16,8 @@ class Preset:
     """A published MoE: its router, its balance, where its MoE layers stand, and the whole model.
 
     `shared` counts shared experts of the routed experts' width. `model` is the published decoder, None where that is
-    not a decoder (Switch and GShard are encoder-decoders) or no published model has the shape.
+    not a decoder (Switch and GShard are encoder-decoders) or no published model has the shape. `published` is how
+    its checkpoint stores weights: a dtype, or a name of `cost.PACKED`.
     """
 
     source: str
@@ -27,6 +28,7 @@ class Preset:
     dense_first: int = 0
     moe_every: int = 1
     model: ModelConfig | None = None
+    published: str = "bfloat16"
 
 
 def _published(router: RouterConfig, **shape: Any) -> ModelConfig:
@@ -144,6 +146,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "deepseek-v3": Preset(
+        published="fp8",
         source="DeepSeek-V3, arXiv:2412.19437: loss-free bias, a light sequence-wise loss, four of eight groups",
         router=_DEEPSEEK_V3,
         balance=BalanceConfig(loss="sequence", weight=0.0001, bias_rate=0.001),
@@ -166,6 +169,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "gpt-oss": Preset(
+        published="mxfp4",
         source="gpt-oss-20b, arXiv:2508.10925; how it was balanced is not published: the Switch loss stands in",
         router=_GPT_OSS,
         balance=BalanceConfig(loss="switch", weight=0.01),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from handful.cli.shared import Json, config_of, open_screen, print_json
+from handful.cli.shared import Json, config_of, open_screen, precision_of, print_json
 
 EXAMPLE = "handful cost mixtral --context 8192 --ranks 8"
 
@@ -17,7 +17,7 @@ def run(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence. Default: the model's own.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Devices that the experts are spread over.")] = 1,
     dtype: Annotated[
-        str, typer.Option(help="Of weights, cache and what is sent; int8, int4 and mxfp4 are of weights alone.")
+        str, typer.Option(help="Of weights, cache and what is sent; int8, int4, mxfp4 and fp8 are of weights alone.")
     ] = "bfloat16",
     as_json: Json = False,
 ) -> None:
@@ -27,7 +27,9 @@ def run(
     from handful.count import Counted
 
     config, notes = config_of(model)
-    result = price(config, context=context, ranks=ranks, dtype=dtype)
+    published, unknown = precision_of(model)
+    result = price(config, context=context, ranks=ranks, dtype=dtype, published=published)
+    notes += unknown
     for note in notes:
         open_screen().print(note, style="dim")
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from handful.cli.shared import Json, config_of, open_screen, print_json
+from handful.cli.shared import Json, config_of, open_screen, precision_of, print_json
 
 EXAMPLE = "handful plan qwen3 --quant int4 --memory 8GB"
 
@@ -45,7 +45,11 @@ def run(
     if recording is not None:
         check_recording(recording, config, str(trace))
     folder, there = _checkpoint_place(model)
-    download = 0 if there else price(config, context=1).weight_bytes
+    published, unknown = precision_of(model)
+    notes += unknown
+    priced = price(config, context=1, published=published).bytes
+    checkpoint = priced.weights if priced.published is None else priced.published
+    download = 0 if there else checkpoint
     machine = ceilings(folder, fresh=measure)
     formats = ("bfloat16", "int8", "int4") if quant is None else (quant,)
     plans = [

@@ -15,6 +15,7 @@ from handful.errors import ConfigError
 
 if TYPE_CHECKING:
     from handful.config import ModelConfig
+    from handful.cost import Precision
     from handful.count import Counted
     from handful.model import Decoder
 
@@ -46,6 +47,24 @@ def decoder_of(model: str | Path, dtype: str | None = None) -> Decoder:
     from handful.families.io import load_decoder
 
     return load_decoder(model, dtype=getattr(torch, dtype) if dtype else None)
+
+
+def precision_of(model: str) -> tuple[Precision | None, tuple[str, ...]]:
+    """How the checkpoint that a name stands for stores its weights, None where that is not known; and what to say."""
+    from handful.cost import PACKED, Precision
+    from handful.presets import PRESETS
+
+    found: Precision | None
+    if model in PRESETS:
+        known = PRESETS[model]
+        found = None if known.model is None else PACKED.get(known.published) or Precision(name=known.published)
+    else:
+        from handful.families.io import find_precision  # by way of torch, which a preset's price does not need
+
+        found = find_precision(model)
+    if found is not None and not found.known:
+        return None, (f"stored by {found.name}, which is not known here: nor is the size of the checkpoint",)
+    return found, (f"published in {found.name}",) if found is not None and found.parts else ()
 
 
 def config_of(model: str) -> tuple[ModelConfig | Counted, tuple[str, ...]]:

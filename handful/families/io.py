@@ -11,12 +11,14 @@ from torch import Tensor
 
 from handful import checkpoint
 from handful.config import MOST_LAYERS, EncoderDecoderConfig, ModelConfig
+from handful.cost import Precision
 from handful.count import Counted
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts.quantized import PackedWeight
 from handful.families import config_from_hf, config_to_hf, switch_transformers, tensors_from_hf, tensors_to_hf
 from handful.families.fill import Progress, fill
+from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
 from handful.model import Decoder
 from handful.quantize import check_format
@@ -70,6 +72,13 @@ def find_config(model: str | Path) -> ModelConfig | EncoderDecoderConfig | Count
     path = Path(model)
     file = path if path.is_file() else find_folder(model, only="config.json") / "config.json"
     return count_from_hf(_read_config(file))
+
+
+def find_precision(model: str | Path) -> Precision | None:
+    """How the checkpoint that `find_config` reads of stores its weights; None where its config.json does not say."""
+    path = Path(model)
+    file = path if path.is_file() else find_folder(model, only="config.json") / "config.json"
+    return precision_from_hf(_read_config(file))
 
 
 def find_tokenizer(folder: Path, model: Decoder | EncoderDecoder) -> Tokenizer | None:
