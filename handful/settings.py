@@ -4,7 +4,7 @@
     balance = "loss-free"       # replaces the preset's
 
     [data]
-    source = "texts/*.txt"      # vocab = 4096, or tokenizer = "path"
+    source = "texts/*.txt"      # column = "body"; vocab = 4096, or tokenizer = "path"
 
     [model]                     # ModelConfig's fields, over the small model's; [model.router] replaces the router
     width = 128
@@ -39,7 +39,7 @@ Only = Literal["all", "experts", "routers"]  # what is trained; shared experts a
 BALANCE_WEIGHT = 0.01
 BIAS_RATE = 0.001  # u in the loss-free paper's experiments
 SECTIONS = {"router", "balance", "data", "model", "train"}
-DATA_KEYS: dict[str, type] = {"source": str, "tokenizer": str, "vocab": int}
+DATA_KEYS: dict[str, type] = {"source": str, "column": str, "tokenizer": str, "vocab": int}
 START_LR = 3e-4  # going on from a trained model: a tenth of a new one's
 # The presets whose balance a public family was trained with; DeepSeek-V2's is near DeepSeekMoE's.
 FAMILY_PRESETS = {
@@ -153,7 +153,11 @@ def training_settings(
         raise ConfigError(f"{file}: balance, train.balance: give one of them")
     trained = _only(only or "all")
     if start is not None:
-        own = [*model, *(["router"] if router or "router" in written else []), *sorted(origin.keys() - {"source"})]
+        own = [
+            *model,
+            *(["router"] if router or "router" in written else []),
+            *sorted(origin.keys() - {"source", "column"}),
+        ]
         if own:
             raise ConfigError(f"{own[0]}: the model that --from names has its own")
         kind = _typed("balance", balance or written.get("balance", ""), str)

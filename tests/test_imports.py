@@ -22,7 +22,20 @@ PACKAGE = Path(handful.__file__).parent
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
     ["errors", "units", "config", "presets", "machine"],
-    ["routing", "shapes", "loss", "count", "cost", "checkpoint", "text", "documents", "data", "quantize"],
+    [
+        "routing",
+        "shapes",
+        "loss",
+        "count",
+        "cost",
+        "checkpoint",
+        "text",
+        "formats",
+        "hub_rows",
+        "documents",
+        "data",
+        "quantize",
+    ],
     ["experts", "balance", "observe", "placement"],
     ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate"],
     ["families", "memory", "upcycle", "transformers"],

@@ -232,7 +232,7 @@ def test_other_balances_leave_the_router_alone(tmp_path: Path) -> None:
         ("[optimizer]\nlr = 1", "optimizer: no such setting; there are balance, data, model, router, train"),
         ("data = 'x.txt'", "data = 'x.txt': a table of settings"),
         ("train = [1]", "train = [1]: a table of settings"),
-        ("[data]\nsauce = 'x'", "data.sauce: no such setting; there are source, tokenizer, vocab"),
+        ("[data]\nsauce = 'x'", "data.sauce: no such setting; there are source, column, tokenizer, vocab"),
         ("[data]\nvocab = 'many'", "data.vocab = 'many': of type int"),
         ("[data]\nvocab = true", "data.vocab = True: of type int"),
         ("[data]\nsource = 3", "data.source = 3: of type str"),
