@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from handful.cost import Cost
+from handful.finding import balance_of, experts_of, late_routing, mixtures_of
 from handful.units import si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
@@ -33,9 +36,15 @@ __all__ = [
     "facts",
     "plan_line",
     "plan_tables",
+    "show",
     "upcycle_table",
     "verification_table",
 ]
+
+
+LONG_WORD = 16  # letters: a word of a table that is longer, such as a path, may be cut in two
+WIDE = 10_000  # columns: a terminal that sets no limit
+SILENCE = 60.0  # seconds after which a log is told that the work goes on
 
 
 def duration(seconds: float) -> str:
@@ -47,6 +56,73 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def show(*tables: Table) -> None:
+    """Print tables on stdout. One that is wider than the terminal is taken apart: into groups of its columns, or into
+    lines. A number is never cut."""
+    console = Console()
+    for table in tables:
+        for column in table.columns:
+            lines = [line for cell in (column.header, *column.cells) for line in _text(cell).plain.splitlines()]
+            # Numbers stay whole; words may go on in the next line, and a long one is folded.
+            whole = column.justify == "right" or column.no_wrap
+            words = lines if whole else [word[:LONG_WORD] for line in lines for word in line.split()]
+            column.min_width = max(map(cell_len, words), default=1)
+            column.overflow = "fold"
+
+        def fits(part: Table) -> bool:
+            return console.measure(part, options=console.options.update(width=WIDE)).minimum <= console.width
+
+        if fits(table):
+            console.print(table)
+            continue
+        names, *others = table.columns
+        named = table.show_header and not _text(names.header).plain
+        if named and all(fits(_part(table, [names, column])) for column in others):
+            while others:
+                count = len(others)
+                while not fits(_part(table, [names, *others[:count]])):
+                    count -= 1
+                console.print(_part(table, [names, *others[:count]]))
+                others = others[count:]
+            continue
+        for line in _lines(table):
+            console.print(line, markup=False, highlight=False, overflow="fold")
+
+
+def _part(table: Table, columns: Sequence[Column]) -> Table:
+    """A table of some of another's columns."""
+    made = Table(title=table.title, title_justify=table.title_justify, box=table.box, padding=table.padding)
+    made.columns = [replace(column, _index=place) for place, column in enumerate(columns)]
+    made.rows = list(table.rows)
+    return made
+
+
+def _lines(table: Table) -> list[Text]:
+    """A table as lines. Rows that have names are told column by column; others row by row, under their headings."""
+    title = _text(table.title)
+    lines = [title, Text()] if title.plain else []
+    headings = [_text(column.header) for column in table.columns]
+    cells = [[_text(cell) for cell in column.cells] for column in table.columns]
+    if not table.show_header:  # names and values
+        for name, value in zip(*cells, strict=True):
+            lines += [name, Text("  ").append_text(value)]
+        return lines
+    if headings[0].plain:
+        parts = [(Text(), list(zip(headings, row, strict=True))) for row in zip(*cells, strict=True)]
+    else:
+        others = zip(headings[1:], cells[1:], strict=True)
+        parts = [(head, list(zip(cells[0], rest, strict=True))) for head, rest in others]
+    for head, pairs in parts:
+        lines += [head] if head.plain else []
+        lines += [Text.assemble("  ", (name.plain, "dim"), "  ", value) for name, value in pairs if value.plain]
+        lines.append(Text())
+    return lines[:-1]
+
+
+def _text(value: Any) -> Text:
+    return value.copy() if isinstance(value, Text) else Text.from_markup(str(value or ""))
 
 
 class _State(ProgressColumn):
@@ -65,7 +141,8 @@ class _State(ProgressColumn):
 class RunProgress:
     """A progress bar per training run, fed with its events. Warnings are printed above the bars.
 
-    Where the console is no terminal (a log file, a pipe) it prints a line at each evaluation instead.
+    Where the console is no terminal (a log file, a pipe) it prints a line at each evaluation instead, and one where a
+    minute has gone by without.
     """
 
     def __init__(self, console: Console) -> None:
@@ -79,6 +156,7 @@ class RunProgress:
         )
         self._tasks: dict[str, Any] = {}
         self._total: dict[str, int] = {}
+        self._told = time.monotonic()
 
     def __enter__(self) -> RunProgress:
         if self.live:
@@ -113,10 +191,13 @@ class RunProgress:
                 rate=event["tokens_per_second"],
                 left=event["seconds"] / done * (total - done),
             )
+        elif kind == "step" and time.monotonic() - self._told > SILENCE:
+            self._say(
+                f"{self._where(run, event)}, loss {event['loss']:.3f}, {event['tokens_per_second']:,.0f} tokens/s"
+            )
         elif kind == "eval" and not self.live:
             self._say(
-                f"{run}: step {event['step']} of {self._total[run]}, {duration(event['seconds'])}, "
-                f"held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
+                f"{self._where(run, event)}, held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
             )
         elif kind == "warning":
             self._say(f"warning: {run}, step {event['step']}: {event['message']}", "yellow")
@@ -126,8 +207,12 @@ class RunProgress:
                 self._tasks[run], completed=self._total[run], note=f"{note}  {duration(event['seconds'])}"
             )
 
+    def _where(self, run: str, event: Mapping[str, Any]) -> str:
+        return f"{run}: step {event['step']} of {self._total[run]}, {duration(event['seconds'])}"
+
     def _say(self, line: str, style: str = "") -> None:
         """A line as it is: names and paths may hold what rich would take for markup, and are not to be cut."""
+        self._told = time.monotonic()
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -227,39 +312,62 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
     table = Table(title=Text(document["title"]), title_justify="left")
     table.add_column("")
     for team in teams:
-        table.add_column(Text(team["label"]), justify="right")
+        table.add_column(Text(team["label"].replace(" · ", "\n")), justify="right", no_wrap=True)
 
     def spread(value: Mapping[str, Any], digits: int) -> str:
         if len(value["values"]) < 2:
             return f"{value['mean']:.{digits}f}"
-        return f"{value['mean']:.{digits}f} (spread {value['spread']:.{digits}f})"
+        return f"{value['mean']:.{digits}f}\nspread {value['spread']:.{digits}f}"
 
-    def reached(team: Mapping[str, Any], axis: str, show: Any) -> str:
-        return show(team["reached"][axis]) if team["reached"] else "not reached"
+    def reached(team: Mapping[str, Any], axis: str, shown: Any) -> str:
+        if not team["reached"]:
+            return "not reached"
+        return f"{'≤ ' if team['reached'].get('at_most') else ''}{shown(team['reached'][axis])}"
 
-    def decoding(team: Mapping[str, Any]) -> str:
-        rate = team["decode_tokens_per_second"]
-        return f"{rate:,.0f}" if rate is not None else "not measured"
+    def speed(rate: float | None, span: Sequence[float] | None) -> str:
+        if rate is None:
+            return "not measured"
+        return f"{rate:,.0f}" + (f"\n{span[0]:,.0f}–{span[1]:,.0f}" if span else "")
 
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, Any]] = []
+    several = len(mixtures_of(document)) > 1
+    if several:
+        rows += [
+            ("experts", lambda t: experts_of(t) or ""),
+            ("balance", lambda t: (balance_of(t) or "").replace(", ", "\n")),
+            ("", None),
+        ]
+    rows += [
         ("total parameters", lambda t: si(t["parameters"]["total"])),
         ("active parameters", lambda t: si(t["parameters"]["active"])),
         ("training FLOPs a token", lambda t: si(t["train_flops_per_token"])),
         ("weight memory", lambda t: size(t["weight_bytes"])),
+        ("", None),
         ("held-out loss, nats a token", lambda t: spread(t["heldout_loss"], 4)),
         ("held-out bits a byte", lambda t: spread(t["bits_per_byte"], 4)),
-        ("training tokens/s", lambda t: f"{t['train_tokens_per_second']:,.0f}"),
-        ("decode tokens/s", decoding),
+        ("", None),
+        ("training tokens/s", lambda t: speed(t["train_tokens_per_second"], t["train_range"])),
+        ("decode tokens/s", lambda t: speed(t["decode_tokens_per_second"], t["decode_range"])),
         ("training time", lambda t: duration(t["train_seconds"])),
     ]
+    if several:
+
+        def late(name: str) -> Any:
+            return lambda t: "" if late_routing(t, name) is None else f"{late_routing(t, name):.2f}"
+
+        rows += [("", None), ("MaxVio at the end", late("max_vio")), ("dead experts at the end", late("dead"))]
     if any(team["name"] == "dense-active" for team in teams):
         rows += [
+            ("", None),
             ("the small dense loss after: tokens", lambda t: reached(t, "tokens", si)),
             ("FLOPs", lambda t: reached(t, "flops", si)),
             ("training time", lambda t: reached(t, "seconds", duration)),
         ]
-    for i, (name, show) in enumerate(rows):
-        table.add_row(name, *(show(team) for team in teams), end_section=i in (3, 5, 8))
+    for name, shown in rows:
+        if shown is None:
+            table.add_section()
+        else:
+            table.add_row(name, *(shown(team) for team in teams))
     return table
 
 

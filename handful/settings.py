@@ -29,7 +29,7 @@ from handful.data import Data, load_data
 from handful.errors import ConfigError
 from handful.families import config_from_hf
 from handful.families.io import find_folder
-from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, preset, small_model, small_training
+from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, evaluate_every, preset, small_model, small_training
 from handful.runs import read_asked
 
 __all__ = ["Asked", "Only", "balance_like", "balance_of", "resumed_settings", "training_settings"]
@@ -37,6 +37,7 @@ __all__ = ["Asked", "Only", "balance_like", "balance_of", "resumed_settings", "t
 Only = Literal["all", "experts", "routers"]  # what is trained; shared experts are experts
 
 BALANCE_WEIGHT = 0.01
+BALANCES = ("none", "switch", "global", "sequence", "gshard", "loss-free")
 BIAS_RATE = 0.001  # u in the loss-free paper's experiments
 SECTIONS = {"router", "balance", "data", "model", "train"}
 DATA_KEYS: dict[str, type] = {"source": str, "column": str, "tokenizer": str, "vocab": int}
@@ -55,6 +56,7 @@ class Asked:
 
     start   the checkpoint folder of the model to go on from; None for a new model, and for a run that is resumed.
     only    what is trained.
+    said    the training settings that were given by name; the others are defaults.
     """
 
     origin: Mapping[str, Any]
@@ -62,6 +64,7 @@ class Asked:
     train: TrainConfig
     start: Path | None = None
     only: Only = "all"
+    said: frozenset[str] = frozenset()
 
     def load_data(self, progress: Callable[[str], None] | None = None) -> Data:
         """The text and its tokens."""
@@ -70,7 +73,9 @@ class Asked:
 
 
 def balance_of(kind: str, like: Preset | None) -> BalanceConfig:
-    """The balance of a name: a loss at the preset's weight or 0.01, "loss-free" or "none"."""
+    """The balance of a name: a loss at the preset's weight or 0.01, "loss-free" or "none". ConfigError lists them."""
+    if kind not in BALANCES:
+        raise ConfigError(f"balance = {kind!r}: one of {', '.join(BALANCES)}")
     if kind == "loss-free":
         return BalanceConfig(bias_rate=BIAS_RATE)
     if kind == "none":
@@ -171,7 +176,7 @@ def training_settings(
     context = max(settings.context, _typed("model.context", model.get("context", 0), int))
     return Asked(
         origin=origin, model=lambda vocab: _model(vocab, {**model, "context": context}, like, dense, needs_bias),
-        train=settings, only=trained,
+        train=settings, only=trained, said=frozenset(train),
     )  # fmt: skip
 
 
@@ -207,6 +212,8 @@ def _laid_over(base: TrainConfig, values: dict[str, Any], dense: bool) -> TrainC
     settings = from_dict(TrainConfig, to_dict(base) | values)
     if tokens is not None:
         settings = replace(settings, steps=max(1, tokens // settings.tokens_per_step))
+    if "eval_every" not in values:
+        settings = replace(settings, eval_every=evaluate_every(settings.steps))
     if dense and settings.balance != BalanceConfig():
         raise ConfigError("train.balance: a dense model (router = 'none') has nothing to balance")
     return settings

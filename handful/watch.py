@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handful.config import ModelConfig
+from handful.config import ModelConfig, TrainConfig
 from handful.observe import collapsed, stats
 
 __all__ = ["CollapseWatch", "Event", "Sink", "routing_event", "tensorboard"]
@@ -34,16 +34,19 @@ def routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: i
 class CollapseWatch:
     """Says of a layer that its routing has collapsed, once each time, when it has been so for three routing events.
 
-    The first steps of a run often look collapsed until the balance takes hold.
+    Those of the warm-up do not count: the first steps often look collapsed until the balance takes hold.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, settings: TrainConfig) -> None:
+        self.warm = settings.warmup * settings.steps
         self.top_k = config.router.top_k if config.router else 0
         self.in_a_row = {i: 0 for i in range(config.layers) if config.is_moe(i)}
 
     def see(self, routing: Event) -> list[Event]:
         """The warnings that a routing event calls for."""
-        found = []
+        found: list[Event] = []
+        if routing["step"] <= self.warm:
+            return found
         for layer, load_E in zip(self.in_a_row, routing["load"], strict=True):
             why = collapsed(torch.tensor(load_E), self.top_k)
             self.in_a_row[layer] = self.in_a_row[layer] + 1 if why else 0
@@ -55,15 +58,25 @@ class CollapseWatch:
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[Sink]:
-    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not."""
+    """A sink that writes RUN/tensorboard where the package tensorboard is installed, and does nothing where not, nor
+    after it could not write: curves to look at are worth no training."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         yield lambda event: None
         return
     writer: SummaryWriter | None = None
+    broken = False
 
     def sink(event: Event) -> None:
+        nonlocal broken
+        if not broken:
+            try:
+                put(event)
+            except (OSError, ValueError):  # no room; or a path that is no text
+                broken = True
+
+    def put(event: Event) -> None:
         nonlocal writer
         # Made at the first event: a run that is refused leaves nothing behind.
         writer = writer or SummaryWriter(str(folder / "tensorboard"))
@@ -80,5 +93,5 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
     try:
         yield sink
     finally:
-        if writer is not None:
+        if writer is not None and not broken:
             writer.close()

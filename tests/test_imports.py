@@ -21,7 +21,7 @@ PACKAGE = Path(handful.__file__).parent
 
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
-    ["errors", "units", "config", "presets", "machine"],
+    ["errors", "units", "config", "presets", "machine", "verdict"],
     [
         "routing",
         "shapes",
@@ -39,7 +39,20 @@ TIERS = [
     ["experts", "balance", "observe", "placement"],
     ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate"],
     ["families", "memory", "upcycle", "transformers"],
-    ["runs", "settings", "watch", "train", "sampling", "engine", "ceilings", "plan", "trace", "report", "verify"],
+    [
+        "runs",
+        "settings",
+        "watch",
+        "train",
+        "sampling",
+        "engine",
+        "ceilings",
+        "plan",
+        "trace",
+        "finding",
+        "report",
+        "verify",
+    ],
     ["compare", "server"],
     ["console", "cli"],
     ["__main__"],

@@ -6,6 +6,8 @@ that needs it, when it runs.
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 from typing import Annotated
 
@@ -29,6 +31,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+PLAIN = {
+    "·": "-", "–": "-", "—": "-", "−": "-", "×": "x", "≤": "<=", "…": "...", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "•": "*", "→": "->", "←": "<-", "½": "1/2", "²": "2", "³": "3",
+}  # fmt: skip
+
 # In the order of the help.
 VERBS = {
     "compare": compare,
@@ -44,6 +51,10 @@ VERBS = {
 
 def main() -> None:
     """Run the command line. A user's mistake is one line and exit status 1 (2 for wrong usage); Ctrl-C is 130."""
+    codecs.register_error("handful", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="handful")
     try:
         app()
     except HandfulError as error:
@@ -51,6 +62,16 @@ def main() -> None:
             raise
         open_screen().print(Text.assemble(("error", "red"), f" {error}"))
         sys.exit(1)
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What a terminal's encoding cannot say, said as well as it can: a path's own bytes, or plain characters."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    if all("\udc80" <= character <= "\udcff" for character in text):  # how Python holds bytes that are no text
+        return text.encode(error.encoding, "surrogateescape"), error.end
+    return "".join(PLAIN.get(character, "?") for character in text), error.end
 
 
 def _version(asked: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from handful.cli.shared import Json, config_of, open_screen, print_json
 
@@ -22,7 +21,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, bytes and traffic of a model, from its config alone."""
-    from handful.console import cost_tables
+    from handful.console import cost_tables, show
     from handful.cost import cost as price
     from handful.count import Counted
 
@@ -37,5 +36,4 @@ def run(
             about = {"runs": not config.lacks, **{name: getattr(config, name) for name in names}}
         print_json({"model": model, "note": "; ".join(notes) or None, "counted": about, **result.to_dict()})
         return
-    for table in cost_tables(model, result):
-        Console().print(table)
+    show(*cost_tables(model, result))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.console import Console
 
 from handful.cli.shared import DataOption, Json, decoder_of, open_screen, print_json
 from handful.errors import ConfigError
@@ -38,7 +37,7 @@ def run(
     """Make an MoE from a dense model."""
     from dataclasses import asdict
 
-    from handful.console import upcycle_table
+    from handful.console import show, upcycle_table
     from handful.data import Batches, load_data
     from handful.families.io import find_folder, save
     from handful.upcycle import report, upcycle
@@ -57,13 +56,13 @@ def run(
     if text is not None and method == "split":
         sample_BS, _ = Batches(text.train, batch=max(1, fit_tokens // context), context=context, seed=seed).at(0)
 
-    def show(done: int, total: int) -> None:
+    def follow(done: int, total: int) -> None:
         if 10 * done // total > 10 * (done - 1) // total:
             screen.print(f"{method}: {done} of {total} layers")
 
     made = upcycle(
         model, cast("Method", method), experts=experts, top_k=top_k, slices=slices, noise=noise,
-        partition=cast("Partition | None", partition), text_BS=sample_BS, seed=seed, progress=show,
+        partition=cast("Partition | None", partition), text_BS=sample_BS, seed=seed, progress=follow,
     )  # fmt: skip
     if eval_tokens:
         screen.print("evaluating both")
@@ -72,6 +71,6 @@ def run(
     if as_json:
         print_json({"dense": dense, "out": str(out), "method": method, **asdict(found)})
     else:
-        Console().print(upcycle_table(str(out), found))
+        show(upcycle_table(str(out), found))
     if found.why_not_public:
         screen.print(f"written as Handful's own: {found.why_not_public}")

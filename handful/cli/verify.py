@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from handful.cli.shared import Json, open_screen, print_json
 
@@ -19,7 +18,7 @@ def run(
     """Prove on this computer that every experts backend computes what the plain loop does in float64."""
     from rich.progress import Progress
 
-    from handful.console import verification_table
+    from handful.console import show, verification_table
     from handful.verify.run import verify
 
     screen = open_screen()
@@ -27,19 +26,19 @@ def run(
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("verify", total=None)
 
-        def show(done: int, total: int, what: str) -> None:
+        def follow(done: int, total: int, what: str) -> None:
             nonlocal examined
             bar.update(task, completed=done, total=total, description=what)
             if what != examined and not screen.is_terminal:
                 screen.print(f"{done} of {total}: {what}")
             examined = what
 
-        found = verify(seed, progress=show)
+        found = verify(seed, progress=follow)
 
     if as_json:
         print_json(found.to_dict())
     else:
-        Console().print(verification_table(found))
+        show(verification_table(found))
     for row in found.rows:
         more = len(row.failures) - 3
         for failure in (*row.failures[:3], *([f"and {more} more failures; --json tells all"] if more > 0 else [])):
