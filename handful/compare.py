@@ -253,7 +253,7 @@ def _run(team: Team, seed: int, data: Data, folder: Path, device: str, stop: Cal
 def _row(team: Team, runs: list[list[Event]]) -> dict[str, Any]:
     """A team's part of the document: its runs' own, put together over the seeds."""
     each = [report.from_events(events)["teams"][0] for events in runs]
-    ranges = [run["train_range"] for run in each]
+    ranges = [run["train_range"] for run in each if run["train_range"]]  # a run of one step has none
     return {
         **each[0],
         "name": team.name,
@@ -261,7 +261,7 @@ def _row(team: Team, runs: list[list[Event]]) -> dict[str, Any]:
         "heldout_loss": _spread([run["heldout_loss"]["mean"] for run in each]),
         "bits_per_byte": _spread([run["bits_per_byte"]["mean"] for run in each]),
         "train_tokens_per_second": statistics.median(run["train_tokens_per_second"] for run in each),
-        "train_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
+        "train_range": [min(low for low, _ in ranges), max(high for _, high in ranges)] if ranges else None,
         "train_seconds": statistics.mean(run["train_seconds"] for run in each),
         "curve": [
             {

@@ -15,7 +15,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from handful.cost import Cost
-from handful.finding import balance_of, experts_of, late_routing, mixtures_of
+from handful.finding import balance_of, describe_balance, experts_of, late_routing, mixtures_of
+from handful.presets import Preset
 from handful.units import si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
@@ -31,11 +32,14 @@ __all__ = [
     "RunProgress",
     "backend_table",
     "comparison_table",
+    "cost_sentence",
     "cost_tables",
     "duration",
     "facts",
     "plan_line",
     "plan_tables",
+    "presets_table",
+    "scores_table",
     "show",
     "upcycle_table",
     "verification_table",
@@ -44,6 +48,7 @@ __all__ = [
 
 LONG_WORD = 16  # letters: a word of a table that is longer, such as a path, may be cut in two
 WIDE = 10_000  # columns: a terminal that sets no limit
+MANY_FILES = 30  # rows of a table of files, at most
 SILENCE = 60.0  # seconds after which a log is told that the work goes on
 
 
@@ -69,6 +74,7 @@ def show(*tables: Table) -> None:
             whole = column.justify == "right" or column.no_wrap
             words = lines if whole else [word[:LONG_WORD] for line in lines for word in line.split()]
             column.min_width = max(map(cell_len, words), default=1)
+            column.no_wrap = whole
             column.overflow = "fold"
 
         def fits(part: Table) -> bool:
@@ -368,6 +374,60 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
             table.add_section()
         else:
             table.add_row(name, *(shown(team) for team in teams))
+    return table
+
+
+def cost_sentence(price: Cost) -> str:
+    """What people want to hear first: "computes like a 12.9 B dense model, holds like a 46.7 B one"."""
+
+    def billions(parameters: int) -> str:
+        return f"{parameters / 1e9:.3g} B" if parameters >= 9.995e8 else si(parameters, short=True)
+
+    if price.active == price.total:
+        return f"a dense model of {billions(price.total)} parameters: every token uses all of them"
+    return f"computes like a {billions(price.active)} dense model, holds like a {billions(price.total)} one"
+
+
+def scores_table(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What models make of files: nats a token and bits a byte, and of two how far they are apart."""
+    letters = "AB"[: len(models)] if len(models) > 1 else [""]
+    title = "\n".join(f"{letter}  {model}".strip() for letter, model in zip(letters, models, strict=True))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for letter in letters:
+        for what in ("nats a token", "bits a byte"):
+            table.add_column(f"{letter}\n{what}".strip(), justify="right")
+    if len(models) > 1:
+        table.add_column("B − A,\nbits a byte", justify="right")
+    shown = list(rows)
+    if len(shown) > MANY_FILES:  # the largest of them, in their order, and the last row, which is all of them
+        largest = sorted(shown[:-1], key=lambda row: -int(row["bytes"]))[: MANY_FILES - 1]
+        shown = [row for row in shown[:-1] if row in largest] + shown[-1:]
+    for row in shown:
+        cells = [f"{row['bytes']:,}"]
+        for found in row["models"]:
+            cells += [f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}"]
+        if row["difference"] is not None:
+            error = row["difference"]["error"]
+            spread = "" if error is None else f" ± {error:.4f}"
+            cells.append(f"{row['difference']['bits_per_byte']:+.4f}{spread}")
+        table.add_row(Text(row["file"]), *cells)
+    if len(shown) < len(rows):
+        table.caption = f"the largest of {len(rows) - 1:,} files; --json tells all"
+    return table
+
+
+def presets_table(presets: Mapping[str, Preset], prices: Mapping[str, Cost | None]) -> Table:
+    """The presets: who they are, how they choose, what keeps their experts busy."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("name", "experts", "balance", "parameters", "from"):
+        table.add_column(heading)
+    for name, preset in presets.items():
+        router, price = preset.router, prices[name]
+        size_of = "" if price is None else f"{si(price.total)}, {si(price.active)} active"
+        balance = describe_balance(vars(preset.balance))
+        table.add_row(name, f"{router.experts}, {router.top_k} a token", balance, size_of, Text(preset.source))
     return table
 
 

@@ -337,7 +337,8 @@ def cost(
     dtype     of weights, cache and traffic: "float32", "bfloat16" or "float16"; or how the weights are packed, "int8",
               "int4" or "mxfp4" (see `Bytes`).
 
-    ConfigError for a context or a number of ranks below 1, no context where the model has none, or another dtype.
+    ConfigError for a context or a number of ranks below 1, more ranks than a layer has experts, no context where the
+    model has none, or another dtype.
     """
     model = counted(model)
     context = model.context if context is None else context
@@ -347,6 +348,13 @@ def cost(
         raise ConfigError(f"context = {context}: at least 1")
     if ranks < 1:
         raise ConfigError(f"ranks = {ranks}: at least 1")
+    experts = 0 if model.router is None else model.router.experts
+    if ranks > max(1, experts):
+        raise ConfigError(
+            f"ranks = {ranks}: at most {experts}, the experts of a layer, for a rank without one has nothing to do"
+            if experts
+            else f"ranks = {ranks}: 1 for a model without experts"
+        )
     if dtype not in BYTES:
         raise ConfigError(f"dtype = {dtype!r}: one of {', '.join(BYTES)}")
     return Cost(

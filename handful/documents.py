@@ -24,7 +24,15 @@ from handful.errors import DataError, MissingExtraError
 from handful.formats import UnreadableError, texts
 from handful.hub_rows import rows_of
 
-__all__ = ["SMALLEST_SECTION", "content_hash", "left_out", "read_documents", "split_documents"]
+__all__ = [
+    "SMALLEST_SECTION",
+    "content_hash",
+    "heldout_of",
+    "left_out",
+    "read_documents",
+    "read_files",
+    "split_documents",
+]
 
 REASONS = 6  # that a message counts
 
@@ -40,11 +48,25 @@ def read_documents(source: str | None, column: str | None = None) -> tuple[str, 
 
     DataError where nothing is there, where no text is, and where more bytes are left out than are read.
     """
-    documents: list[bytes] = []
+    name, files, skipped = read_files(source, column)
+    return name, [document for _, documents in files for document in documents], skipped
+
+
+def heldout_of(source: str | None, column: str | None = None) -> list[tuple[str, list[bytes]]]:
+    """What a training on that source holds out, as `read_files` gives files."""
+    name, documents, _ = read_documents(source, column)
+    return [(f"held out of {name}", split_documents(documents)[1])]
+
+
+def read_files(
+    source: str | None, column: str | None = None
+) -> tuple[str, list[tuple[str, list[bytes]]], Counter[str]]:
+    """`read_documents`, file by file: (its path, its documents) of each that has some."""
+    files: list[tuple[str, list[bytes]]] = []
     skipped: Counter[str] = Counter()
     read = lost = 0  # bytes
 
-    def keep(text: bytes | str | None) -> bool:
+    def kept(text: bytes | str | None, documents: list[bytes]) -> bool:
         """Whether it is a document; white space is none, and no loss."""
         reason: str | None = None
         try:
@@ -63,9 +85,10 @@ def read_documents(source: str | None, column: str | None = None) -> tuple[str, 
         return reason is None or reason == "empty"
 
     if source is not None and source.startswith("hf:"):
+        name, rows = source, list[bytes]()
         for row in rows_of(source, column):
-            keep(row)
-        name = source
+            kept(row, rows)
+        files.append((name, rows))
     else:
         name, paths = _paths(source)
         for path in paths:
@@ -77,25 +100,28 @@ def read_documents(source: str | None, column: str | None = None) -> tuple[str, 
             except OSError:
                 skipped["unreadable"] += 1
                 continue
+            documents: list[bytes] = []
             try:
-                kept = [keep(text) for text in texts(path.name, content, column)]
+                found = [kept(text, documents) for text in texts(path.name, content, column)]
             except UnreadableError as error:
                 skipped[str(error)] += 1
                 lost += len(content)
                 continue
             except MissingExtraError as error:
                 raise MissingExtraError(error.package, f"data {str(path)!r}", extra=error.extra) from None
-            share = sum(kept) / max(1, len(kept))
+            files.append((str(path), documents))
+            share = sum(found) / max(1, len(found))
             read += round(share * len(content))
             lost += round((1 - share) * len(content))
-    if not documents:
+    files = [(file, documents) for file, documents in files if documents]
+    if not files:
         raise DataError(f"data {name!r}: no text: {left_out(skipped)}")
     if lost > read:
         raise DataError(
             f"data {name!r}: {lost:,} of {lost + read:,} bytes are not read: {left_out(skipped)}; name what is meant, "
             "by a pattern such as 'folder/**/*.txt', or its column by --column"
         )
-    return name, documents, skipped
+    return name, files, skipped
 
 
 def left_out(skipped: Counter[str]) -> str:

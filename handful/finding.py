@@ -11,7 +11,16 @@ from handful.config import ModelConfig, from_dict
 from handful.units import si
 from handful.verdict import CHANCE, Verdict, judge, tokens_per_expert_weight
 
-__all__ = ["balance_of", "experts_of", "finding", "finite", "late_routing", "loss_of", "mixtures_of"]
+__all__ = [
+    "balance_of",
+    "describe_balance",
+    "experts_of",
+    "finding",
+    "finite",
+    "late_routing",
+    "loss_of",
+    "mixtures_of",
+]
 
 Doc = Mapping[str, Any]
 
@@ -197,7 +206,11 @@ def balance_of(team: Doc) -> str | None:
     """What keeps a mixture's experts busy, in words: "switch 0.03", "none"."""
     if team["model"]["router"] is None:
         return None
-    balance = team["balance"]
+    return describe_balance(team["balance"])
+
+
+def describe_balance(balance: Doc) -> str:
+    """A BalanceConfig's values in words."""
     parts = [f"{balance['loss']} {balance['weight']:g}"] if balance["loss"] != "none" else []
     parts += [f"bias {balance['bias_rate']:g}"] if balance["bias_rate"] else []
     parts += [f"z {balance['z_weight']:g}"] if balance["z_weight"] else []

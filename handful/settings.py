@@ -30,9 +30,11 @@ from handful.errors import ConfigError
 from handful.families import config_from_hf
 from handful.families.io import find_folder
 from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, evaluate_every, preset, small_model, small_training
-from handful.runs import read_asked
+from handful.runs import read_asked, text_behind
 
-__all__ = ["Asked", "Only", "balance_like", "balance_of", "resumed_settings", "training_settings"]
+__all__ = [
+    "Asked", "Only", "balance_like", "balance_of", "check_asked", "resumed_settings", "training_settings",
+]  # fmt: skip
 
 Only = Literal["all", "experts", "routers"]  # what is trained; shared experts are experts
 
@@ -183,6 +185,8 @@ def training_settings(
 def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: str, only: Only) -> Asked:
     folder = find_folder(start)
     config = config_from_hf(checkpoint.read_json(folder / "config.json"))
+    if origin.get("source") is None:  # more of the text that it knows
+        origin = {**origin, **(text_behind(start, folder) or {})}
     if not (folder / "tokenizer.json").exists():
         raise ConfigError(f"from = {start!r}: it has no tokenizer.json, which the text is read by")
     balance = BalanceConfig() if only == "experts" else balance_like(start, folder, config)
@@ -191,10 +195,31 @@ def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: 
         balance = replace(asked, weight=balance.weight) if asked.weight and balance.weight else asked
     base = small_training(dtype="auto", lr=START_LR, balance=balance)
     base = replace(base, context=min(base.context, config.context))
+    train = _laid_over(base, values, config.router is None)
+    check_asked(config, train, only)
+    if train.context > config.context:
+        raise ConfigError(f"train.context = {train.context}: at most {config.context}, the model's")
     return Asked(
-        origin={**origin, "tokenizer": str(folder)}, model=lambda vocab: config,
-        train=_laid_over(base, values, config.router is None), start=folder, only=only,
+        origin={**origin, "tokenizer": str(folder)}, model=lambda vocab: config, train=train, start=folder, only=only,
     )  # fmt: skip
+
+
+def check_asked(config: ModelConfig, settings: TrainConfig, only: str) -> None:
+    """ConfigError for a model, a training and what is trained that do not go together, whatever the text."""
+    router, balance = config.router, settings.balance
+    if only not in get_args(Only):
+        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(Only))}")
+    if only != "all" and router is None:
+        raise ConfigError(f"only = {only!r}: 'all' for a dense model")
+    if only == "experts" and balance != BalanceConfig():
+        raise ConfigError("train.balance: none with only = 'experts', which leaves the routers as they are")
+    if only != "experts" and router is not None and router.top_k == 1 < router.experts and router.normalize:
+        raise ConfigError(
+            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
+            "the text reaches the router"
+        )
+    if balance.bias_rate and router is not None and not router.balance_bias:
+        raise ConfigError(f"train.balance.bias_rate = {balance.bias_rate}: needs model.router.balance_bias = true")
 
 
 def _train(values: dict[str, Any], like: Preset | None, balance: BalanceConfig | None, dense: bool) -> TrainConfig:

@@ -20,13 +20,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from handful.balance import balance_loss, step_load, update_bias, z_loss
-from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
+from handful.config import ModelConfig, TrainConfig, to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, bits_per_byte, heldout_batches
 from handful.errors import ConfigError, TrainingError
@@ -36,7 +36,7 @@ from handful.model import Decoder
 from handful.observe import dropped
 from handful.routing import Routing
 from handful.runs import Run
-from handful.settings import Only
+from handful.settings import Only, check_asked
 from handful.watch import CollapseWatch, Event, Sink, routing_event
 
 __all__ = ["Event", "interrupts", "lr_at", "pick_dtype", "train"]
@@ -175,20 +175,7 @@ def _check(
     # Public models have rows to spare; a model of ours has a row for each token.
     if config.vocab < has or (config.vocab > has and start is None and not resume):
         raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {has}")
-    if only not in get_args(Only):
-        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(Only))}")
-    router, balance = config.router, settings.balance
-    if only != "all" and router is None:
-        raise ConfigError(f"only = {only!r}: 'all' for a dense model")
-    if only == "experts" and balance != BalanceConfig():
-        raise ConfigError("train.balance: none with only = 'experts', which leaves the routers as they are")
-    if only != "experts" and router is not None and router.top_k == 1 < router.experts and router.normalize:
-        raise ConfigError(
-            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
-            "the text reaches the router"
-        )
-    if balance.bias_rate and router is not None and not router.balance_bias:
-        raise ConfigError(f"train.balance.bias_rate = {balance.bias_rate}: needs model.router.balance_bias = true")
+    check_asked(config, settings, only)
     if start is None:
         return
     if start.tokenizer is not None and start.tokenizer.fingerprint != data.tokenizer.fingerprint:

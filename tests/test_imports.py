@@ -37,7 +37,7 @@ TIERS = [
         "quantize",
     ],
     ["experts", "balance", "observe", "placement"],
-    ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate"],
+    ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate", "scores"],
     ["families", "memory", "upcycle", "transformers"],
     [
         "runs",

@@ -15,7 +15,7 @@ import typer
 from rich.text import Text
 
 from handful import __version__
-from handful.cli import compare, cost, doctor, generate, plan, train, upcycle, verify
+from handful.cli import compare, cost, doctor, eval, generate, plan, presets, train, upcycle, verify
 from handful.cli.shared import open_screen
 from handful.errors import HandfulError
 
@@ -25,7 +25,6 @@ app = typer.Typer(
     name="handful",
     help="Mixture-of-experts language models: build, train, compare, price and run them. Start with: handful compare",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,6 +41,8 @@ VERBS = {
     "train": train,
     "upcycle": upcycle,
     "generate": generate,
+    "eval": eval,
+    "presets": presets,
     "cost": cost,
     "plan": plan,
     "doctor": doctor,

@@ -21,7 +21,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, bytes and traffic of a model, from its config alone."""
-    from handful.console import cost_tables, show
+    from handful.console import cost_sentence, cost_tables, show
     from handful.cost import cost as price
     from handful.count import Counted
 
@@ -36,4 +36,5 @@ def run(
             about = {"runs": not config.lacks, **{name: getattr(config, name) for name in names}}
         print_json({"model": model, "note": "; ".join(notes) or None, "counted": about, **result.to_dict()})
         return
+    print(f"{model}: {cost_sentence(result)}")
     show(*cost_tables(model, result))
