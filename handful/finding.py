@@ -77,8 +77,8 @@ def _called(team: Doc) -> str:
     return fixed.get(team["name"], f"mixture {team['name']}")
 
 
-def _judge(team: Doc, other: Doc) -> Verdict:
-    """A team beside another: see `verdict.py`."""
+def _judge(team: Doc, other: Doc, fewest: float = math.inf) -> Verdict:
+    """A team beside another: see `verdict.py`. fewest: tokens for each weight of an expert that others were given."""
     points = {point["tokens"]: point["loss"] for point in other["curve"]}
     both = [
         (float(point["tokens"]), point["loss"], points[point["tokens"]])
@@ -88,7 +88,7 @@ def _judge(team: Doc, other: Doc) -> Verdict:
     return judge(
         team["heldout_loss"]["values"],
         other["heldout_loss"]["values"],
-        tokens_per_weight=min(_tokens_per_weight(team), _tokens_per_weight(other)),
+        tokens_per_weight=min(_tokens_per_weight(team), _tokens_per_weight(other), fewest),
         curves=both,
     )
 
@@ -127,24 +127,24 @@ def _ranking(small: Doc, mixtures: Sequence[Doc], seeds: int) -> list[str]:
     """Several mixtures, the lowest loss first, and what stands against it."""
     order = sorted(mixtures, key=lambda team: loss_of(team) or math.inf)
     best, second = order[:2]
-    listed = ", ".join(f"{team['name']} at {loss_of(team):.3f}" for team in order)
-    gap = _judge(best, second)
-    close = {
-        "level": f"the first two differ by {gap.lead:.3f}, which is within chance",
-        "too short": f"too short to judge: {' and '.join(gap.why)}",
-    }.get(gap.kind, f"the first leads by {gap.lead:.3f}")
-    found = _judge(best, small)
-    beside = {
-        "level": f"level with the small dense model at {loss_of(small):.3f}",
-        "too short": f"{_versus(found.lead)} the small dense model’s {loss_of(small):.3f}, but too short to judge",
-    }.get(found.kind, f"{_versus(found.lead)} the small dense model’s {loss_of(small):.3f}")
-    out = [
-        f"Held-out loss, nats per token: {listed}; {close}, and {best['name']} is {beside}; "
-        f"{_chance(small, *mixtures, seeds=seeds)}."
+    listed = ", ".join(f"{team['name']} {loss_of(team):.3f}" for team in order)
+    theirs = f"the small dense model’s {loss_of(small):.3f}"
+    # One mixture that was too short makes the order one that is.
+    fewest = min(map(_tokens_per_weight, mixtures))
+    gap, found = (_judge(best, other, fewest) for other in (second, small))
+    if gap.kind == "too short" or found.kind == "too short":
+        why = " and ".join(dict.fromkeys([*gap.why, *found.why]))
+        first = f"Too short to judge: {why}. Held-out loss so far, nats per token: {listed}, beside {theirs}"
+    else:
+        lead = "is level with" if gap.kind == "level" else f"leads by {gap.lead:.3f}, before"
+        beside = "level with" if found.kind == "level" else _versus(found.lead)
+        first = (
+            f"Held-out loss, nats per token: {listed}. {best['name']} {lead} {second['name']}, and is {beside} {theirs}"
+        )
+    return [
+        f"{first}; {_chance(small, *mixtures, seeds=seeds)}.",
+        f"The dense twins have the active and the total parameters of {mixtures[0]['name']}, the first.",
     ]
-    if found.kind == "too short" and found.why != gap.why:
-        out.append(f"{best['name']} beside the small dense model is too short to judge: {' and '.join(found.why)}.")
-    return [*out, f"The dense twins have the active and the total parameters of {mixtures[0]['name']}, the first."]
 
 
 def _overlap(one: Any, other: Any) -> bool:

@@ -156,7 +156,7 @@ def write(comparison: Doc, path: str | Path) -> Path:
 
 def _page(doc: Doc) -> str:
     web = resources.files("handful") / "web"
-    seeds = len(doc["seeds"])
+    seeds, found = len(doc["seeds"]), finding(doc)
     how = "Read across: each row is one measure" + (", with its ratio to the small dense model." if _base(doc) else ".")
     if len(mixtures_of(doc)) > 1 and _base(doc):
         how += f" The dense twins match {mixtures_of(doc)[0]['label']}."
@@ -165,7 +165,8 @@ def _page(doc: Doc) -> str:
     parts = {
         "title": escape(doc["title"]),
         "byline": escape(f"Handful {doc['handful']} · {doc['data']['name']} · {seeds} seed{'s' * (seeds > 1)}"),
-        "finding": escape(" ".join(finding(doc))),
+        "finding": escape(found[0]),
+        "more": escape(" ".join(found[1:])),
         "banners": "".join(map(_banners, doc["teams"])),
         "table_title": "Side by side" if len(doc["teams"]) > 1 else "In numbers",
         "table_how": escape(how),
@@ -295,7 +296,7 @@ def _table(doc: Doc) -> str:
         both = zip(texts, notes, strict=True)
         values = "".join(f"<td>{text}{f'<small>{note}</small>' if base else ''}</td>" for text, note in both)
         body += f'<tr><th scope="row">{measure} <span class="unit">{unit}</span></th>{values}</tr>'
-    style = "measures" if len(teams) > 1 else "measures one"
+    style = "measures" + {1: " one", 2: "", 3: ""}.get(len(teams), " many")
     return f'<table class="{style}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 

@@ -423,10 +423,16 @@ def test_several_mixtures_are_ranked(tmp_path: Path) -> None:
     doc = several()
     first, twins, reached, big, price = report.finding(doc)
     assert first == (
-        "Held-out loss, nats per token: free at 3.343, wide at 3.343, even at 3.393; the first two differ by 0.000, "
-        "which is within chance, and free is 0.170 lower than the small dense model’s 3.513; the spread over 2 seeds "
-        "is 0.004."
+        "Held-out loss, nats per token: free 3.343, wide 3.343, even 3.393. free is level with wide, and is 0.170 "
+        "lower than the small dense model’s 3.513; the spread over 2 seeds is 0.004."
     )
+    doc["teams"][3]["model"]["router"]["top_k"] = 1
+    assert report.finding(doc)[0] == (
+        "Too short to judge: an expert was trained on 5.2 tokens for each of its weights; about 8 are needed before "
+        "its lead can show. Held-out loss so far, nats per token: free 3.343, wide 3.343, even 3.393, beside the small "
+        "dense model’s 3.513; the spread over 2 seeds is 0.004."
+    )
+    doc = several()
     assert twins == "The dense twins have the active and the total parameters of even, the first."
     assert reached.startswith("The mixture even reached the small dense model’s final loss with 70%")
     assert "0.152 lower than the mixture even" in big
