@@ -162,6 +162,8 @@ def _page(doc: Doc) -> str:
         how += f" The dense twins match {mixtures_of(doc)[0]['label']}."
     if seeds > 1:
         how += f" Losses are means over {seeds} seeds; their spread is highest minus lowest."
+    if len(doc["teams"]) > 1:
+        how += " Speeds are this machine’s, from the slowest to the quickest while the teams took turns."
     parts = {
         "title": escape(doc["title"]),
         "byline": escape(f"Handful {doc['handful']} · {doc['data']['name']} · {seeds} seed{'s' * (seeds > 1)}"),
@@ -237,6 +239,7 @@ def _banners(team: Doc) -> str:
     return out
 
 
+_SPANS = {"Training": "train_range", "Decoding": "decode_range"}  # what a speed went up and down between
 _REACHED = "Reached the small dense model’s final loss after"
 # Group, measure, unit, and how to read the value from a team. {"mean", "spread"} values are losses; a text is itself.
 _MEASURES: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
@@ -285,11 +288,16 @@ def _table(doc: Doc) -> str:
         elif title == "Routing over the last fifth":
             texts, notes = ["—" if n is None else f"{n:.2f}" for n in numbers], [""] * len(cells)
         else:
-            unit, texts = _row(numbers, unit)
+            spans = [(team.get(_SPANS.get(measure, "")) or (None, None)) for team in teams]
+            unit, shown = _row([*numbers, *(low for low, _ in spans), *(high for _, high in spans)], unit)
+            texts, lows, highs = (shown[i * len(teams) : (i + 1) * len(teams)] for i in range(3))
             if title == _REACHED:
                 at_most = [bool((team["reached"] or {}).get("at_most")) for team in teams]
                 texts = [f"≤ {text}" if most else text for text, most in zip(texts, at_most, strict=True)]
             notes = [f"{n / first:.2f}×" if first and n is not None and n != first else "" for n in numbers]
+            if measure in _SPANS:
+                spread = [f"{a}–{b}" if a != "—" else "" for a, b in zip(lows, highs, strict=True)]
+                notes = [", ".join(filter(None, pair)) for pair in zip(notes, spread, strict=True)]
         if title != group:
             group = title
             body += f'<tr class="group"><th scope="rowgroup" colspan="{len(teams) + 1}">{title}</th></tr>'
