@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do no
 
 __all__ = [
     "LoadProgress",
+    "Pulse",
     "RunProgress",
     "backend_table",
     "comparison_table",
@@ -144,6 +145,22 @@ class _State(ProgressColumn):
         return Text(f"loss {fields['loss']:.3f}  {fields['rate']:>7,.0f} tokens/s{left}")
 
 
+class Pulse:
+    """Where nobody sees a bar (a log file, a pipe): a line where a minute has gone by without one."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._told = console, time.monotonic()
+
+    def told(self) -> None:
+        """Something else was printed."""
+        self._told = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if not self._console.is_terminal and time.monotonic() - self._told > SILENCE:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._told = time.monotonic()
+
+
 class RunProgress:
     """A progress bar per training run, fed with its events. Warnings are printed above the bars.
 
@@ -162,7 +179,7 @@ class RunProgress:
         )
         self._tasks: dict[str, Any] = {}
         self._total: dict[str, int] = {}
-        self._told = time.monotonic()
+        self._pulse = Pulse(console)
 
     def __enter__(self) -> RunProgress:
         if self.live:
@@ -197,10 +214,9 @@ class RunProgress:
                 rate=event["tokens_per_second"],
                 left=event["seconds"] / done * (total - done),
             )
-        elif kind == "step" and time.monotonic() - self._told > SILENCE:
-            self._say(
-                f"{self._where(run, event)}, loss {event['loss']:.3f}, {event['tokens_per_second']:,.0f} tokens/s"
-            )
+        elif kind == "step":
+            rate = f"{event['tokens_per_second']:,.0f} tokens/s"
+            self._pulse(f"{self._where(run, event)}, loss {event['loss']:.3f}, {rate}")
         elif kind == "eval" and not self.live:
             self._say(
                 f"{self._where(run, event)}, held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
@@ -218,18 +234,19 @@ class RunProgress:
 
     def _say(self, line: str, style: str = "") -> None:
         """A line as it is: names and paths may hold what rich would take for markup, and are not to be cut."""
-        self._told = time.monotonic()
+        self._pulse.told()
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class LoadProgress:
     """A bar while a model is loaded, fed with (bytes done, bytes in all): for `handful.load`'s `progress`.
 
-    Only in a terminal, and not before it has taken half a second.
+    In a terminal, and not before it has taken half a second; elsewhere a line a minute.
     """
 
     def __init__(self, console: Console) -> None:
         self._live = console.is_terminal
+        self._pulse = Pulse(console)
         self._began = time.monotonic()
         self._progress = Progress(
             TextColumn("loading"), BarColumn(bar_width=24), DownloadColumn(), console=console, transient=True
@@ -247,6 +264,7 @@ class LoadProgress:
         if self._live and time.monotonic() - self._began > 0.5:
             self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
+        self._pulse(f"loading: {size(done)} of {size(total)}")
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:

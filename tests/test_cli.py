@@ -424,7 +424,7 @@ def test_upcycle_says_what_it_is_written_as(handful: Call, at_home: Path, dense_
 
 def test_upcycle_mistakes(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "made"
-    assert mistake(handful("upcycle", "dense", "text")) == "out = 'text': exists; name another folder"
+    assert mistake(handful("upcycle", "dense", "text")) == "out = 'text': exists; name another folder as OUT"
     assert "holds no checkpoint" in mistake(handful("upcycle", "text", out))
 
     def last_line(*options: str) -> str:

@@ -92,6 +92,8 @@ def run(
         held = read_asked(begun)["train"]["steps"] if (begun / "run.json").exists() else None
         if held:
             screen.print(f"{out} was begun with {held} steps, and goes on with them")
+        if not held:
+            screen.print("timing a few steps of every team")
         steps = held or steps_within(entrants, text, minutes, seeds, where)
         entrants = _entrants(asked, text.tokenizer.vocab_size, steps=steps)
     interrupted = False

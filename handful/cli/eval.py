@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,7 @@ def run(
     """Loss and bits per byte of files under a model, or under two and which is better."""
     from rich.progress import Progress
 
-    from handful.console import LoadProgress, scores_table, show
+    from handful.console import LoadProgress, Pulse, scores_table, show
     from handful.documents import heldout_of, read_files
     from handful.families.io import find_folder, load
     from handful.model import Decoder
@@ -59,13 +60,18 @@ def run(
         loaded.append(found)
     context = context or min(2048, *(each.config.context for each in loaded))
     results: list[list[Scored]] = []
+    pulse = Pulse(screen)
+
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: pulse(f"{what}: {done:,} of {total:,} windows")
+
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("eval", total=len(names) * len(files))
         for name, each in zip(names, loaded, strict=True):
             results.append([])
             for file, documents in files:
                 bar.update(task, description=f"{name}: {file}")
-                results[-1].append(score(each, documents, context=context))
+                results[-1].append(score(each, documents, context=context, progress=told(f"{name}: {file}")))
                 bar.advance(task)
             if not screen.is_terminal:
                 screen.print(f"{name}: {len(files):,} files")

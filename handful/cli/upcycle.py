@@ -61,7 +61,7 @@ def run(
 
     screen = open_screen()
     if out.exists():
-        raise ConfigError(f"out = {str(out)!r}: exists; name another folder")
+        raise ConfigError(f"out = {str(out)!r}: exists; name another folder as OUT")
     where = device_of(device)
     folder = find_folder(dense)
     found_config = find_config(folder)
