@@ -1,6 +1,6 @@
 """A file to its texts: what a corpus is stored as, told by the file's name.
 
-    .jsonl .ndjson    a document a line, an object that has it in a column
+    .jsonl .ndjson    a document a line: an object that has it in a column, or a text
     .json             the same lines; or one list of such objects, or of texts; or an object that holds either
     .csv .tsv         a document a row, under the names in the first row
     .parquet          a document a row (pyarrow)
@@ -36,6 +36,7 @@ __all__ = ["UnreadableError", "choose_column", "is_json", "texts"]
 
 USUAL_COLUMNS = ("text", "content")
 SAMPLE = 100  # rows that are looked at to choose a column
+SEPARATORS = ",;\t|"  # of a table in text
 NAMED = 8  # columns that a message names at most
 
 
@@ -131,18 +132,18 @@ def _column(rows: Iterator[Mapping[str, Any] | str | None], column: str | None) 
 # Rows.
 
 
-def _lines(content: bytes, column: str | None) -> Iterator[Mapping[str, Any] | None]:
+def _lines(content: bytes, column: str | None) -> Iterator[Mapping[str, Any] | str | None]:
     for line in content.removeprefix(b"\xef\xbb\xbf").splitlines():
         if line.strip():
             yield _object(line)
 
 
-def _object(line: bytes) -> Mapping[str, Any] | None:
+def _object(line: bytes) -> Mapping[str, Any] | str | None:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict | str) else None
 
 
 def _json(content: bytes, column: str | None) -> Iterator[Mapping[str, Any] | str | None]:
@@ -177,8 +178,11 @@ def _separated(by: str) -> Callable[[bytes, str | None], Iterator[Mapping[str, A
     def rows(content: bytes, column: str | None) -> Iterator[Mapping[str, Any] | None]:
         csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's 128 KiB
         try:
-            table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=by)
-            yield from table
+            text = content.decode("utf-8-sig")
+            names = text.partition("\n")[0]
+            # Spreadsheets of half the world put semicolons into what they call .csv.
+            mark = max(by, *SEPARATORS, key=lambda each: (names.count(each), each == by))
+            yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
         except (UnicodeDecodeError, csv.Error):
             raise UnreadableError("damaged .csv" if by == "," else "damaged .tsv") from None
 

@@ -187,7 +187,9 @@ def test_an_interruption_is_130(handful: Call, monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("handful.cost"), "cost", pressed)  # `handful.cost` is the function
-    assert handful("cost", "mixtral").code == 130
+    result = handful("cost", "mixtral")
+    assert result.code == 130
+    assert result.err == "interrupted: nothing was begun that is kept; the same command starts anew\n"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ that needs it, when it runs.
 from __future__ import annotations
 
 import codecs
+import functools
 import io
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -91,5 +93,20 @@ def options(
     """Options of every verb."""
 
 
+def _interruptible(run: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose Ctrl-C is a line, which says what the next command does, and exit status 130."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            run(*args, **kwargs)
+        except KeyboardInterrupt as pressed:
+            said = str(pressed) or "nothing was begun that is kept; the same command starts anew"
+            open_screen().print(f"interrupted: {said}")
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
 for name, verb in VERBS.items():
-    app.command(name, epilog=f"Example: {verb.EXAMPLE}")(verb.run)
+    app.command(name, epilog=f"Example: {verb.EXAMPLE}")(_interruptible(verb.run))

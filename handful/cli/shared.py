@@ -31,6 +31,10 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1
 RouterOption = Annotated[str | None, typer.Option("--router", help="A published router, such as mixtral or olmoe.")]
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what the next command does."""
+
+
 def open_screen() -> Console:
     """Where people look. Text is shown as it is: paths may hold brackets, and a line is not to be cut."""
     return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from handful.cli.shared import (
     ColumnOption,
     DataOption,
     DeviceOption,
+    Interrupted,
     Json,
     RouterOption,
     command_line,
@@ -90,10 +91,14 @@ def run(
     text = asked.load_data(screen.print)
     model, settings = begin or asked.model(text.tokenizer.vocab_size), asked.train
     last: dict[str, Any] = {}
+    again = f"handful train --resume --out {shlex.quote(str(out))}"
     with RunProgress(screen) as progress, tensorboard(out) as sink:
-        for event in train(model, settings, text, out, only=asked.only, resume=resume, device=where, sinks=[sink]):
-            progress(out.name, event)
-            last = event
+        try:
+            for event in train(model, settings, text, out, only=asked.only, resume=resume, device=where, sinks=[sink]):
+                progress(out.name, event)
+                last = event
+        except KeyboardInterrupt:  # a second Ctrl-C does not wait for the step
+            raise Interrupted(f"this goes on from the last checkpoint: {again}" if out.exists() else "") from None
     page = report.write(
         report.from_events(runs.read_events(out), title=str(out), command=command_line()),
         out / "report.html",
@@ -116,7 +121,5 @@ def run(
             )
         )
     if interrupted:
-        screen.print(
-            f"interrupted at step {last['step']}; this goes on: handful train --resume --out {shlex.quote(str(out))}"
-        )
+        screen.print(f"interrupted at step {last['step']}; this goes on: {again}")
         raise typer.Exit(130)
