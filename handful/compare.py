@@ -28,7 +28,7 @@ from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
 from handful.cost import cost
 from handful.data import Data
 from handful.engine import Sampling, generate_tokens
-from handful.errors import ConfigError
+from handful.errors import ConfigError, TrainingError
 from handful.families.io import load_decoder
 from handful.machine import machine
 from handful.model import Decoder
@@ -228,15 +228,24 @@ def _take_turns(
             training[team.name] = (team, open_runs.enter_context(closing(stream)))
         while training:
             for team, stream in list(training.values()):
-                turn = max(1, team.settings.steps // TURNS)
-                for event in stream:
-                    if on_event:
-                        on_event(team, seed, event)
-                    turn -= event["event"] == "step"
-                    if not turn:
-                        break
-                else:
+                try:
+                    ended = _turn(team, seed, stream, on_event)
+                except TrainingError as error:
+                    raise TrainingError(f"{team.label}, seed {seed}: {error}") from None
+                if ended:
                     del training[team.name]
+
+
+def _turn(team: Team, seed: int, stream: Iterable[Event], on_event: OnEvent | None) -> bool:
+    """Some steps of a team; whether it has come to its end."""
+    left = max(1, team.settings.steps // TURNS)
+    for event in stream:
+        if on_event:
+            on_event(team, seed, event)
+        left -= event["event"] == "step"
+        if not left:
+            return False
+    return True
 
 
 def _run(team: Team, seed: int, data: Data, folder: Path, device: str, stop: Callable[[], bool]) -> Generator[Event]:

@@ -179,6 +179,7 @@ class RunProgress:
         )
         self._tasks: dict[str, Any] = {}
         self._total: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # when, and at which step
         self._pulse = Pulse(console)
 
     def __enter__(self) -> RunProgress:
@@ -199,6 +200,7 @@ class RunProgress:
         kind = event["event"]
         if kind == "start":
             self._total[run] = event["train"]["steps"]
+            self._began[run] = time.monotonic(), event.get("step", 0)
             if event["dtype_reason"] != "as asked":
                 self._say(f"{run}: {event['dtype']} ({event['dtype_reason']})", "dim")
             if self.live:
@@ -207,12 +209,15 @@ class RunProgress:
                 self._progress.update(self._tasks[run], total=self._total[run], note="")
         elif kind == "step" and self.live:
             done, total = event["step"], self._total[run]
+            # By the clock and not by its own seconds: runs may take turns.
+            began, before = self._began[run]
+            left = (time.monotonic() - began) / max(1, done - before) * (total - done)
             self._progress.update(
                 self._tasks[run],
                 completed=done,
                 loss=event["loss"],
                 rate=event["tokens_per_second"],
-                left=event["seconds"] / done * (total - done),
+                left=left,
             )
         elif kind == "step":
             rate = f"{event['tokens_per_second']:,.0f} tokens/s"

@@ -33,7 +33,7 @@ from handful.compare import (
 from handful.config import BalanceConfig, ModelConfig, to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, load_data
-from handful.errors import ConfigError
+from handful.errors import ConfigError, TrainingError
 from handful.families.io import load
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model, small_training
@@ -466,6 +466,15 @@ def test_turns_change_no_number(data: Data, two_seeds: tuple[dict[str, Any], Pat
     alone = list(module.train(moe(), dataclasses.replace(three()[1].settings, seed=1), data, tmp_path / "alone"))
     together = read_events(two_seeds[1] / "moe/seed-1")
     assert timeless(alone) == timeless(together)
+
+
+def test_a_team_that_diverges_is_named(data: Data, tmp_path: Path) -> None:
+    wild = three()
+    wild[1] = dataclasses.replace(wild[1], settings=dataclasses.replace(wild[1].settings, lr=1e30))
+    with pytest.raises(TrainingError, match=r"^Team 2 · mixture of experts, seed 0: step \d: "):
+        compare(data, wild, tmp_path / "out")
+    # The others keep what they have, and nobody holds their locks.
+    compare(data, [wild[0], wild[2]], tmp_path / "out")
 
 
 def several() -> list[Team]:

@@ -346,9 +346,12 @@ def test_a_terminal_gets_a_bar_per_run(events: list[Event]) -> None:
     assert "step 2 of 4" not in text
 
 
-def test_a_terminal_shows_loss_rate_and_time_left(events: list[Event]) -> None:
-    step = {"event": "step", "step": 1, "seconds": 20.0, "loss": 5.4321, "tokens_per_second": 12345.6}
-    text = fed("moe", [events[0], step], terminal=True)
+def test_a_terminal_shows_loss_rate_and_time_left(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"event": "step", "step": 1, "seconds": 5.0, "loss": 5.4321, "tokens_per_second": 12345.6}
+    clock = iter([0.0, 0.0, 20.0])  # 15 of the 20 seconds were another run's turn
+    with monkeypatch.context() as patch:
+        patch.setattr("handful.console.time.monotonic", lambda: next(clock, 20.0))
+        text = fed("moe", [events[0], step], terminal=True)
     assert "loss 5.432   12,346 tokens/s  1:00 left" in text  # three steps are to come
     assert "waiting" in fed("moe", [], terminal=True)
 

@@ -29,10 +29,11 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Loss and bits per byte of files under a model, or under two and which is better."""
+    from rich.markup import escape
     from rich.progress import Progress
 
     from handful.console import LoadProgress, Pulse, scores_table, show
-    from handful.documents import heldout_of, read_files
+    from handful.documents import heldout_of, left_out, read_files
     from handful.families.io import find_folder, load
     from handful.model import Decoder
     from handful.runs import text_behind
@@ -45,7 +46,12 @@ def run(
     where = device_of(device)
     names = [model] if other is None else [model, other]
     if text:
-        files = [file for source in text for file in read_files(source, column)[1]]
+        files = []
+        for source in text:
+            name, found_files, skipped = read_files(source, column)
+            files += found_files
+            if skipped:
+                screen.print(f"{name}: {left_out(skipped)}")
     else:
         behind = text_behind(model, find_folder(model))
         if behind is None:
@@ -70,7 +76,7 @@ def run(
         for name, each in zip(names, loaded, strict=True):
             results.append([])
             for file, documents in files:
-                bar.update(task, description=f"{name}: {file}")
+                bar.update(task, description=escape(f"{name}: {file}"))
                 results[-1].append(score(each, documents, context=context, progress=told(f"{name}: {file}")))
                 bar.advance(task)
             if not screen.is_terminal:
