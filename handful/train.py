@@ -266,9 +266,9 @@ def _events(job: _Job) -> Iterator[Event]:
             "bits_per_byte": bits_per_byte(loss, job.heldout_bytes),
         }
 
-    if settings.eval_every and not step and not any(event["event"] == "eval" for event in before):
-        yield held_out()  # where the curve begins
     with interrupts() if job.stop is None else nullcontext(job.stop) as interrupted:
+        if settings.eval_every and not step and not any(event["event"] == "eval" for event in before):
+            yield held_out()  # where the curve begins
         while step < settings.steps:
             began = time.perf_counter()
             done = stepper.step(step, *job.batches.at(step))

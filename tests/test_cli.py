@@ -229,6 +229,7 @@ def test_the_price_of_a_preset(handful: Call) -> None:
     assert found["total_parameters"]["incl_all_embeddings"] == 46_702_792_704  # Mixtral's published checkpoint
     result = handful("cost", "mixtral")
     assert result.code == 0
+    assert result.out.startswith("computes like a 12.9 B dense model, holds like a 46.7 B one\n")
     assert "46,702,792,704" in result.out
     assert result.err == f"{PRESETS['mixtral'].source}\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from handful.cli.shared import Json, config_of, open_screen, print_json
 
@@ -36,5 +37,5 @@ def run(
             about = {"runs": not config.lacks, **{name: getattr(config, name) for name in names}}
         print_json({"model": model, "note": "; ".join(notes) or None, "counted": about, **result.to_dict()})
         return
-    print(f"{model}: {cost_sentence(result)}")
+    Console().print(cost_sentence(result), highlight=False)
     show(*cost_tables(model, result))
