@@ -1,19 +1,22 @@
-"""The honest comparison: an MoE beside a dense model of its active size and one of its total size.
+"""The honest comparison: a mixture beside a dense model of its active size and one of its total size.
 
     Team 1  dense-active   a small dense model
     Team 2  moe            the small one's active parameters, the big one's total
     Team 3  dense-total    a dense model with as many parameters as the MoE holds
 
+There may be several mixtures: other routers, other balances. The twins are then those of the first one.
+
 All see the same tokens in the same order under the same optimizer and schedule, each at the learning rate that a sweep
-found best for it. What comes out is a plain document: one table for people, `compare.json` for programs, and
-`report.html` to look at.
+found best for its kind. They take turns, so that a busy minute of the computer falls on all of them. What comes out is
+a plain document: one table for people, `compare.json` for programs, and `report.html` to look at.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,14 @@ from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
 from handful.cost import cost
 from handful.data import Data
 from handful.engine import Sampling, generate_tokens
-from handful.errors import ConfigError
+from handful.errors import ConfigError, TrainingError
 from handful.families.io import load_decoder
 from handful.machine import machine
 from handful.model import Decoder
 from handful.runs import Run, read_events
-from handful.train import Event, train
+from handful.train import Event, interrupts, train
 
-__all__ = ["LABELS", "Team", "compare", "steps_within", "teams", "twins"]
+__all__ = ["LABELS", "Team", "compare", "line_up", "steps_within", "teams", "twins"]
 
 LABELS = {
     "dense-active": "Team 1 · small dense",
@@ -40,21 +43,22 @@ LABELS = {
     "dense-total": "Team 3 · big dense",
 }
 
-# Peak learning rates, swept equally for each team: `bench/lr_sweep.py` and its log.
+# Peak learning rates, swept equally for each kind of team: `bench/lr_sweep.py` and its log.
 LEARNING_RATES = {"dense-active": 0.016, "moe": 0.032, "dense-total": 0.016}
+TURNS = 50  # of each team in a run
+NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
+
+OnEvent = Callable[["Team", int, Event], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Team:
-    """One side of the comparison: its name, its shape and how it is trained."""
+    """One side of the comparison: its name (that of its folder), what people call it, its shape, how it is trained."""
 
     name: str
+    label: str
     model: ModelConfig
     settings: TrainConfig
-
-    @property
-    def label(self) -> str:
-        return LABELS[self.name]
 
 
 def twins(moe: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
@@ -79,24 +83,38 @@ def twins(moe: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
     return widened(price.active), widened(price.total)
 
 
-def teams(moe: ModelConfig, settings: TrainConfig, rates: dict[str, float] | None = None) -> list[Team]:
+def teams(moe: ModelConfig, settings: TrainConfig, rates: Mapping[str, float] | None = None) -> list[Team]:
     """The three teams, each with its learning rate (None: the swept ones)."""
-    active, total = twins(moe)
+    return line_up({"moe": (moe, settings)}, rates)
+
+
+def line_up(
+    mixtures: Mapping[str, tuple[ModelConfig, TrainConfig]], rates: Mapping[str, float] | None = None
+) -> list[Team]:
+    """The teams of a comparison of some mixtures, by their names: they stand between the twins of the first one.
+
+    rates   peak learning rates of "dense-active", "moe" (every mixture) and "dense-total". None: the swept ones.
+    """
     rates = rates or LEARNING_RATES
-    models = {"dense-active": active, "moe": moe, "dense-total": total}
+    moe, settings = next(iter(mixtures.values()))
+    active, total = twins(moe)
+    dense = replace(settings, balance=BalanceConfig())
+    sides = {"dense-active": (active, dense), **mixtures, "dense-total": (total, dense)}
+    if len(sides) != len(mixtures) + 2:
+        raise ConfigError("a mixture's name is none of a twin's: dense-active, dense-total")
+    called = {"dense-active": "small dense", "moe": "mixture of experts", "dense-total": "big dense"}
     return [
         Team(
             name=name,
+            label=f"Team {number} · {called.get(name, name)}",
             model=model,
-            settings=replace(
-                settings, lr=rates[name], balance=settings.balance if model.router is not None else BalanceConfig()
-            ),
+            settings=replace(of_side, lr=rates[name if name in rates else "moe"]),
         )
-        for name, model in models.items()
+        for number, (name, (model, of_side)) in enumerate(sides.items(), 1)
     ]
 
 
-def steps_within(entrants: Sequence[Team], data: Data, minutes: float, seeds: int) -> int:
+def steps_within(entrants: Sequence[Team], data: Data, minutes: float, seeds: int, device: str = "cpu") -> int:
     """How many steps of every team and seed fit into some minutes of training, by timing a few steps of each.
 
     KeyboardInterrupt after Ctrl-C.
@@ -104,7 +122,7 @@ def steps_within(entrants: Sequence[Team], data: Data, minutes: float, seeds: in
     seconds = 0.0
     for team in entrants:
         settings = replace(team.settings, steps=4, eval_every=0, eval_tokens=team.settings.context)
-        events = list(train(team.model, settings, data))
+        events = list(train(team.model, settings, data, device=device))
         if events[-1]["event"] == "interrupted":
             raise KeyboardInterrupt
         times = [event["seconds"] for event in events if event["event"] == "step"]
@@ -118,80 +136,133 @@ def compare(
     out: str | Path,
     *,
     seeds: int = 1,
+    device: str = "cpu",
     command: str = "",
-    on_event: Callable[[Team, int, Event], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
     """Train every team with every seed, write OUT/compare.json and OUT/report.html, and return the document.
 
-    A run that OUT already holds, finished or not, is gone on with; ConfigError if its settings are others. After
-    Ctrl-C the document has the runs that were finished; KeyboardInterrupt if no team was.
+    The teams of a seed take turns of some steps each, which changes none of their numbers. A run that OUT already
+    holds, finished or not, is gone on with; ConfigError if its settings are others, before anything is trained. After
+    Ctrl-C the document has the seeds that all teams have finished; KeyboardInterrupt if there is none.
     """
     if seeds < 1:
         raise ConfigError(f"seeds = {seeds}: at least 1")
     out = Path(out)
+    _check_out(out, entrants, seeds, data)
     runs: dict[str, list[list[Event]]] = {team.name: [] for team in entrants}
-    for seed in range(seeds):
-        for team in entrants:
-            events = _run(team, seed, data, out / team.name / f"seed-{seed}", on_event)
-            if events is None:
+    with interrupts() as stop:
+        for seed in range(seeds):
+            _take_turns(entrants, seed, data, out, device, stop, on_event)
+            if stop():
+                break
+    for team in entrants:
+        for seed in range(seeds):
+            events = read_events(_folder(out, team, seed))
+            if not any(event["event"] == "end" for event in events):
                 break
             runs[team.name].append(events)
-        else:
-            continue
-        break
-    finished = [team for team in entrants if runs[team.name]]
-    if not finished:
+    # A spread over other seeds would not compare.
+    common = min(map(len, runs.values()))
+    if not common:
         raise KeyboardInterrupt
-    # Every team counts the seeds that all finished teams have: a spread over other seeds would not compare.
-    common = min(len(runs[team.name]) for team in finished)
-    rows = [_row(team, runs[team.name][:common], out) for team in finished]
+    rows = [_row(team, runs[team.name][:common]) for team in entrants]
+    speeds = decode_speeds([load_decoder(_folder(out, team, 0)).to(device) for team in entrants])
+    for row, rates in zip(rows, speeds, strict=True):
+        row["decode_tokens_per_second"] = statistics.median(rates)
+        row["decode_range"] = [min(rates), max(rates)]
     baseline = next((row for row in rows if row["name"] == "dense-active"), None)
     for row in rows:
         row["reached"] = _reached(row["curve"], baseline["heldout_loss"]["mean"]) if baseline else None
+    mixtures = [team for team in entrants if team.model.router is not None]
+    count = NUMBERS[len(entrants)] if len(entrants) < len(NUMBERS) else str(len(entrants))
     document = {
-        "title": "Three teams, one text",
+        "title": f"{count} teams, one text",
         "handful": __version__,
-        "machine": vars(machine()) | {"threads": torch.get_num_threads()},
+        "machine": vars(machine()) | {"threads": torch.get_num_threads(), "device": device},
         "data": data.summary(),
         "seeds": list(range(common)),
-        "train": to_dict(replace(entrants[0].settings, balance=_balance(entrants))),
+        "train": to_dict(replace(entrants[0].settings, balance=(mixtures or entrants)[0].settings.balance)),
         "command": command,
         "teams": rows,
-        "sample": _sample(out, entrants, data) if any(row["name"] == "moe" for row in rows) else None,
+        "sample": _sample(_folder(out, mixtures[0], 0), mixtures[0], data) if mixtures else None,
     }
     checkpoint.write_file(out / "compare.json", document)
     report.write(document, out / "report.html")
     return document
 
 
-def _balance(entrants: Sequence[Team]) -> BalanceConfig:
-    return next((t.settings.balance for t in entrants if t.model.router is not None), BalanceConfig())
+def _folder(out: Path, team: Team, seed: int) -> Path:
+    return out / team.name / f"seed-{seed}"
 
 
-def _run(
-    team: Team, seed: int, data: Data, folder: Path, on_event: Callable[[Team, int, Event], None] | None
-) -> list[Event] | None:
-    """One team's training with one seed: its events, or None if Ctrl-C ended it."""
-    settings = replace(team.settings, seed=seed)
+def _check_out(out: Path, entrants: Iterable[Team], seeds: int, data: Data) -> None:
+    """ConfigError if OUT holds what is not this comparison's."""
+    if (out / "run.json").exists():
+        raise ConfigError(f"out = {str(out)!r}: holds a run of one model; name another folder by --out")
+    for seed in range(seeds):
+        for team in entrants:
+            folder = _folder(out, team, seed)
+            if not (folder / "run.json").exists():
+                continue
+            try:
+                Run.open(folder, resume=True).check(team.model, replace(team.settings, seed=seed), data)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; name another folder by --out") from None
+
+
+def _take_turns(
+    entrants: Iterable[Team],
+    seed: int,
+    data: Data,
+    out: Path,
+    device: str,
+    stop: Callable[[], bool],
+    on_event: OnEvent | None,
+) -> None:
+    """Train the teams of a seed, some steps of each in turn, until all are at their ends or have been stopped."""
+    with ExitStack() as open_runs:
+        training = {}
+        for team in entrants:
+            stream = _run(team, seed, data, _folder(out, team, seed), device, stop)
+            training[team.name] = (team, open_runs.enter_context(closing(stream)))
+        while training:
+            for team, stream in list(training.values()):
+                try:
+                    ended = _turn(team, seed, stream, on_event)
+                except TrainingError as error:
+                    raise TrainingError(f"{team.label}, seed {seed}: {error}") from None
+                if ended:
+                    del training[team.name]
+
+
+def _turn(team: Team, seed: int, stream: Iterable[Event], on_event: OnEvent | None) -> bool:
+    """Some steps of a team; whether it has come to its end."""
+    left = max(1, team.settings.steps // TURNS)
+    for event in stream:
+        if on_event:
+            on_event(team, seed, event)
+        left -= event["event"] == "step"
+        if not left:
+            return False
+    return True
+
+
+def _run(team: Team, seed: int, data: Data, folder: Path, device: str, stop: Callable[[], bool]) -> Generator[Event]:
+    """The events of one team's training with one seed; of one that is finished, its start and its end."""
     resume = (folder / "run.json").exists()
     events = read_events(folder) if resume else []
     if any(event["event"] == "end" for event in events):
-        Run.open(folder, resume=True).check(team.model, settings, data)
-        for event in events:
-            if on_event and event["event"] in ("start", "end"):
-                on_event(team, seed, event)
-        return events
-    for event in train(team.model, settings, data, folder, resume=resume):
-        if on_event:
-            on_event(team, seed, event)
-        if event["event"] == "interrupted":
-            return None
-    return read_events(folder)
+        yield from (event for event in events if event["event"] in ("start", "end"))
+    elif not stop():
+        settings = replace(team.settings, seed=seed)
+        yield from train(team.model, settings, data, folder, resume=resume, device=device, stop=stop)
 
 
-def _row(team: Team, runs: list[list[Event]], out: Path) -> dict[str, Any]:
+def _row(team: Team, runs: list[list[Event]]) -> dict[str, Any]:
     """A team's part of the document: its runs' own, put together over the seeds."""
     each = [report.from_events(events)["teams"][0] for events in runs]
+    ranges = [run["train_range"] for run in each if run["train_range"]]  # a run of one step has none
     return {
         **each[0],
         "name": team.name,
@@ -199,8 +270,8 @@ def _row(team: Team, runs: list[list[Event]], out: Path) -> dict[str, Any]:
         "heldout_loss": _spread([run["heldout_loss"]["mean"] for run in each]),
         "bits_per_byte": _spread([run["bits_per_byte"]["mean"] for run in each]),
         "train_tokens_per_second": statistics.median(run["train_tokens_per_second"] for run in each),
+        "train_range": [min(low for low, _ in ranges), max(high for _, high in ranges)] if ranges else None,
         "train_seconds": statistics.mean(run["train_seconds"] for run in each),
-        "decode_tokens_per_second": decode_speed(load_decoder(out / team.name / "seed-0")),
         "curve": [
             {
                 **points[0],
@@ -219,38 +290,42 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "spread": max(values) - min(values), "values": values}
 
 
-def _reached(curve: list[dict[str, Any]], loss: float) -> dict[str, float] | None:
-    """Tokens, FLOPs and seconds at which a curve first came down to a loss, between its points by straight lines."""
+def _reached(curve: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:
+    """Tokens, FLOPs and seconds at which a curve first came down to a loss, between its points by straight lines.
+
+    at_most   the first evaluation of a training that had begun is already past it: it was then or before.
+    """
+    axes = ("tokens", "flops", "seconds")
     before: dict[str, Any] | None = None
     for point in curve:
         if point["loss"] <= loss:
-            if before is None:
-                return {axis: point[axis] for axis in ("tokens", "flops", "seconds")}
+            if before is None or not before["tokens"]:  # from the start a curve falls in no straight line
+                return {**{axis: point[axis] for axis in axes}, "at_most": True}
             share = (before["loss"] - loss) / (before["loss"] - point["loss"])
-            return {
-                axis: before[axis] + share * (point[axis] - before[axis]) for axis in ("tokens", "flops", "seconds")
-            }
+            return {**{axis: before[axis] + share * (point[axis] - before[axis]) for axis in axes}, "at_most": False}
         before = point
     return None
 
 
-def decode_speed(model: Decoder, tokens: int = 64, repeats: int = 5) -> float:
-    """Tokens per second of greedy generation, one sequence, after a short prompt: the median of some repeats."""
-    prompt = list(range(1, 1 + min(16, model.config.context // 2)))
-    tokens = min(tokens, model.config.context - len(prompt))
-    rates = []
-    for _ in range(repeats + 1):
+def decode_speeds(models: Sequence[Decoder], tokens: int = 64, repeats: int = 5) -> list[list[float]]:
+    """Tokens per second of greedy generation, one sequence, after a short prompt: of every model, some repeats, in
+    which the models take turns."""
+
+    def rate(model: Decoder) -> float:
+        prompt = list(range(1, 1 + min(16, model.config.context // 2)))
         began = time.perf_counter()
-        made = sum(1 for _ in generate_tokens(model, prompt, tokens, Sampling(temperature=0)))
-        rates.append(made / (time.perf_counter() - began))
-    return statistics.median(rates[1:])  # the first warms up
+        most = min(tokens, model.config.context - len(prompt))
+        made = sum(1 for _ in generate_tokens(model, prompt, most, Sampling(temperature=0)))
+        return made / (time.perf_counter() - began)
+
+    rounds = [[rate(model) for model in models] for _ in range(repeats + 1)]
+    return [list(rates) for rates in zip(*rounds[1:], strict=True)]  # the first warms up
 
 
 @torch.no_grad()
-def _sample(out: Path, entrants: Iterable[Team], data: Data) -> dict[str, Any]:
-    """Held-out text with the experts of every token, from the MoE's first seed."""
-    moe = next(team for team in entrants if team.name == "moe")
-    model = load_decoder(out / "moe" / "seed-0")
+def _sample(folder: Path, moe: Team, data: Data) -> dict[str, Any]:
+    """Held-out text with the experts of every token, from a mixture's run."""
+    model = load_decoder(folder)
     middle = len(data.heldout) // 2
     tokens = [int(t) for t in data.heldout[middle : middle + 2 * moe.model.context]]
     tokens_BS = torch.tensor(tokens[: len(tokens) // 2 * 2]).view(2, -1) if len(tokens) >= 4 else torch.tensor([tokens])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from handful.cost import Cost
+from handful.finding import balance_of, describe_balance, experts_of, late_routing, mixtures_of
+from handful.presets import Preset
 from handful.units import si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
@@ -25,17 +29,28 @@ if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do no
 
 __all__ = [
     "LoadProgress",
+    "Pulse",
     "RunProgress",
     "backend_table",
     "comparison_table",
+    "cost_sentence",
     "cost_tables",
     "duration",
     "facts",
     "plan_line",
     "plan_tables",
+    "presets_table",
+    "scores_table",
+    "show",
     "upcycle_table",
     "verification_table",
 ]
+
+
+LONG_WORD = 16  # letters: a word of a table that is longer, such as a path, may be cut in two
+WIDE = 10_000  # columns: a terminal that sets no limit
+MANY_FILES = 30  # rows of a table of files, at most
+SILENCE = 60.0  # seconds after which a log is told that the work goes on
 
 
 def duration(seconds: float) -> str:
@@ -47,6 +62,74 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def show(*tables: Table) -> None:
+    """Print tables on stdout. One that is wider than the terminal is taken apart: into groups of its columns, or into
+    lines. A number is never cut."""
+    console = Console()
+    for table in tables:
+        for column in table.columns:
+            lines = [line for cell in (column.header, *column.cells) for line in _text(cell).plain.splitlines()]
+            # Numbers stay whole; words may go on in the next line, and a long one is folded.
+            whole = column.justify == "right" or column.no_wrap
+            words = lines if whole else [word[:LONG_WORD] for line in lines for word in line.split()]
+            column.min_width = max(map(cell_len, words), default=1)
+            column.no_wrap = whole
+            column.overflow = "fold"
+
+        def fits(part: Table) -> bool:
+            return console.measure(part, options=console.options.update(width=WIDE)).minimum <= console.width
+
+        if fits(table):
+            console.print(table)
+            continue
+        names, *others = table.columns
+        named = table.show_header and not _text(names.header).plain
+        if named and all(fits(_part(table, [names, column])) for column in others):
+            while others:
+                count = len(others)
+                while not fits(_part(table, [names, *others[:count]])):
+                    count -= 1
+                console.print(_part(table, [names, *others[:count]]))
+                others = others[count:]
+            continue
+        for line in _lines(table):
+            console.print(line, markup=False, highlight=False, overflow="fold")
+
+
+def _part(table: Table, columns: Sequence[Column]) -> Table:
+    """A table of some of another's columns."""
+    made = Table(title=table.title, title_justify=table.title_justify, box=table.box, padding=table.padding)
+    made.columns = [replace(column, _index=place) for place, column in enumerate(columns)]
+    made.rows = list(table.rows)
+    return made
+
+
+def _lines(table: Table) -> list[Text]:
+    """A table as lines. Rows that have names are told column by column; others row by row, under their headings."""
+    title = _text(table.title)
+    lines = [title, Text()] if title.plain else []
+    headings = [_text(column.header) for column in table.columns]
+    cells = [[_text(cell) for cell in column.cells] for column in table.columns]
+    if not table.show_header:  # names and values
+        for name, value in zip(*cells, strict=True):
+            lines += [name, Text("  ").append_text(value)]
+        return lines
+    if headings[0].plain:
+        parts = [(Text(), list(zip(headings, row, strict=True))) for row in zip(*cells, strict=True)]
+    else:
+        others = zip(headings[1:], cells[1:], strict=True)
+        parts = [(head, list(zip(cells[0], rest, strict=True))) for head, rest in others]
+    for head, pairs in parts:
+        lines += [head] if head.plain else []
+        lines += [Text.assemble("  ", (name.plain, "dim"), "  ", value) for name, value in pairs if value.plain]
+        lines.append(Text())
+    return lines[:-1]
+
+
+def _text(value: Any) -> Text:
+    return value.copy() if isinstance(value, Text) else Text.from_markup(str(value or ""))
 
 
 class _State(ProgressColumn):
@@ -62,10 +145,27 @@ class _State(ProgressColumn):
         return Text(f"loss {fields['loss']:.3f}  {fields['rate']:>7,.0f} tokens/s{left}")
 
 
+class Pulse:
+    """Where nobody sees a bar (a log file, a pipe): a line where a minute has gone by without one."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._told = console, time.monotonic()
+
+    def told(self) -> None:
+        """Something else was printed."""
+        self._told = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        if not self._console.is_terminal and time.monotonic() - self._told > SILENCE:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._told = time.monotonic()
+
+
 class RunProgress:
     """A progress bar per training run, fed with its events. Warnings are printed above the bars.
 
-    Where the console is no terminal (a log file, a pipe) it prints a line at each evaluation instead.
+    Where the console is no terminal (a log file, a pipe) it prints a line at each evaluation instead, and one where a
+    minute has gone by without.
     """
 
     def __init__(self, console: Console) -> None:
@@ -79,6 +179,8 @@ class RunProgress:
         )
         self._tasks: dict[str, Any] = {}
         self._total: dict[str, int] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # when, and at which step
+        self._pulse = Pulse(console)
 
     def __enter__(self) -> RunProgress:
         if self.live:
@@ -98,6 +200,7 @@ class RunProgress:
         kind = event["event"]
         if kind == "start":
             self._total[run] = event["train"]["steps"]
+            self._began[run] = time.monotonic(), event.get("step", 0)
             if event["dtype_reason"] != "as asked":
                 self._say(f"{run}: {event['dtype']} ({event['dtype_reason']})", "dim")
             if self.live:
@@ -106,17 +209,22 @@ class RunProgress:
                 self._progress.update(self._tasks[run], total=self._total[run], note="")
         elif kind == "step" and self.live:
             done, total = event["step"], self._total[run]
+            # By the clock and not by its own seconds: runs may take turns.
+            began, before = self._began[run]
+            left = (time.monotonic() - began) / max(1, done - before) * (total - done)
             self._progress.update(
                 self._tasks[run],
                 completed=done,
                 loss=event["loss"],
                 rate=event["tokens_per_second"],
-                left=event["seconds"] / done * (total - done),
+                left=left,
             )
+        elif kind == "step":
+            rate = f"{event['tokens_per_second']:,.0f} tokens/s"
+            self._pulse(f"{self._where(run, event)}, loss {event['loss']:.3f}, {rate}")
         elif kind == "eval" and not self.live:
             self._say(
-                f"{run}: step {event['step']} of {self._total[run]}, {duration(event['seconds'])}, "
-                f"held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
+                f"{self._where(run, event)}, held-out loss {event['loss']:.4f} ({event['bits_per_byte']:.4f} bits/byte)"
             )
         elif kind == "warning":
             self._say(f"warning: {run}, step {event['step']}: {event['message']}", "yellow")
@@ -126,19 +234,24 @@ class RunProgress:
                 self._tasks[run], completed=self._total[run], note=f"{note}  {duration(event['seconds'])}"
             )
 
+    def _where(self, run: str, event: Mapping[str, Any]) -> str:
+        return f"{run}: step {event['step']} of {self._total[run]}, {duration(event['seconds'])}"
+
     def _say(self, line: str, style: str = "") -> None:
         """A line as it is: names and paths may hold what rich would take for markup, and are not to be cut."""
+        self._pulse.told()
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class LoadProgress:
     """A bar while a model is loaded, fed with (bytes done, bytes in all): for `handful.load`'s `progress`.
 
-    Only in a terminal, and not before it has taken half a second.
+    In a terminal, and not before it has taken half a second; elsewhere a line a minute.
     """
 
     def __init__(self, console: Console) -> None:
         self._live = console.is_terminal
+        self._pulse = Pulse(console)
         self._began = time.monotonic()
         self._progress = Progress(
             TextColumn("loading"), BarColumn(bar_width=24), DownloadColumn(), console=console, transient=True
@@ -156,6 +269,7 @@ class LoadProgress:
         if self._live and time.monotonic() - self._began > 0.5:
             self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
+        self._pulse(f"loading: {size(done)} of {size(total)}")
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
@@ -227,39 +341,116 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
     table = Table(title=Text(document["title"]), title_justify="left")
     table.add_column("")
     for team in teams:
-        table.add_column(Text(team["label"]), justify="right")
+        table.add_column(Text(team["label"].replace(" · ", "\n")), justify="right", no_wrap=True)
 
     def spread(value: Mapping[str, Any], digits: int) -> str:
         if len(value["values"]) < 2:
             return f"{value['mean']:.{digits}f}"
-        return f"{value['mean']:.{digits}f} (spread {value['spread']:.{digits}f})"
+        return f"{value['mean']:.{digits}f}\nspread {value['spread']:.{digits}f}"
 
-    def reached(team: Mapping[str, Any], axis: str, show: Any) -> str:
-        return show(team["reached"][axis]) if team["reached"] else "not reached"
+    def reached(team: Mapping[str, Any], axis: str, shown: Any) -> str:
+        if not team["reached"]:
+            return "not reached"
+        return f"{'≤ ' if team['reached'].get('at_most') else ''}{shown(team['reached'][axis])}"
 
-    def decoding(team: Mapping[str, Any]) -> str:
-        rate = team["decode_tokens_per_second"]
-        return f"{rate:,.0f}" if rate is not None else "not measured"
+    def speed(rate: float | None, span: Sequence[float] | None) -> str:
+        if rate is None:
+            return "not measured"
+        return f"{rate:,.0f}" + (f"\n{span[0]:,.0f}–{span[1]:,.0f}" if span else "")
 
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, Any]] = []
+    several = len(mixtures_of(document)) > 1
+    if several:
+        rows += [
+            ("experts", lambda t: experts_of(t) or ""),
+            ("balance", lambda t: (balance_of(t) or "").replace(", ", "\n")),
+            ("", None),
+        ]
+    rows += [
         ("total parameters", lambda t: si(t["parameters"]["total"])),
         ("active parameters", lambda t: si(t["parameters"]["active"])),
         ("training FLOPs a token", lambda t: si(t["train_flops_per_token"])),
         ("weight memory", lambda t: size(t["weight_bytes"])),
+        ("", None),
         ("held-out loss, nats a token", lambda t: spread(t["heldout_loss"], 4)),
         ("held-out bits a byte", lambda t: spread(t["bits_per_byte"], 4)),
-        ("training tokens/s", lambda t: f"{t['train_tokens_per_second']:,.0f}"),
-        ("decode tokens/s", decoding),
+        ("", None),
+        ("training tokens/s", lambda t: speed(t["train_tokens_per_second"], t["train_range"])),
+        ("decode tokens/s", lambda t: speed(t["decode_tokens_per_second"], t["decode_range"])),
         ("training time", lambda t: duration(t["train_seconds"])),
     ]
+    if several:
+
+        def late(name: str) -> Any:
+            return lambda t: "" if late_routing(t, name) is None else f"{late_routing(t, name):.2f}"
+
+        rows += [("", None), ("MaxVio at the end", late("max_vio")), ("dead experts at the end", late("dead"))]
     if any(team["name"] == "dense-active" for team in teams):
         rows += [
+            ("", None),
             ("the small dense loss after: tokens", lambda t: reached(t, "tokens", si)),
             ("FLOPs", lambda t: reached(t, "flops", si)),
             ("training time", lambda t: reached(t, "seconds", duration)),
         ]
-    for i, (name, show) in enumerate(rows):
-        table.add_row(name, *(show(team) for team in teams), end_section=i in (3, 5, 8))
+    for name, shown in rows:
+        if shown is None:
+            table.add_section()
+        else:
+            table.add_row(name, *(shown(team) for team in teams))
+    return table
+
+
+def cost_sentence(price: Cost) -> str:
+    """What people want to hear first: "computes like a 12.9 B dense model, holds like a 46.7 B one"."""
+
+    def billions(parameters: int) -> str:
+        return f"{parameters / 1e9:.3g} B" if parameters >= 9.995e8 else si(parameters, short=True)
+
+    if price.active == price.total:
+        return f"a dense model of {billions(price.total)} parameters: every token uses all of them"
+    return f"computes like a {billions(price.active)} dense model, holds like a {billions(price.total)} one"
+
+
+def scores_table(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What models make of files: nats a token and bits a byte, and of two how far they are apart."""
+    letters = "AB"[: len(models)] if len(models) > 1 else [""]
+    title = "\n".join(f"{letter}  {model}".strip() for letter, model in zip(letters, models, strict=True))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for letter in letters:
+        for what in ("nats a token", "bits a byte"):
+            table.add_column(f"{letter}\n{what}".strip(), justify="right")
+    if len(models) > 1:
+        table.add_column("B − A,\nbits a byte", justify="right")
+    shown = list(rows)
+    if len(shown) > MANY_FILES:  # the largest of them, in their order, and the last row, which is all of them
+        largest = sorted(shown[:-1], key=lambda row: -int(row["bytes"]))[: MANY_FILES - 1]
+        shown = [row for row in shown[:-1] if row in largest] + shown[-1:]
+    for row in shown:
+        cells = [f"{row['bytes']:,}"]
+        for found in row["models"]:
+            cells += [f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}"]
+        if row["difference"] is not None:
+            error = row["difference"]["error"]
+            spread = "" if error is None else f" ± {error:.4f}"
+            cells.append(f"{row['difference']['bits_per_byte']:+.4f}{spread}")
+        table.add_row(Text(row["file"]), *cells)
+    if len(shown) < len(rows):
+        table.caption = f"the largest of {len(rows) - 1:,} files; --json tells all"
+    return table
+
+
+def presets_table(presets: Mapping[str, Preset], prices: Mapping[str, Cost | None]) -> Table:
+    """The presets: who they are, how they choose, what keeps their experts busy."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("name", "experts", "balance", "parameters", "from"):
+        table.add_column(heading)
+    for name, preset in presets.items():
+        router, price = preset.router, prices[name]
+        size_of = "" if price is None else f"{si(price.total)}, {si(price.active)} active"
+        balance = describe_balance(vars(preset.balance))
+        table.add_row(name, f"{router.experts}, {router.top_k} a token", balance, size_of, Text(preset.source))
     return table
 
 

@@ -412,8 +412,13 @@ def cost(
         raise ConfigError(f"context = {context}: at least 1")
     if ranks < 1:
         raise ConfigError(f"ranks = {ranks}: at least 1")
-    if model.router is not None and ranks > model.router.experts:
-        raise ConfigError(f"ranks = {ranks}: at most {model.router.experts}, a layer's experts: others would hold none")
+    experts = 0 if model.router is None else model.router.experts
+    if ranks > max(1, experts):
+        raise ConfigError(
+            f"ranks = {ranks}: at most {experts}, the experts of a layer, for a rank without one has nothing to do"
+            if experts
+            else f"ranks = {ranks}: 1 for a model without experts"
+        )
     if dtype not in BYTES:
         raise ConfigError(f"dtype = {dtype!r}: one of {', '.join(BYTES)}")
     return Cost(

@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handful.documents import SMALLEST_SECTION, content_hash, read_documents, split_documents
+from handful.documents import SMALLEST_SECTION, content_hash, left_out, read_documents, split_documents
 from handful.errors import ConfigError, DataError
 from handful.text import SMALLEST_VOCAB, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -49,6 +49,7 @@ _GROUP = 8 << 20  # bytes of text tokenised at once: enough to keep all cores bu
 def load_data(
     source: str | None,
     *,
+    column: str | None = None,
     tokenizer: str | None = None,
     vocab: int = 2048,
     cache: Path | None = None,
@@ -56,28 +57,26 @@ def load_data(
 ) -> Data:
     """Read a text, split it by document, and give its tokens, from the cache if the same text was here before.
 
-    source      a file, a folder, a glob, `hf:org/name[:split]` (needs the package datasets), or None: the sources of
-                Python's standard library. A .jsonl file holds one document a line, under "text".
+    source      a file, a folder, a glob, `hf:org/name[:config][:split]` (needs the package datasets), or None: the
+                sources of Python's standard library. Files of rows (`formats.py`) hold a document a row.
+    column      the one that holds the text of a row; None: "text", "content", or the only one with text in it.
     tokenizer   as for `load_tokenizer`; None trains one of `vocab` tokens on the training part (where that has more
                 than 64 MiB, on every second, third, … document of it).
     cache       the folder of token files; None: $HANDFUL_CACHE, or else the user's cache folder.
     progress    called with a line of text as the work goes on.
 
-    Files that are empty, binary (a NUL byte), not UTF-8 or unreadable are left out and counted in `Data.skipped`.
-    DataError when nothing is left, when nothing can be held out, and when the cache cannot be written.
+    Files that are empty, binary (a NUL byte), not UTF-8 or unreadable, and rows without text, are left out and counted
+    in `Data.skipped`. DataError when nothing is left or most bytes are left out, when nothing can be held out, and when
+    the cache cannot be written.
     """
     say = progress or (lambda line: None)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     if given is None and vocab < SMALLEST_VOCAB:
         raise ConfigError(f"data.vocab = {vocab}: at least {SMALLEST_VOCAB}")
 
-    name, documents, skipped = read_documents(source)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-    left_out = f"skipped {skipped.total():,} ({reasons})" if skipped else "skipped none"
-    if not documents:
-        raise DataError(f"data {name!r}: no text: {left_out}")
+    name, documents, skipped = read_documents(source, column)
     text_bytes = sum(map(len, documents))
-    say(f"{name}: {len(documents):,} documents, {text_bytes / 1e6:,.1f} MB; {left_out}")
+    say(f"{name}: {len(documents):,} documents, {text_bytes / 1e6:,.1f} MB; {left_out(skipped)}")
 
     key = hashlib.blake2b(_MAGIC, digest_size=16)
     key.update((given.fingerprint if given else f"trained {vocab}").encode())
@@ -114,7 +113,7 @@ def load_data(
         skipped=dict(skipped),
         heldout_bytes=header["heldout_bytes"],
         fingerprint=key.hexdigest(),
-        origin={"source": source, "tokenizer": tokenizer, "vocab": vocab},
+        origin={"source": source, "column": column, "tokenizer": tokenizer, "vocab": vocab},
     )
 
 

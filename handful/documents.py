@@ -4,14 +4,14 @@
     split_documents(documents)  the training part and the held-out part; copies of a document are on the same side
     content_hash(document)      what decides the side
 
-A document is UTF-8 text and is never changed: line ends and byte-order marks stay as they are.
+A document is UTF-8 text and is never changed: line ends and byte-order marks stay as they are. All of a source is held
+in memory: of a data set that does not fit, a part is asked for (hf:org/name:train[:100000]), by streaming.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import platform
 import stat
@@ -19,70 +19,116 @@ import sysconfig
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from handful.errors import DataError, MissingExtraError
+from handful.formats import UnreadableError, texts
+from handful.hub_rows import rows_of
 
-__all__ = ["SMALLEST_SECTION", "content_hash", "read_documents", "split_documents"]
+__all__ = [
+    "SMALLEST_SECTION",
+    "content_hash",
+    "heldout_of",
+    "left_out",
+    "read_documents",
+    "read_files",
+    "split_documents",
+]
+
+REASONS = 6  # that a message counts
 
 HELD_OUT = 0.04  # the share of the bytes that is held out …
 HELD_OUT_LIMIT = 0.05  # … and what it never exceeds, a text of a few documents aside
 SMALLEST_SECTION = 256  # bytes
 
 
-def read_documents(source: str | None) -> tuple[str, list[bytes], Counter[str]]:
-    """The name of a source, its documents as UTF-8, in order, and how many were left out, by reason."""
-    documents: list[bytes] = []
-    skipped: Counter[str] = Counter()
+def read_documents(source: str | None, column: str | None = None) -> tuple[str, list[bytes], Counter[str]]:
+    """The name of a source, its documents as UTF-8, in order, and how many were left out, by reason.
 
-    def keep(content: bytes | str) -> None:
+    column   of rows, the one that holds the text; None: "text", or "content", or the only one with text in it.
+
+    DataError where nothing is there, where no text is, and where more bytes are left out than are read.
+    """
+    name, files, skipped = read_files(source, column)
+    return name, [document for _, documents in files for document in documents], skipped
+
+
+def heldout_of(source: str | None, column: str | None = None) -> list[tuple[str, list[bytes]]]:
+    """What a training on that source holds out, as `read_files` gives files."""
+    name, documents, _ = read_documents(source, column)
+    return [(f"held out of {name}", split_documents(documents)[1])]
+
+
+def read_files(
+    source: str | None, column: str | None = None
+) -> tuple[str, list[tuple[str, list[bytes]]], Counter[str]]:
+    """`read_documents`, file by file: (its path, its documents) of each that has some."""
+    files: list[tuple[str, list[bytes]]] = []
+    skipped: Counter[str] = Counter()
+    read = lost = 0  # bytes
+
+    def kept(text: bytes | str | None, documents: list[bytes]) -> bool:
+        """Whether it is a document; white space is none, and no loss."""
+        reason: str | None = None
         try:
-            text = content if isinstance(content, bytes) else content.encode()
-            reason = "empty" if not text or text.isspace() else "binary" if b"\0" in text else None
-            if reason is None:
-                text.decode()
+            content = text if isinstance(text, bytes) else (text or "").encode()
+            content.decode()
         except UnicodeError:
-            reason = "not UTF-8"
+            content, reason = b"", "not UTF-8"
         if reason is None:
-            documents.append(text)
+            reason = "without text" if text is None else "empty" if not content or content.isspace() else None
+        if reason is None and b"\0" in content:
+            reason = "binary"
+        if reason is None:
+            documents.append(content)
         else:
             skipped[reason] += 1
+        return reason is None or reason == "empty"
 
     if source is not None and source.startswith("hf:"):
-        for text in _hub_texts(source):
-            keep(text if isinstance(text, str) else b"")  # a row may hold no text
-        return source, documents, skipped
-
-    name, paths = _paths(source)
-    for path in paths:
-        try:
-            # Reading a pipe would wait for ever.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise OSError("not a regular file")
-            content = path.read_bytes()
-        except OSError:
-            skipped["unreadable"] += 1
-            continue
-        if path.suffix != ".jsonl":
-            keep(content)
-            continue
-        for line in content.splitlines():
-            if not line.strip():
-                continue
+        name, rows = source, list[bytes]()
+        for row in rows_of(source, column):
+            kept(row, rows)
+        files.append((name, rows))
+    else:
+        name, paths = _paths(source)
+        for path in paths:
             try:
-                keep(_jsonl_text(line))
-            except UnicodeDecodeError:
-                skipped["not UTF-8"] += 1
-            except (ValueError, KeyError, TypeError, RecursionError):
-                skipped['without "text"'] += 1
-    return name, documents, skipped
+                # Reading a pipe would wait for ever.
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise OSError("not a regular file")
+                content = path.read_bytes()
+            except OSError:
+                skipped["unreadable"] += 1
+                continue
+            documents: list[bytes] = []
+            try:
+                found = [kept(text, documents) for text in texts(path.name, content, column)]
+            except UnreadableError as error:
+                skipped[str(error)] += 1
+                lost += len(content)
+                continue
+            except MissingExtraError as error:
+                raise MissingExtraError(error.package, f"data {str(path)!r}", extra=error.extra) from None
+            files.append((str(path), documents))
+            share = sum(found) / max(1, len(found))
+            read += round(share * len(content))
+            lost += round((1 - share) * len(content))
+    files = [(file, documents) for file, documents in files if documents]
+    if not files:
+        raise DataError(f"data {name!r}: no text: {left_out(skipped)}")
+    if lost > read:
+        raise DataError(
+            f"data {name!r}: {lost:,} of {lost + read:,} bytes are not read: {left_out(skipped)}; name what is meant, "
+            "by a pattern such as 'folder/**/*.txt', or its column by --column"
+        )
+    return name, files, skipped
 
 
-def _jsonl_text(line: bytes) -> str:
-    text = json.loads(line)["text"]
-    if not isinstance(text, str):
-        raise TypeError
-    return text
+def left_out(skipped: Counter[str]) -> str:
+    """What was left out, in words: "skipped 5 (4 empty, 1 binary)"."""
+    shown = [f"{count:,} {reason}" for reason, count in skipped.most_common(REASONS)]
+    more = [f"{len(skipped) - REASONS} other reasons"] if len(skipped) > REASONS else []
+    return f"skipped {skipped.total():,} ({', '.join(shown + more)})" if skipped else "skipped none"
 
 
 def _paths(source: str | None) -> tuple[str, list[Path]]:
@@ -111,21 +157,6 @@ def _files(folder: Path, without: Collection[str] = ()) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
         found.extend(Path(parent, name) for name in files if not name.startswith("."))
     return sorted(found)
-
-
-def _hub_texts(source: str) -> Iterator[Any]:
-    name, _, split = source.removeprefix("hf:").partition(":")
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", f"data {source!r}", extra="datasets") from None
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # of many kinds: no network, no such name, no such split, …
-        raise DataError(f"data {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
-    if "text" not in rows.column_names:
-        raise DataError(f"data {source!r}: no column 'text' among {rows.column_names}")
-    yield from rows["text"]
 
 
 def split_documents(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:

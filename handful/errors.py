@@ -50,5 +50,6 @@ class MissingExtraError(HandfulError, ImportError):
     """An optional package is needed. The message names it and the command that installs it."""
 
     def __init__(self, package: str, purpose: str, extra: str | None = None) -> None:
+        self.package, self.extra = package, extra
         install = f"pip install 'handful-moe[{extra}]'" if extra else f"pip install {package}"
         super().__init__(f"{purpose} needs the package {package!r}: {install}")

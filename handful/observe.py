@@ -58,21 +58,22 @@ def dead(load_E: Tensor, floor: float = 0.01) -> int:
 def collapsed(load_E: Tensor, top_k: int) -> str | None:
     """Why a layer's load is a collapse, in words; None when it is not one.
 
-    Any of three makes it one: a tenth of the experts dead; a load no more spread than an even one over half of them;
-    an expert that more than half of all tokens choose although an even share would be less than half of that.
+    It takes two together. Experts are dead, a tenth of them at least; and the router keeps choosing few: its load is no
+    more spread than an even one over half of the experts, or more than half of all tokens choose one expert although
+    an even share would be less than half of that. Uneven alone is not collapsed, nor are a few dead among many in use.
     """
     experts = len(load_E)
     if experts < 2:
         return None
     idle, spread, busiest = dead(load_E), experts ** entropy(load_E), float(load_E.max() / load_E.sum()) * top_k
-    reasons = []
-    if idle >= max(1, experts / 10):
-        reasons.append(f"{idle} of {experts} experts are dead")
+    few = []
     if spread < experts / 2:
-        reasons.append(f"the load is as uneven as with {spread:.0f} of {experts} experts in even use")
+        few.append(f"the load is as uneven as with {spread:.0f} of {experts} experts in even use")
     if busiest > 0.5 and top_k / experts < 0.25:
-        reasons.append(f"one expert is chosen by {busiest:.0%} of all tokens")
-    return ", ".join(reasons) or None
+        few.append(f"one expert is chosen by {busiest:.0%} of all tokens")
+    if idle < max(1, experts / 10) or not few:
+        return None
+    return ", ".join([f"{idle} of {experts} experts are dead", *few])
 
 
 def dropped(routing: Routing) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from handful.config import Activation, BalanceConfig, MLAConfig, ModelConfig, RopeScaling, RouterConfig, TrainConfig
 from handful.errors import ConfigError
 
-__all__ = ["PRESETS", "Preset", "preset", "small_model", "small_training"]
+__all__ = ["PRESETS", "Preset", "evaluate_every", "preset", "small_model", "small_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,13 +250,19 @@ def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> Model
     return ModelConfig(**(values | changes))
 
 
+def evaluate_every(steps: int) -> int:
+    """Steps between held-out evaluations: 50, and in a short run as many as make ten of them."""
+    return max(1, min(50, steps // 10))
+
+
 def small_training(like: Preset | None = None, **changes: Any) -> TrainConfig:
     """How the small model is trained, with a preset's balance (None: `64x2`'s)."""
+    steps = changes.get("steps", 500)
     values: dict[str, Any] = {
-        "steps": 500,
+        "steps": steps,
         "batch": 32,
         "context": 128,
-        "eval_every": 50,
+        "eval_every": evaluate_every(steps),
         "eval_tokens": 65536,
         "dtype": "float32",
     }

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,24 @@ from handful import __version__
 from handful.checkpoint import write_file
 from handful.config import ModelConfig, from_dict
 from handful.errors import DataError
+from handful.finding import balance_of, experts_of, finding, finite, late_routing, loss_of, mixtures_of
 from handful.observe import collapsed
-from handful.units import PREFIXES, si, size
+from handful.units import PREFIXES, size
 
-__all__ = ["collapse", "finding", "from_events", "routing_history", "write"]
+__all__ = [
+    "collapse",
+    "finding",
+    "from_events",
+    "routing_history",
+    "speed_range",
+    "write",
+]
 
 Doc = Mapping[str, Any]
 
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
-_COLORS = {"dense-active": "var(--dense-active)", "moe": "var(--moe)", "dense-total": "var(--dense-total)"}
+_DENSE_COLORS = {"dense-active": "var(--dense-active)", "dense-total": "var(--dense-total)"}
+_MIXTURE_COLORS = ("var(--moe)", "var(--moe-2)", "var(--moe-3)", "var(--moe-4)", "var(--moe-5)")
 MAX_SNAPSHOTS = 200  # of the load, kept in a page: more are finer than a slider's pixels and only make the file large
 
 
@@ -62,10 +72,13 @@ def from_events(
         "train_flops_per_token": flops,
         "weight_bytes": 4 * start["parameters"]["total"],  # trained weights are float32, under bfloat16 autocast too
         "lr": start["train"]["lr"],
+        "balance": start["train"]["balance"],
         "heldout_loss": one_seed(final.get("loss")),
         "bits_per_byte": one_seed(final.get("bits_per_byte")),
         "train_tokens_per_second": speed.get("tokens_per_second"),
+        "train_range": speed_range(events),
         "decode_tokens_per_second": None,
+        "decode_range": None,
         "train_seconds": speed.get("seconds"),
         "reached": None,
         "curve": [
@@ -87,6 +100,18 @@ def from_events(
         "teams": [team],
         "sample": None,
     }
+
+
+def speed_range(events: Iterable[Doc]) -> list[float] | None:
+    """The slowest and the quickest tenth of a training, in tokens per second. None: fewer than two steps.
+
+    The first step counts for neither: it warms up.
+    """
+    steps = _of_kind("step", _kept(events))
+    at = sorted({round(i * (len(steps) - 1) / 10) for i in range(11)}) if len(steps) > 1 else []
+    marks = [(steps[i]["tokens"], steps[i]["seconds"]) for i in at]
+    rates = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks) if b[1] > a[1]]
+    return [min(rates), max(rates)] if rates else None
 
 
 def routing_history(events: Iterable[Doc]) -> dict[str, Any] | None:
@@ -123,96 +148,6 @@ def _of_kind(kind: str, events: Iterable[Doc]) -> list[Doc]:
     return [event for event in events if event["event"] == kind]
 
 
-def finding(comparison: Doc) -> list[str]:
-    """What the numbers say, in sentences, with chance and price: nothing that the document does not hold."""
-    teams = {team["name"]: team for team in comparison["teams"]}
-    if "dense-active" in teams and "moe" in teams:
-        return _verdict(teams["dense-active"], teams["moe"], teams.get("dense-total"), len(comparison["seeds"]))
-    return [sentence for team in comparison["teams"] for sentence in _alone(team)]
-
-
-def _verdict(small: Doc, moe: Doc, big: Doc | None, seeds: int) -> list[str]:
-    ours, theirs = _loss(moe), _loss(small)
-    if ours is None or theirs is None:
-        who = "mixture of experts" if ours is None else "small dense model"
-        return [f"The {who} has no finite held-out loss: its training diverged or was cut short."]
-    gap, noise = theirs - ours, max(_spread(small), _spread(moe))
-    if seeds == 1:
-        chance = "this is one seed, so the spread over seeds is not known"
-    elif abs(gap) > noise:
-        chance = f"the spread over {seeds} seeds is {noise:.3f}"
-    else:
-        chance = f"that is within the spread over {seeds} seeds ({noise:.3f}), so these runs show no difference"
-    out = [
-        f"With {_as_many('active', moe, small)} parameters of the small dense model, the mixture of experts ends at a "
-        f"held-out loss of {ours:.3f} nats per token, {_versus(gap)} the small dense model’s {theirs:.3f}; {chance}."
-    ]
-    if moe["reached"] and small["curve"]:
-        end = small["curve"][-1]
-        tokens, flops, seconds = (_times(moe["reached"][k], end[k], ".0%") for k in ("tokens", "flops", "seconds"))
-        share = f"{tokens} of its tokens, {flops} of its FLOPs and {seconds} of its time"
-        out.append(f"It reached the small dense model’s final loss with {share}.")
-    else:
-        out.append("It did not reach the small dense model’s final loss.")
-    if big is not None and (most := _loss(big)) is not None:
-        doubt = ", within the spread" if seeds > 1 and abs(ours - most) <= max(_spread(big), _spread(moe)) else ""
-        out.append(
-            f"The dense model with {_as_many('total', big, moe)} parameters ends at {most:.3f}, {_versus(ours - most)} "
-            f"the mixture of experts{doubt}, at {_times(big['train_flops_per_token'], moe['train_flops_per_token'])} "
-            "its FLOPs per token."
-        )
-    price = [f"{_times(moe['weight_bytes'], small['weight_bytes'])} the weight memory"]
-    for key, what in (("train_tokens_per_second", "training"), ("decode_tokens_per_second", "decoding")):
-        if _finite(moe[key]) and _finite(small[key]):
-            price.append(f"{_times(moe[key], small[key], '.2f')} the {what} speed")
-    return [*out, f"Its price, next to the small dense model: {', '.join(price)}."]
-
-
-def _alone(team: Doc) -> list[str]:
-    loss, bits = _loss(team), _finite(team["bits_per_byte"]["mean"])
-    total, active = team["parameters"]["total"], team["parameters"]["active"]
-    label = team["label"][:1].upper() + team["label"][1:]
-    part = f"{si(active, short=True)} of its" if active < total else "all of its"
-    uses = f"{part} {si(total, short=True)} parameters"
-    out = [f"{label}: every token uses {uses}."]
-    if loss is None:
-        return [*out, "There is no finite held-out loss: the training diverged or was cut short."]
-    after = f"After {si(team['curve'][-1]['tokens'], short=True)} tokens the" if team["curve"] else "The"
-    return [
-        *out,
-        f"{after} held-out loss is {loss:.3f} nats per token" + (f", {bits:.3f} bits per byte." if bits else "."),
-    ]
-
-
-def _as_many(which: str, a: Doc, b: Doc) -> str:
-    times = a["parameters"][which] / b["parameters"][which]
-    same = {"active": "the active", "total": "as many total"}[which]
-    return same if 0.95 <= times <= 1.05 else f"{times:.2f}× the {which}"
-
-
-def _versus(gap: float) -> str:
-    return "the same as" if abs(gap) < 0.0005 else f"{abs(gap):.3f} {'lower' if gap > 0 else 'higher'} than"
-
-
-def _times(a: Any, b: Any, form: str = ".1f") -> str:
-    top, bottom = _finite(a), _finite(b)
-    if top is None or not bottom:
-        return "an unknown share"
-    return format(top / bottom, form) + ("" if form.endswith("%") else "×")
-
-
-def _loss(team: Doc) -> float | None:
-    return _finite(team["heldout_loss"]["mean"])
-
-
-def _spread(team: Doc) -> float:
-    return _finite(team["heldout_loss"]["spread"]) or 0.0
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def write(comparison: Doc, path: str | Path) -> Path:
     """Write the page of a comparison document, whole or not at all, and return its path."""
     write_file(path, _page(comparison).encode("utf-8", "replace"))  # half a surrogate pair becomes "?"
@@ -221,17 +156,22 @@ def write(comparison: Doc, path: str | Path) -> Path:
 
 def _page(doc: Doc) -> str:
     web = resources.files("handful") / "web"
-    seeds = len(doc["seeds"])
+    seeds, found = len(doc["seeds"]), finding(doc)
     how = "Read across: each row is one measure" + (", with its ratio to the small dense model." if _base(doc) else ".")
+    if len(mixtures_of(doc)) > 1 and _base(doc):
+        how += f" The dense twins match {mixtures_of(doc)[0]['label']}."
     if seeds > 1:
         how += f" Losses are means over {seeds} seeds; their spread is highest minus lowest."
+    if len(doc["teams"]) > 1:
+        how += " Speeds are this machine’s, from the slowest to the quickest while the teams took turns."
     parts = {
         "title": escape(doc["title"]),
         "byline": escape(f"Handful {doc['handful']} · {doc['data']['name']} · {seeds} seed{'s' * (seeds > 1)}"),
-        "finding": escape(" ".join(finding(doc))),
+        "finding": escape(found[0]),
+        "more": escape(" ".join(found[1:])),
         "banners": "".join(map(_banners, doc["teams"])),
         "table_title": "Side by side" if len(doc["teams"]) > 1 else "In numbers",
-        "table_how": how,
+        "table_how": escape(how),
         "table": _table(doc),
         "made": _made(doc),
         "data": _json(_view(doc)),
@@ -244,7 +184,7 @@ def _page(doc: Doc) -> str:
 
 def _view(doc: Doc) -> Doc:
     """What the page's script draws."""
-    teams = []
+    teams, colors = [], _colors(doc)
     for team in doc["teams"]:
         routing = team["routing"]
         if routing:
@@ -253,8 +193,14 @@ def _view(doc: Doc) -> Doc:
             steps = [round(i * last / max(1, count - 1)) for i in range(count)]
             routing = {key: [values[i] for i in steps] for key, values in routing.items()} | {"layers": _layers(team)}
         shown = {key: team[key] for key in ("name", "label", "curve", "reached")}
-        teams.append(shown | {"color": _COLORS[team["name"]], "routing": routing})
-    return {"teams": teams, "goal": _loss(base) if (base := _base(doc)) else None, "sample": doc["sample"]}
+        teams.append(shown | {"color": colors[team["name"]], "routing": routing})
+    return {"teams": teams, "goal": loss_of(base) if (base := _base(doc)) else None, "sample": doc["sample"]}
+
+
+def _colors(doc: Doc) -> dict[str, str]:
+    """A team's name to its colour; mixtures share theirs where there are more than colours."""
+    names = [team["name"] for team in doc["teams"] if team["name"] not in _DENSE_COLORS]
+    return _DENSE_COLORS | dict(zip(names, cycle(_MIXTURE_COLORS), strict=False))
 
 
 def _layers(team: Doc) -> list[int]:
@@ -293,9 +239,12 @@ def _banners(team: Doc) -> str:
     return out
 
 
+_SPANS = {"Training": "train_range", "Decoding": "decode_range"}  # what a speed went up and down between
 _REACHED = "Reached the small dense model’s final loss after"
-# Group, measure, unit, and how to read the value from a team. {"mean", "spread"} values are losses.
+# Group, measure, unit, and how to read the value from a team. {"mean", "spread"} values are losses; a text is itself.
 _MEASURES: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
+    ("What it is", "Experts", "", experts_of),
+    ("What it is", "Balance", "", balance_of),
     ("Size and cost", "Total parameters", "", lambda t: t["parameters"]["total"]),
     ("Size and cost", "Active parameters per token", "", lambda t: t["parameters"]["active"]),
     ("Size and cost", "Training FLOPs per token", "FLOP", lambda t: t["train_flops_per_token"]),
@@ -305,6 +254,8 @@ _MEASURES: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
     ("Speed on this machine", "Training", "tokens/s", lambda t: t["train_tokens_per_second"]),
     ("Speed on this machine", "Decoding", "tokens/s", lambda t: t["decode_tokens_per_second"]),
     ("Speed on this machine", "Time in training", "s", lambda t: t["train_seconds"]),
+    ("Routing over the last fifth", "MaxVio", "mean of layers", lambda t: late_routing(t, "max_vio")),
+    ("Routing over the last fifth", "Dead experts", "of all layers", lambda t: late_routing(t, "dead")),
     (_REACHED, "Tokens", "", lambda t: (t["reached"] or {}).get("tokens")),
     (_REACHED, "FLOPs", "FLOP", lambda t: (t["reached"] or {}).get("flops")),
     (_REACHED, "Time", "s", lambda t: (t["reached"] or {}).get("seconds")),
@@ -312,33 +263,48 @@ _MEASURES: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
 
 
 def _table(doc: Doc) -> str:
-    teams, base, group = doc["teams"], _base(doc), ""
+    teams, base, group, colors = doc["teams"], _base(doc), "", _colors(doc)
     head = "".join(
-        f'<th scope="col"><i class="swatch" style="--c:{_COLORS[t["name"]]}"></i>{escape(t["label"])}</th>'
+        f'<th scope="col"><i class="swatch" style="--c:{colors[t["name"]]}"></i>{escape(t["label"])}</th>'
         for t in teams
     )
     body = ""
     for title, measure, unit, read in _MEASURES:
+        if title in ("What it is", "Routing over the last fifth") and len(mixtures_of(doc)) < 2:
+            continue  # they are there to tell mixtures apart
         cells = [read(team) for team in teams]
         loss = isinstance(cells[0], Mapping)
-        numbers = [_finite(cell["mean"] if loss else cell) for cell in cells]
-        if all(number is None for number in numbers) or (title == _REACHED and not base):
+        numbers = [finite(cell["mean"] if loss else cell) for cell in cells]
+        words = any(isinstance(cell, str) for cell in cells)
+        if (not words and all(number is None for number in numbers)) or (title == _REACHED and not base):
             continue
-        first = _finite(read(base)) if base else None
+        first = finite(read(base)) if base else None
         if loss:
             texts = ["—" if number is None else f"{number:.3f}" for number in numbers]
-            spreads = [_finite(cell["spread"]) if len(doc["seeds"]) > 1 else None for cell in cells]
+            spreads = [finite(cell["spread"]) if len(doc["seeds"]) > 1 else None for cell in cells]
             notes = ["" if spread is None else f"spread {spread:.3f}" for spread in spreads]
+        elif words:
+            texts, notes = [escape(cell or "—") for cell in cells], [""] * len(cells)
+        elif title == "Routing over the last fifth":
+            texts, notes = ["—" if n is None else f"{n:.2f}" for n in numbers], [""] * len(cells)
         else:
-            unit, texts = _row(numbers, unit)
+            spans = [(team.get(_SPANS.get(measure, "")) or (None, None)) for team in teams]
+            unit, shown = _row([*numbers, *(low for low, _ in spans), *(high for _, high in spans)], unit)
+            texts, lows, highs = (shown[i * len(teams) : (i + 1) * len(teams)] for i in range(3))
+            if title == _REACHED:
+                at_most = [bool((team["reached"] or {}).get("at_most")) for team in teams]
+                texts = [f"≤ {text}" if most else text for text, most in zip(texts, at_most, strict=True)]
             notes = [f"{n / first:.2f}×" if first and n is not None and n != first else "" for n in numbers]
+            if measure in _SPANS:
+                spread = [f"{a}–{b}" if a != "—" else "" for a, b in zip(lows, highs, strict=True)]
+                notes = [", ".join(filter(None, pair)) for pair in zip(notes, spread, strict=True)]
         if title != group:
             group = title
             body += f'<tr class="group"><th scope="rowgroup" colspan="{len(teams) + 1}">{title}</th></tr>'
         both = zip(texts, notes, strict=True)
         values = "".join(f"<td>{text}{f'<small>{note}</small>' if base else ''}</td>" for text, note in both)
         body += f'<tr><th scope="row">{measure} <span class="unit">{unit}</span></th>{values}</tr>'
-    style = "measures" if len(teams) > 1 else "measures one"
+    style = "measures" + {1: " one", 2: "", 3: ""}.get(len(teams), " many")
     return f'<table class="{style}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 

@@ -31,9 +31,11 @@ from handful.families.io import checkpoint_files, read_into
 from handful.model import Decoder
 from handful.text import Tokenizer
 
-__all__ = ["Run", "check_free", "read_asked", "read_events"]
+__all__ = ["NOTE", "Run", "check_free", "read_asked", "read_events", "text_behind"]
 
 KEPT = 2
+NOTE = "handful.json"  # in a checkpoint that no run made: where it is from
+TEXT = ("source", "column")  # of a data origin: what says which text
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ASKED = {"model": (), "train": ("dtype", "steps"), "data": ("origin", "fingerprint")}  # what every run.json has
 
@@ -41,7 +43,7 @@ ASKED = {"model": (), "train": ("dtype", "steps"), "data": ("origin", "fingerpri
 def check_free(folder: Path) -> None:
     """ConfigError if the folder holds a run."""
     if (folder / "run.json").exists():
-        raise ConfigError(f"out = {str(folder)!r}: holds a run; go on with it by --resume, or name another folder")
+        raise ConfigError(f"out = {str(folder)!r}: holds a run; go on with it by --resume, or name another by --out")
 
 
 def read_asked(folder: Path) -> dict[str, Any]:
@@ -57,6 +59,21 @@ def read_asked(folder: Path) -> dict[str, Any]:
             if name not in asked[section]:
                 raise CheckpointError(f"{file}: damaged: {section}.{name} is missing")
     return asked
+
+
+def text_behind(source: str | Path, folder: Path) -> dict[str, Any] | None:
+    """The source and column of the text that a model was trained on, or made from one that was: by the run that
+    `source` names or its checkpoint `folder` lies in, or by what upcycling noted there. None where nothing says it.
+    """
+    # RUN/model is a link to RUN/checkpoints/step-….
+    for file in (Path(source) / "run.json", folder.resolve().parent.parent / "run.json"):
+        if file.exists():
+            origin = read_asked(file.parent)["data"]["origin"]
+            return {name: origin.get(name) for name in TEXT}
+    if (folder / NOTE).exists():
+        noted = checkpoint.read_json(folder / NOTE).get("text")
+        return {name: noted.get(name) for name in TEXT} if isinstance(noted, dict) else None
+    return None
 
 
 class Run:

@@ -4,7 +4,7 @@
     balance = "loss-free"       # replaces the preset's
 
     [data]
-    source = "texts/*.txt"      # vocab = 4096, or tokenizer = "path"
+    source = "texts/*.txt"      # column = "body"; vocab = 4096, or tokenizer = "path"
 
     [model]                     # ModelConfig's fields, over the small model's; [model.router] replaces the router
     width = 128
@@ -29,17 +29,20 @@ from handful.data import Data, load_data
 from handful.errors import ConfigError
 from handful.families import config_from_hf
 from handful.families.io import find_folder
-from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, preset, small_model, small_training
-from handful.runs import read_asked
+from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, evaluate_every, preset, small_model, small_training
+from handful.runs import read_asked, text_behind
 
-__all__ = ["Asked", "Only", "balance_like", "balance_of", "resumed_settings", "training_settings"]
+__all__ = [
+    "Asked", "Only", "balance_like", "balance_of", "check_asked", "resumed_settings", "training_settings",
+]  # fmt: skip
 
 Only = Literal["all", "experts", "routers"]  # what is trained; shared experts are experts
 
 BALANCE_WEIGHT = 0.01
+BALANCES = ("none", "switch", "global", "sequence", "gshard", "loss-free")
 BIAS_RATE = 0.001  # u in the loss-free paper's experiments
 SECTIONS = {"router", "balance", "data", "model", "train"}
-DATA_KEYS: dict[str, type] = {"source": str, "tokenizer": str, "vocab": int}
+DATA_KEYS: dict[str, type] = {"source": str, "column": str, "tokenizer": str, "vocab": int}
 START_LR = 3e-4  # going on from a trained model: a tenth of a new one's
 # The presets whose balance a public family was trained with; DeepSeek-V2's is near DeepSeekMoE's.
 FAMILY_PRESETS = {
@@ -55,6 +58,7 @@ class Asked:
 
     start   the checkpoint folder of the model to go on from; None for a new model, and for a run that is resumed.
     only    what is trained.
+    said    the training settings that were given by name; the others are defaults.
     """
 
     origin: Mapping[str, Any]
@@ -62,6 +66,7 @@ class Asked:
     train: TrainConfig
     start: Path | None = None
     only: Only = "all"
+    said: frozenset[str] = frozenset()
 
     def load_data(self, progress: Callable[[str], None] | None = None) -> Data:
         """The text and its tokens."""
@@ -70,7 +75,9 @@ class Asked:
 
 
 def balance_of(kind: str, like: Preset | None) -> BalanceConfig:
-    """The balance of a name: a loss at the preset's weight or 0.01, "loss-free" or "none"."""
+    """The balance of a name: a loss at the preset's weight or 0.01, "loss-free" or "none". ConfigError lists them."""
+    if kind not in BALANCES:
+        raise ConfigError(f"balance = {kind!r}: one of {', '.join(BALANCES)}")
     if kind == "loss-free":
         return BalanceConfig(bias_rate=BIAS_RATE)
     if kind == "none":
@@ -153,7 +160,11 @@ def training_settings(
         raise ConfigError(f"{file}: balance, train.balance: give one of them")
     trained = _only(only or "all")
     if start is not None:
-        own = [*model, *(["router"] if router or "router" in written else []), *sorted(origin.keys() - {"source"})]
+        own = [
+            *model,
+            *(["router"] if router or "router" in written else []),
+            *sorted(origin.keys() - {"source", "column"}),
+        ]
         if own:
             raise ConfigError(f"{own[0]}: the model that --from names has its own")
         kind = _typed("balance", balance or written.get("balance", ""), str)
@@ -167,13 +178,15 @@ def training_settings(
     context = max(settings.context, _typed("model.context", model.get("context", 0), int))
     return Asked(
         origin=origin, model=lambda vocab: _model(vocab, {**model, "context": context}, like, dense, needs_bias),
-        train=settings, only=trained,
+        train=settings, only=trained, said=frozenset(train),
     )  # fmt: skip
 
 
 def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: str, only: Only) -> Asked:
     folder = find_folder(start)
     config = config_from_hf(checkpoint.read_json(folder / "config.json"))
+    if origin.get("source") is None:  # more of the text that it knows
+        origin = {**origin, **(text_behind(start, folder) or {})}
     if not (folder / "tokenizer.json").exists():
         raise ConfigError(f"from = {start!r}: it has no tokenizer.json, which the text is read by")
     balance = BalanceConfig() if only == "experts" else balance_like(start, folder, config)
@@ -182,10 +195,31 @@ def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: 
         balance = replace(asked, weight=balance.weight) if asked.weight and balance.weight else asked
     base = small_training(dtype="auto", lr=START_LR, balance=balance)
     base = replace(base, context=min(base.context, config.context))
+    train = _laid_over(base, values, config.router is None)
+    check_asked(config, train, only)
+    if train.context > config.context:
+        raise ConfigError(f"train.context = {train.context}: at most {config.context}, the model's")
     return Asked(
-        origin={**origin, "tokenizer": str(folder)}, model=lambda vocab: config,
-        train=_laid_over(base, values, config.router is None), start=folder, only=only,
+        origin={**origin, "tokenizer": str(folder)}, model=lambda vocab: config, train=train, start=folder, only=only,
     )  # fmt: skip
+
+
+def check_asked(config: ModelConfig, settings: TrainConfig, only: str) -> None:
+    """ConfigError for a model, a training and what is trained that do not go together, whatever the text."""
+    router, balance = config.router, settings.balance
+    if only not in get_args(Only):
+        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(Only))}")
+    if only != "all" and router is None:
+        raise ConfigError(f"only = {only!r}: 'all' for a dense model")
+    if only == "experts" and balance != BalanceConfig():
+        raise ConfigError("train.balance: none with only = 'experts', which leaves the routers as they are")
+    if only != "experts" and router is not None and router.top_k == 1 < router.experts and router.normalize:
+        raise ConfigError(
+            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
+            "the text reaches the router"
+        )
+    if balance.bias_rate and router is not None and not router.balance_bias:
+        raise ConfigError(f"train.balance.bias_rate = {balance.bias_rate}: needs model.router.balance_bias = true")
 
 
 def _train(values: dict[str, Any], like: Preset | None, balance: BalanceConfig | None, dense: bool) -> TrainConfig:
@@ -203,6 +237,8 @@ def _laid_over(base: TrainConfig, values: dict[str, Any], dense: bool) -> TrainC
     settings = from_dict(TrainConfig, to_dict(base) | values)
     if tokens is not None:
         settings = replace(settings, steps=max(1, tokens // settings.tokens_per_step))
+    if "eval_every" not in values:
+        settings = replace(settings, eval_every=evaluate_every(settings.steps))
     if dense and settings.balance != BalanceConfig():
         raise ConfigError("train.balance: a dense model (router = 'none') has nothing to balance")
     return settings

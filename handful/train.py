@@ -15,18 +15,18 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from handful.balance import balance_loss, step_load, update_bias, z_loss
-from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
+from handful.config import ModelConfig, TrainConfig, to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, bits_per_byte, heldout_batches
 from handful.errors import ConfigError, TrainingError
@@ -36,10 +36,10 @@ from handful.model import Decoder
 from handful.observe import dropped
 from handful.routing import Routing
 from handful.runs import Run
-from handful.settings import Only
+from handful.settings import Only, check_asked
 from handful.watch import CollapseWatch, Event, Sink, routing_event
 
-__all__ = ["Event", "lr_at", "pick_dtype", "train"]
+__all__ = ["Event", "interrupts", "lr_at", "pick_dtype", "train"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -117,6 +117,7 @@ def train(
     resume: bool = False,
     device: str = "cpu",
     backend: str = "auto",
+    stop: Callable[[], bool] | None = None,
     sinks: Iterable[Sink] = (),
 ) -> Iterator[Event]:
     """Train a model; yields events until the end.
@@ -129,6 +130,7 @@ def train(
              gradient, and no room in the optimizer.
     resume   go on from the run's last checkpoint; config, settings and `only` must be the run's own.
     backend  who multiplies the experts of a new model.
+    stop     asked after every step, in place of Ctrl-C.
 
     Ctrl-C finishes the step, saves a checkpoint and ends the stream with an "interrupted" event. TrainingError when a
     loss or gradient is not finite: the last checkpoint stays as it was.
@@ -151,7 +153,7 @@ def train(
         job = _Job(
             config=config, settings=replace(settings, dtype=dtype), data=data, batches=batches,
             heldout_bytes=heldout_bytes, dtype_reason=reason, device=device, backend=backend, start=start, only=only,
-            run=run,
+            run=run, stop=stop,
         )  # fmt: skip
         try:
             for event in _events(job):
@@ -173,20 +175,7 @@ def _check(
     # Public models have rows to spare; a model of ours has a row for each token.
     if config.vocab < has or (config.vocab > has and start is None and not resume):
         raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {has}")
-    if only not in get_args(Only):
-        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(Only))}")
-    router, balance = config.router, settings.balance
-    if only != "all" and router is None:
-        raise ConfigError(f"only = {only!r}: 'all' for a dense model")
-    if only == "experts" and balance != BalanceConfig():
-        raise ConfigError("train.balance: none with only = 'experts', which leaves the routers as they are")
-    if only != "experts" and router is not None and router.top_k == 1 < router.experts and router.normalize:
-        raise ConfigError(
-            "model.router.normalize = True: false for top_k = 1, or every weight is 1 and no gradient of "
-            "the text reaches the router"
-        )
-    if balance.bias_rate and router is not None and not router.balance_bias:
-        raise ConfigError(f"train.balance.bias_rate = {balance.bias_rate}: needs model.router.balance_bias = true")
+    check_asked(config, settings, only)
     if start is None:
         return
     if start.tokenizer is not None and start.tokenizer.fingerprint != data.tokenizer.fingerprint:
@@ -218,6 +207,7 @@ class _Job:
     start: Decoder | None
     only: Only
     run: Run | None
+    stop: Callable[[], bool] | None
 
 
 def _events(job: _Job) -> Iterator[Event]:
@@ -230,10 +220,12 @@ def _events(job: _Job) -> Iterator[Event]:
     model.activation_checkpoint = settings.activation_checkpoint
     optimizer = make_optimizer(model, settings)
     step, seconds = 0, 0.0
-    watch = CollapseWatch(config)
+    before: list[Event] = []  # what a resumed run did
+    watch = CollapseWatch(config, settings)
     if run is not None and run.resumed:
         step, seconds = run.restore(model, optimizer)
-        for event in run.events():
+        before = run.events()
+        for event in before:
             if event["event"] == "routing":
                 watch.see(event)
     elif run is not None:
@@ -274,7 +266,9 @@ def _events(job: _Job) -> Iterator[Event]:
             "bits_per_byte": bits_per_byte(loss, job.heldout_bytes),
         }
 
-    with _interrupts() as interrupted:
+    with interrupts() if job.stop is None else nullcontext(job.stop) as interrupted:
+        if settings.eval_every and not step and not any(event["event"] == "eval" for event in before):
+            yield held_out()  # where the curve begins
         while step < settings.steps:
             began = time.perf_counter()
             done = stepper.step(step, *job.batches.at(step))
@@ -289,8 +283,8 @@ def _events(job: _Job) -> Iterator[Event]:
                 "tokens_per_second": tokens / seconds,
                 **done.plain,
             }
-            stop, last = interrupted(), step == settings.steps
-            save = stop or last or _every(settings.checkpoint_every, step)
+            stopped, last = interrupted(), step == settings.steps
+            save = stopped or last or _every(settings.checkpoint_every, step)
             if done.load_LE is not None:
                 window.append((done.load_LE, done.dropped_L))
                 # A checkpoint ends a window early: a resumed run would not have what came before it.
@@ -305,7 +299,7 @@ def _events(job: _Job) -> Iterator[Event]:
             if run is not None and save:
                 path = run.save(step, seconds, model, optimizer, data.tokenizer)
                 yield {"event": "checkpoint", "step": step, "path": str(path)}
-            if stop and not last:
+            if stopped and not last:
                 yield {"event": "interrupted", "step": step, "seconds": seconds}
                 return
         # A run that was killed after its last checkpoint has nothing left to train.
@@ -436,7 +430,7 @@ def _detached(routing: Routing) -> Routing:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Any]:
+def interrupts() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag that is read between steps; the second one interrupts at once."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -37,7 +37,7 @@ from handful.families.weights import shapes
 from handful.model import Decoder
 from handful.shapes import shapes_alone
 
-__all__ = ["Method", "Partition", "Report", "Side", "report", "upcycle"]
+__all__ = ["Method", "Partition", "Report", "Side", "check_asked", "report", "upcycle"]
 
 Method = Literal["copy", "granular", "split"]
 Partition = Literal["coactivation", "weights", "random"]
@@ -53,7 +53,7 @@ def upcycle(
     method: Method = "copy",
     *,
     experts: int = 8,
-    top_k: int = 2,
+    top_k: int | None = None,
     slices: int | None = None,
     noise: float = 0.0,
     partition: Partition | None = None,
@@ -65,7 +65,8 @@ def upcycle(
     """An MoE made from a dense decoder, which stays as it is; every layer becomes an MoE layer.
 
     experts     copies of each feed-forward network, or (split) the experts that it is cut into.
-    top_k       copies, or experts, of a token.
+    top_k       copies, or experts, of a token. None: 2 copies; of a split three quarters of the experts (6 of 8), for
+                with fewer the model is hardly one any more.
     slices      G of granular: there are experts x G experts of width F / G, and top_k x G of a token.
     noise       copy, granular: normal noise on every copy, as a share of the root mean square of its weights.
     partition   split: neurons that are active on the same tokens together ("coactivation", the default), those of
@@ -80,7 +81,12 @@ def upcycle(
     dense = model.config
     if model.state_dict().keys() != shapes(dense).keys():
         raise ConfigError("upcycle model: its weights are quantised: load it without")
-    slices = _check(dense, method, experts, top_k, slices, noise, partition, text_BS)
+    top_k, slices = check_asked(
+        dense, method, experts=experts, top_k=top_k, slices=slices, noise=noise, partition=partition
+    )
+    watched = (partition or "coactivation") == "coactivation"
+    if method == "split" and text_BS is None and (top_k < experts or watched):
+        raise ConfigError("upcycle text = None: tokens to fit the routers on")
     if method == "split":
         router = RouterConfig(experts=experts, top_k=top_k)
         width, copies = dense.ffn // experts, 1
@@ -125,17 +131,17 @@ def upcycle(
     return made.eval()
 
 
-def _check(
+def check_asked(
     dense: ModelConfig,
-    method: str,
-    experts: int,
-    top_k: int,
-    slices: int | None,
-    noise: float,
-    partition: str | None,
-    text_BS: Tensor | None,
-) -> int:
-    """The slices of a copy. ConfigError for what does not go together."""
+    method: Method = "copy",
+    *,
+    experts: int = 8,
+    top_k: int | None = None,
+    slices: int | None = None,
+    noise: float = 0.0,
+    partition: Partition | None = None,
+) -> tuple[int, int]:
+    """top_k and slices, as `upcycle` takes them, from the config alone. ConfigError for what does not go together."""
 
     def need(ok: bool, name: str, value: Any, right: str) -> None:
         if not ok:
@@ -144,6 +150,8 @@ def _check(
     need(dense.router is None, "model", "an MoE", "a dense model is needed")
     need(method in get_args(Method), "method", method, f"one of {', '.join(get_args(Method))}")
     need(experts >= 2, "experts", experts, "at least 2")
+    if top_k is None:
+        top_k = max(1, 3 * experts // 4) if method == "split" else 2
     need(1 <= top_k <= experts, "top_k", top_k, f"from 1 to experts = {experts}")
     need(method == "granular" or slices is None, "slices", slices, f"for the method granular, not {method}")
     need(method != "split" or noise == 0, "noise", noise, "for the methods copy and granular, not split")
@@ -152,16 +160,14 @@ def _check(
     need(partition is None or partition in get_args(Partition), "partition", partition, f"one of {_PARTITIONS}")
     if method == "split":
         need(dense.ffn % experts == 0, "experts", experts, f"a divisor of the hidden width, {dense.ffn}")
-        watched = (partition or "coactivation") == "coactivation"
-        need(text_BS is not None or (top_k == experts and not watched), "text", None, "tokens to fit the routers on")
-        return 1
+        return top_k, 1
     if method == "granular":
         slices = 2 if slices is None else slices
         need(slices >= 2, "slices", slices, "at least 2 (with 1 it is the method copy)")
         need(dense.ffn % slices == 0, "slices", slices, f"a divisor of the hidden width, {dense.ffn}")
-        return slices
+        return top_k, slices
     need(top_k >= 2, "top_k", top_k, "at least 2: one expert's weight is always 1, and no text would reach the router")
-    return 1
+    return top_k, 1
 
 
 _PARTITIONS = ", ".join(get_args(Partition))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handful.config import ModelConfig
+from handful.config import ModelConfig, TrainConfig
 from handful.observe import collapsed, stats
 
 __all__ = ["CollapseWatch", "Event", "Sink", "TensorBoardWarning", "routing_event", "tensorboard"]
@@ -36,16 +36,19 @@ def routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: i
 class CollapseWatch:
     """Says of a layer that its routing has collapsed, once each time, when it has been so for three routing events.
 
-    The first steps of a run often look collapsed until the balance takes hold.
+    Those of the warm-up do not count: the first steps often look collapsed until the balance takes hold.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, settings: TrainConfig) -> None:
+        self.warm = settings.warmup * settings.steps
         self.top_k = config.router.top_k if config.router else 0
         self.in_a_row = {i: 0 for i in range(config.layers) if config.is_moe(i)}
 
     def see(self, routing: Event) -> list[Event]:
         """The warnings that a routing event calls for."""
-        found = []
+        found: list[Event] = []
+        if routing["step"] <= self.warm:
+            return found
         for layer, load_E in zip(self.in_a_row, routing["load"], strict=True):
             why = collapsed(torch.tensor(load_E), self.top_k)
             self.in_a_row[layer] = self.in_a_row[layer] + 1 if why else 0
@@ -73,17 +76,18 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
     writer: SummaryWriter | None = None
     refused = False
 
-    def refuse(error: OSError) -> None:
+    def refuse(error: OSError | ValueError) -> None:
         nonlocal refused
+        why = (isinstance(error, OSError) and error.strerror) or error
         if not refused:
-            warnings.warn(f"{folder / 'tensorboard'}: cannot be written: {error.strerror}", TensorBoardWarning, 2)
+            warnings.warn(f"{folder / 'tensorboard'}: cannot be written: {why}", TensorBoardWarning, 2)
         refused = True
 
     def sink(event: Event) -> None:
         if not refused:
             try:
                 write(event)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # no room; or a path that is no text
                 refuse(error)
 
     def write(event: Event) -> None:
@@ -112,6 +116,6 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
         if writer is not None:
             try:
                 writer.close()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # no room; or a path that is no text
                 refuse(error)
         threading.excepthook = loud

@@ -32,10 +32,10 @@ from handful.families.io import load
 from handful.machine import Measured
 from handful.model import Decoder
 from handful.observe import Recording
-from handful.presets import PRESETS, small_model
+from handful.presets import PRESETS
 from handful.text import load_tokenizer
 
-VERBS = ["compare", "train", "upcycle", "generate", "cost", "plan", "doctor", "verify"]
+VERBS = ["compare", "train", "upcycle", "generate", "eval", "presets", "cost", "plan", "doctor", "verify"]
 
 SETTINGS = """
 [data]
@@ -187,7 +187,9 @@ def test_an_interruption_is_130(handful: Call, monkeypatch: pytest.MonkeyPatch) 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("handful.cost"), "cost", pressed)  # `handful.cost` is the function
-    assert handful("cost", "mixtral").code == 130
+    result = handful("cost", "mixtral")
+    assert result.code == 130
+    assert result.err == "interrupted: nothing was begun that is kept; the same command starts anew\n"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,7 @@ def test_the_price_of_a_preset(handful: Call) -> None:
     assert found["total_parameters"]["incl_all_embeddings"] == 46_702_792_704  # Mixtral's published checkpoint
     result = handful("cost", "mixtral")
     assert result.code == 0
+    assert result.out.startswith("computes like a 12.9 B dense model, holds like a 46.7 B one\n")
     assert "46,702,792,704" in result.out
     assert result.err == f"{PRESETS['mixtral'].source}\n"
 
@@ -329,7 +332,7 @@ def test_train_and_go_on(handful: Call, at_home: Path, tmp_path: Path) -> None:
 def test_train_leaves_a_run_alone(handful: Call, at_home: Path) -> None:
     before = (at_home / "run/events.jsonl").read_bytes()
     message = mistake(handful("train", "tiny.toml", "--out", "run"))  # one line: before the text is read
-    assert message == "out = 'run': holds a run; go on with it by --resume, or name another folder"
+    assert message == "out = 'run': holds a run; go on with it by --resume, or name another by --out"
     assert (at_home / "run/events.jsonl").read_bytes() == before
 
 
@@ -400,7 +403,7 @@ def test_upcycle_then_train(options: list[str], handful: Call, at_home: Path, de
     assert isinstance(dense, Decoder)
     with torch.no_grad():
         loss, _ = batch_loss(dense, *Batches(text.train, batch=4, context=16, seed=0).at(0), "float32")
-    assert read_lines(run / "events.jsonl")[1]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert of_kind("step", read_lines(run / "events.jsonl"))[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_upcycle_shows_a_table(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
@@ -424,7 +427,7 @@ def test_upcycle_says_what_it_is_written_as(handful: Call, at_home: Path, dense_
 
 def test_upcycle_mistakes(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "made"
-    assert mistake(handful("upcycle", "dense", "text")) == "out = 'text': exists; name another folder"
+    assert mistake(handful("upcycle", "dense", "text")) == "out = 'text': exists; name another folder as OUT"
     assert "holds no checkpoint" in mistake(handful("upcycle", "text", out))
 
     def last_line(*options: str) -> str:
@@ -432,13 +435,146 @@ def test_upcycle_mistakes(handful: Call, at_home: Path, dense_run: Path, tmp_pat
         assert (result.code, result.out) == (1, "")
         return result.err.splitlines()[-1].removeprefix("error ")
 
-    assert last_line("run", str(out)) == "upcycle model = 'an MoE': a dense model is needed"
-    assert last_line("dense", str(out), "--top-k", "9") == "upcycle top_k = 9: from 1 to experts = 8"
+    # Before any text is read: one line.
+    assert mistake(handful("upcycle", "run", out)) == "upcycle model = 'an MoE': a dense model is needed"
+    assert mistake(handful("upcycle", "dense", out, "--top-k", "9")) == "upcycle top_k = 9: from 1 to experts = 8"
+    assert mistake(handful("train", "--from", "dense", "--only", "routers", "--out", out)).startswith(
+        "only = 'routers'"
+    )
+    long = mistake(handful("train", "--from", "run", "--context", "999", "--out", out))
+    assert long.startswith("train.context = 999: at most ")
     shutil.copytree(dense_run / "model", tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()
     bare = str(tmp_path / "bare")
     assert last_line(bare, str(out)) == f"{bare}: it has no tokenizer.json, which the text is read by"
     assert not out.exists()
+
+
+def test_a_split_keeps_three_quarters_and_reads_the_runs_own_text(
+    handful: Call, at_home: Path, dense_run: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    short = SHORT[2:]  # no --data
+    result = handful("upcycle", "dense", made, "--method", "split", "--fit-tokens", "64", *short, "--json")
+    found = document(result)
+    assert result.err.startswith("text: 40 documents")
+    router = json.loads((made / "config.json").read_text("utf-8"))
+    assert (router["num_experts"], router["num_experts_per_tok"]) == (8, 6)
+    assert found["after"]["loss"] < found["before"]["loss"] + 0.5
+    note = json.loads((made / "handful.json").read_text("utf-8"))
+    assert (note["upcycled_from"], note["text"]) == ("dense", {"source": "text", "column": None})
+    # What goes on from it reads that text too; and from a run's checkpoint, that run's.
+    for start in (made, "run", "run/model"):
+        out = tmp_path / f"more-{Path(start).name}"
+        result = handful("train", "--from", start, "--steps", "1", "--batch", "2", "--context", "16", "--out", out)
+        assert result.code == 0
+        assert result.err.startswith("text: 40 documents")
+    # Another is read where one is named.
+    write_text(tmp_path / "other", documents=41)
+    result = handful("upcycle", "dense", tmp_path / "again", "--data", tmp_path / "other", *short)
+    assert ": 41 documents" in result.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval and presets.
+
+
+def test_eval_of_one_model_and_of_two(handful: Call, at_home: Path, dense_run: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"the router of {name} chooses tokens\n" * 90, encoding="utf-8")
+    text = ["--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.*")]
+    one = document(handful("eval", "run", *text, "--json"))
+    assert [Path(row["file"]).name for row in one["files"]] == ["a.txt", "b.txt", "all of them"]
+    a, b, both = (row["models"][0] for row in one["files"])
+    assert both["loss"] == pytest.approx((a["loss"] * a["tokens"] + b["loss"] * b["tokens"]) / both["tokens"])
+    assert (one["context"], one["files"][0]["bytes"], one["files"][0]["difference"]) == (16, 2790, None)
+
+    result = handful("eval", "run", "dense", *text)
+    assert result.code == 0
+    for words in ("A  run", "B  dense", "B − A,", "all of them", f"{both['loss']:.4f}"):
+        assert words in result.out
+    assert re.search(r"predicts this text better than|no difference is seen", result.err)
+    two = document(handful("eval", "run", "dense", *text, "--json"))
+    apart = two["files"][-1]["difference"]
+    losses_of = [model["bits_per_byte"] for model in two["files"][-1]["models"]]
+    assert apart["bits_per_byte"] == pytest.approx(losses_of[1] - losses_of[0])
+    assert apart["error"] > 0
+    # A model beside itself is no better.
+    same = handful("eval", "run", "run/model", *text)
+    assert "no difference is seen: +0.0000 bits a byte ± 0.0000" in same.err
+
+
+def test_eval_of_what_a_run_held_out(handful: Call, at_home: Path) -> None:
+    result = handful("eval", "run", "--json")
+    (row,) = document(result)["files"]
+    assert row["file"] == "held out of text"
+    (end,) = of_kind("end", read_lines(at_home / "run/events.jsonl"))
+    assert row["models"][0]["loss"] == pytest.approx(end["loss"], rel=0.05)  # of other windows, and of all of it
+
+
+def test_eval_mistakes(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    shutil.copytree(at_home / "run/model", tmp_path / "model")
+    assert mistake(handful("eval", tmp_path / "model")).endswith(
+        "does not say what text it was trained on; name some by --text"
+    )
+    assert "nowhere" in mistake(handful("eval", "run", "--text", "nowhere"))
+    assert mistake(handful("eval", "run", "--quant", "int2")) == "quant = 'int2': int8 or int4"
+    assert mistake(handful("eval", "run", "--context", "17")).startswith("context = 17: from 1 to 16")
+    assert mistake(handful("eval", "run", "--device", "tpu")).startswith("device = 'tpu': this computer has cpu")
+
+
+def test_presets(handful: Call) -> None:
+    found = {row["name"]: row for row in document(handful("presets", "--json"))}
+    assert list(found) == list(PRESETS)
+    assert found["mixtral"]["total_parameters"] == 46_702_792_704
+    assert found["switch"]["total_parameters"] is None
+    result = handful("presets")
+    assert result.code == 0
+    for name in PRESETS:
+        assert name in result.out
+    assert "46.7 G, 12.9 G active" in result.out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminals.
+
+
+def in_a_process(*arguments: str | bytes, home: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "handful", *arguments], capture_output=True, cwd=home,
+        env={**os.environ, "HANDFUL_CACHE": str(home / "cache"), **environment},
+    )  # fmt: skip
+
+
+def test_a_terminal_that_knows_ascii_alone(at_home: Path) -> None:
+    result = in_a_process("presets", home=at_home, PYTHONIOENCODING="ascii", COLUMNS="200")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"capacity 2?T/E" not in result.stdout
+    assert b"capacity 2-T/E" in result.stdout  # a middle dot, as well as it can be said
+    result = in_a_process("--help", home=at_home, PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_path_that_is_no_text(at_home: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    result = in_a_process("cost", folder, home=at_home)
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"error " + folder + b": holds no checkpoint")
+    # A run in such a folder is a run like any other.
+    asked = (b"train", b"tiny.toml", b"--steps", b"1", b"--out", folder + b"/run")
+    result = in_a_process(*asked, home=at_home)
+    assert result.returncode == 0, result.stderr
+    assert folder + b"/run/report.html" in result.stdout.replace(b"\n", b"").replace(b" ", b"")
+
+
+def test_shell_completion() -> None:
+    command = Path(sys.executable).with_name("handful")
+    if not command.exists():
+        pytest.skip("the command is not installed")
+    environment = {**os.environ, "_HANDFUL_COMPLETE": "complete_bash", "COMP_WORDS": "handful e", "COMP_CWORD": "1"}
+    found = subprocess.run([command], capture_output=True, text=True, env=environment)
+    assert found.stdout.split() == ["eval"]
 
 
 def test_training_that_cannot_begin(handful: Call, at_home: Path, tmp_path: Path) -> None:
@@ -475,7 +611,7 @@ def test_interrupted_training_is_130_and_goes_on(
         press_ctrl_c(patch, batch=3)
         result = handful("train", "tiny.toml", "--out", run, *["--json"] * as_json)
     assert result.code == 130
-    assert result.err.splitlines()[-1] == f"interrupted at step 3; go on with --resume --out '{run}'"
+    assert result.err.splitlines()[-1] == f"interrupted at step 3; this goes on: handful train --resume --out '{run}'"
     if as_json:
         found = json.loads(result.out)
         assert (found["event"], found["step"], found["out"]) == ("interrupted", 3, str(run))
@@ -659,47 +795,99 @@ def test_a_closed_pipe_is_no_error_to_show(arguments: list[str], home: Path) -> 
 # compare.
 
 
-def test_compare_reuses_what_is_finished(
-    handful: Call, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import handful.presets as presets
+SMALL_TEAMS = ["--width", "16", "--layers", "1", "--context", "16", "--batch", "4"]
 
-    monkeypatch.setattr(presets, "small_model", lambda vocab, like=None: small_model(vocab, like, width=16, layers=1))
-    command = ["compare", "--data", "text", "--tokens", "1", "--router", "mixtral", "--out", tmp_path / "three"]
+
+def test_compare_reuses_what_is_finished(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    command = ["compare", "--data", "text", "--tokens", "1", "--router", "mixtral", *SMALL_TEAMS]
+    command += ["--out", str(tmp_path / "three")]
     result = handful(*command, "--json")
     found = document(result)
     assert [team["name"] for team in found["teams"]] == ["dense-active", "moe", "dense-total"]
     assert found["teams"][1]["model"]["router"] == to_dict(PRESETS["mixtral"].router)
-    assert found["train"]["steps"] == 1
+    assert (found["train"]["steps"], found["train"]["eval_every"]) == (1, 1)
+    assert {team["model"]["width"] for team in found["teams"]} == {16}
+    assert [team["lr"] for team in found["teams"]] == [0.016, 0.032, 0.016]
     assert found == json.loads((tmp_path / "three/compare.json").read_text("utf-8"))
-    assert f"report: {tmp_path / 'three/report.html'}" in result.err
+    # The finding in a sentence, and what to look at next.
+    finding, to_open = result.err.splitlines()[-2:]
+    assert finding.startswith("With ")
+    assert "too short to judge: an expert was trained on " in finding
+    assert to_open.startswith(f"open {tmp_path / 'three/report.html'} ")
     runs = {path: path.read_bytes() for path in (tmp_path / "three").glob("*/seed-0/events.jsonl")}
     assert len(runs) == 3
 
     again = handful(*command)
     assert again.code == 0
-    assert "Team 2 · mixture of experts" in again.out
+    assert "mixture of experts" in again.out
     assert f"{found['teams'][1]['heldout_loss']['mean']:.4f}" in again.out
     assert {path: path.read_bytes() for path in runs} == runs
+    # Another comparison in its place is refused, and told what to do.
+    other = mistake_after(handful(*command, "--top-k", "1"))
+    assert other.startswith("model.")
+    assert other.endswith("; name another folder by --out")
+    # As a model it is none, but holds some.
+    inside = mistake(handful("eval", tmp_path / "three", "--text", "text"))
+    assert inside.startswith(f"{tmp_path / 'three'}: holds a comparison; name one of its runs: ")
+    assert str(tmp_path / "three/moe/seed-0") in inside
+
+
+def mistake_after(result: Result) -> str:
+    """The last line of a call that failed after it had said something."""
+    assert (result.code, result.out) == (1, "")
+    assert "Traceback" not in result.err
+    return result.err.splitlines()[-1].removeprefix("error ")
+
+
+def test_several_routers_and_balances(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    command = [
+        "compare",
+        "--data",
+        "text",
+        "--tokens",
+        "200",
+        *SMALL_TEAMS,
+        "--lr",
+        "0.01",
+        "--out",
+        str(tmp_path / "all"),
+    ]
+    result = handful(*command, "--router", "mixtral", "--router", "64x2", "--balance", "none", "--balance", "switch")
+    assert result.code == 0
+    # Both have Switch's loss as it is, at weights of their own.
+    for name in ("mixtral", "64x2"):
+        assert f"{name} has the balance switch as it is" in result.err
+    found = json.loads((tmp_path / "all/compare.json").read_text("utf-8"))
+    assert [team["name"] for team in found["teams"]] == [
+        "dense-active", "mixtral", "mixtral-none", "64x2", "64x2-none", "dense-total",
+    ]  # fmt: skip
+    assert {team["lr"] for team in found["teams"]} == {0.01}
+    assert [team["balance"]["loss"] for team in found["teams"]] == ["none", "switch", "none", "switch", "none", "none"]
+    words = " ".join(result.out.split())
+    for value in ("8, 2 a token", "64, 2 a token", "switch 0.02", "dead experts at the end"):
+        assert value in words
+    assert "Too short to judge: " in result.err
+
+
+def test_a_comparison_from_a_file(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    found = document(handful("compare", "tiny.toml", "--balance", "none", "--out", tmp_path / "file", "--json"))
+    assert [team["name"] for team in found["teams"]] == ["dense-active", "moe", "moe-none", "dense-total"]
+    assert (found["train"]["steps"], found["train"]["eval_every"]) == (4, 2)
+    assert found["teams"][1]["model"]["router"]["experts"] == 4
 
 
 def test_an_interrupted_comparison_is_130_and_goes_on(
     handful: Call, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import handful.presets as presets
-
-    monkeypatch.setattr(presets, "small_model", lambda vocab, like=None: small_model(vocab, like, width=16, layers=1))
     compare = importlib.import_module("handful.compare")  # `handful.compare` is the function
     monkeypatch.setattr(compare, "steps_within", lambda *args: 3)
     out = tmp_path / "three"
-    command = ["compare", "--data", "text", "--minutes", "1", "--router", "mixtral", "--out", out]
+    command = ["compare", "--data", "text", "--minutes", "1", "--router", "mixtral", *SMALL_TEAMS, "--out", str(out)]
     with monkeypatch.context() as patch:
-        press_ctrl_c(patch, batch=5)  # the second team's second
+        press_ctrl_c(patch, batch=5)  # the second team's second step
         result = handful(*command)
-    assert result.code == 130
-    assert "Team 1 · small dense" in result.out
-    assert "Team 2" not in result.out
-    assert result.err.splitlines()[-2:] == [f"report: {out / 'report.html'}", "interrupted; the same command goes on"]
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1] == f"interrupted: the same command goes on; every run is kept in {out}"
 
     # Timing it again would say something else: it goes on with what it began with.
     monkeypatch.setattr(compare, "steps_within", lambda *args: pytest.fail("timed again"))

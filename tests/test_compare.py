@@ -15,14 +15,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, Event, moe, of_kind, read_lines, tiny_data, training, write_text
+from tiny import VOCAB, Event, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 
 from handful import __version__
-from handful.compare import LABELS, LEARNING_RATES, Team, _reached, compare, decode_speed, steps_within, teams, twins
+from handful.compare import (
+    LABELS,
+    LEARNING_RATES,
+    Team,
+    _reached,
+    compare,
+    decode_speeds,
+    line_up,
+    steps_within,
+    teams,
+    twins,
+)
 from handful.config import BalanceConfig, ModelConfig, to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, load_data
-from handful.errors import ConfigError
+from handful.errors import ConfigError, TrainingError
 from handful.families.io import load
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model, small_training
@@ -52,7 +63,7 @@ def two_seeds(data: Data, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
 
 def without_clock(value: Any) -> Any:
     """A document without what depends on the clock."""
-    clock = ("seconds", "tokens_per_second", "train_seconds", "machine")
+    clock = ("seconds", "tokens_per_second", "train_seconds", "machine", "_range")
     if isinstance(value, dict):
         return {key: without_clock(item) for key, item in value.items() if not key.endswith(clock)}
     return [without_clock(item) for item in value] if isinstance(value, list) else value
@@ -128,8 +139,8 @@ def test_the_default_comparison_is_float32_at_equal_settings() -> None:
 def pretend(step_seconds: dict[str, float], last: str = "end") -> Callable[..., Iterator[Event]]:
     """A training whose first step takes nine seconds and whose others take what the learning rate's team is given."""
 
-    def train(model: ModelConfig, settings: Any, data: Data, out: None = None) -> Iterator[Event]:
-        assert out is None
+    def train(model: ModelConfig, settings: Any, data: Data, out: None = None, *, device: str) -> Iterator[Event]:
+        assert (out, device) == (None, "cpu")
         name = next(name for name, rate in RATES.items() if rate == settings.lr)
         for step in range(1, settings.steps + 1):
             yield {"event": "step", "step": step, "seconds": 9 + (step - 1) * step_seconds[name]}
@@ -203,9 +214,9 @@ def test_the_document_keeps_its_contract(two_seeds: tuple[dict[str, Any], Path],
     for team, entrant in zip(document["teams"], entrants, strict=True):
         price = cost(entrant.model, context=entrant.settings.context)
         assert set(team) == {
-            "name", "label", "model", "parameters", "train_flops_per_token", "weight_bytes", "lr", "heldout_loss",
-            "bits_per_byte", "train_tokens_per_second", "decode_tokens_per_second", "train_seconds", "reached",
-            "curve", "routing", "warnings",
+            "name", "label", "model", "parameters", "train_flops_per_token", "weight_bytes", "lr", "balance",
+            "heldout_loss", "bits_per_byte", "train_tokens_per_second", "train_range", "decode_tokens_per_second",
+            "decode_range", "train_seconds", "reached", "curve", "routing", "warnings",
         }  # fmt: skip
         assert team["label"] == LABELS[team["name"]]
         assert team["model"] == to_dict(entrant.model)
@@ -213,9 +224,13 @@ def test_the_document_keeps_its_contract(two_seeds: tuple[dict[str, Any], Path],
         assert team["train_flops_per_token"] == price.train_flops
         assert team["weight_bytes"] == 4 * price.total
         assert team["lr"] == RATES[team["name"]]
-        assert team["decode_tokens_per_second"] > 0
+        assert team["balance"] == to_dict(entrant.settings.balance)
+        for of, speed in (("train_range", "train_tokens_per_second"), ("decode_range", "decode_tokens_per_second")):
+            low, high = team[of]
+            assert 0 < low <= high
+            assert low <= team[speed] <= high or of == "train_range"  # whose first step counts for the mean alone
         assert (team["routing"] is not None) == (team["name"] == "moe")
-        assert [point["tokens"] for point in team["curve"]] == [128, 256, 384]
+        assert [point["tokens"] for point in team["curve"]] == [0, 128, 256, 384]
         for point in team["curve"]:
             assert point["flops"] == point["tokens"] * price.train_flops
             assert point["low"] <= point["loss"] <= point["high"]
@@ -291,14 +306,22 @@ def curve(*losses: float) -> list[dict[str, Any]]:
 
 def test_reached_by_hand() -> None:
     # From 4.0 at 200 tokens to 3.0 at 300: 3.25 is three quarters of the way.
-    assert _reached(curve(5.0, 4.0, 3.0), 3.25) == {"tokens": 275.0, "flops": 2.75e6, "seconds": 5.5}
-    assert _reached(curve(5.0, 4.0, 3.0), 4.0) == {"tokens": 200.0, "flops": 2e6, "seconds": 4.0}
-    assert _reached(curve(5.0, 4.0, 3.0), 3.0) == {"tokens": 300.0, "flops": 3e6, "seconds": 6.0}
+    def reached(tokens: float, at_most: bool = False) -> dict[str, Any]:
+        return {"tokens": tokens, "flops": 1e4 * tokens, "seconds": 0.02 * tokens, "at_most": at_most}
+
+    assert _reached(curve(5.0, 4.0, 3.0), 3.25) == reached(275.0)
+    assert _reached(curve(5.0, 4.0, 3.0), 4.0) == reached(200.0)
+    assert _reached(curve(5.0, 4.0, 3.0), 3.0) == reached(300.0)
     assert _reached(curve(5.0, 4.0, 3.0), 2.9) is None
-    assert _reached(curve(5.0, 4.0, 3.0), 6.0) == {"tokens": 100, "flops": 1e6, "seconds": 2.0}
-    assert _reached(curve(3.0, 5.0, 2.0), 3.0) == {"tokens": 100, "flops": 1e6, "seconds": 2.0}  # the first time
-    assert _reached(curve(5.0, 5.0, 4.0), 4.5) == {"tokens": 250.0, "flops": 2.5e6, "seconds": 5.0}
+    assert _reached(curve(5.0, 5.0, 4.0), 4.5) == reached(250.0)
     assert _reached([], 1.0) is None
+    # Where the first evaluation is past it already, it was then or before; so too after one of step 0, from which a
+    # curve falls in no straight line.
+    assert _reached(curve(5.0, 4.0, 3.0), 6.0) == reached(100, at_most=True)
+    assert _reached(curve(3.0, 5.0, 2.0), 3.0) == reached(100, at_most=True)  # the first time
+    start = {"tokens": 0, "flops": 0, "seconds": 0.0, "loss": 8.0}
+    assert _reached([start, *curve(5.0, 4.0)], 6.0) == reached(100, at_most=True)
+    assert _reached([start, *curve(5.0, 4.0)], 4.5) == reached(150.0)
 
 
 def test_reached_is_measured_against_the_small_dense_team(two_seeds: tuple[dict[str, Any], Path]) -> None:
@@ -309,10 +332,10 @@ def test_reached_is_measured_against_the_small_dense_team(two_seeds: tuple[dict[
     assert document["teams"][0]["reached"]["tokens"] == pytest.approx(384)
 
 
-def test_decode_speed_has_room_in_any_context() -> None:
-    for context in (2, 3, 16, 17, 100):
-        rate = decode_speed(Decoder(moe(context=context)), tokens=4, repeats=1)
-        assert 0 < rate < math.inf
+def test_decode_speeds_have_room_in_any_context() -> None:
+    found = decode_speeds([Decoder(moe(context=context)) for context in (2, 3, 16, 17, 100)], tokens=4, repeats=2)
+    assert [len(rates) for rates in found] == [2] * 5
+    assert all(0 < rate < math.inf for rates in found for rate in rates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,7 +388,7 @@ def test_other_settings_are_refused(finished: bool, data: Data, tmp_path: Path) 
         with pytest.raises(KeyboardInterrupt):
             compare(data, three(), out, on_event=press("dense-active", 0, step=1))
     before = (out / "dense-active/seed-0/events.jsonl").read_bytes()
-    said = f"train.steps = 7: the run in {out}/dense-active/seed-0 has 6"
+    said = f"train.steps = 7: the run in {out}/dense-active/seed-0 has 6; name another folder by --out"
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
         compare(data, three(steps=7), out)
     wider = teams(moe({"experts": 8}), three()[1].settings, RATES)
@@ -401,27 +424,101 @@ def test_ctrl_c_keeps_what_is_finished(two_seeds: tuple[dict[str, Any], Path], d
     with pytest.raises(KeyboardInterrupt):
         compare(data, three(), out, seeds=2, on_event=press("dense-active", 0, step=4))
     assert not (out / "compare.json").exists()
+    # All of them were at it, and all keep what they have.
+    stopped = [of_kind("interrupted", read_events(out / name / "seed-0"))[0]["step"] for name in NAMES]
+    assert stopped == [4, 3, 3]
+    assert not (out / "moe/seed-1").exists()
 
-    document = compare(data, three(), out, seeds=2, on_event=press("moe", 0, step=2))
-    assert [team["name"] for team in document["teams"]] == ["dense-active"]
-    assert document["sample"] is None
+    document = compare(data, three(), out, seeds=2, on_event=press("moe", 1, step=2))
+    assert [team["name"] for team in document["teams"]] == NAMES
+    assert document["seeds"] == [0]
+    assert [len(team["heldout_loss"]["values"]) for team in document["teams"]] == [1, 1, 1]
     assert json.loads((out / "compare.json").read_text()) == json.loads(json.dumps(document))
     assert "Team 1" in (out / "report.html").read_text()
-    assert of_kind("interrupted", read_events(out / "moe/seed-0"))[0]["step"] == 2
 
-    document = compare(data, three(), out, seeds=2, on_event=press("dense-total", 0, step=5))
-    assert [team["name"] for team in document["teams"]] == ["dense-active", "moe"]
-    assert document["sample"] is not None
-
-    document = compare(data, three(), out, seeds=2, on_event=press("moe", 1, step=1))
-    assert [team["name"] for team in document["teams"]] == NAMES
-    assert document["seeds"] == [0]  # one team has a second seed, which the others cannot be compared with
-    assert [len(team["heldout_loss"]["values"]) for team in document["teams"]] == [1, 1, 1]
-
-    # Four times interrupted, it ends as if it had never been; routing is told in shorter windows.
+    # Twice interrupted, it ends as if it had never been; routing is told in shorter windows.
     document = compare(data, three(), out, seeds=2, command="handful compare")
     plain = without_clock(two_seeds[0])
     found = without_clock(document)
     for team in (*plain["teams"], *found["teams"]):
         del team["routing"]
     assert found == plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking turns, and several mixtures.
+
+
+def test_teams_take_turns(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TURNS", 4)
+    order: list[tuple[str, int]] = []
+
+    def follow(team: Team, seed: int, event: Event) -> None:
+        if event["event"] == "step":
+            order.append((team.name, event["step"]))
+
+    compare(data, three(steps=12, eval_every=0, checkpoint_every=0), tmp_path / "out", on_event=follow)
+    # Three steps of each in turn.
+    assert order == [(name, turn * 3 + i) for turn in range(4) for name in NAMES for i in (1, 2, 3)]
+
+
+def test_turns_change_no_number(data: Data, two_seeds: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    alone = list(module.train(moe(), dataclasses.replace(three()[1].settings, seed=1), data, tmp_path / "alone"))
+    together = read_events(two_seeds[1] / "moe/seed-1")
+    assert timeless(alone) == timeless(together)
+
+
+def test_a_team_that_diverges_is_named(data: Data, tmp_path: Path) -> None:
+    wild = three()
+    wild[1] = dataclasses.replace(wild[1], settings=dataclasses.replace(wild[1].settings, lr=1e30))
+    with pytest.raises(TrainingError, match=r"^Team 2 · mixture of experts, seed 0: step \d: "):
+        compare(data, wild, tmp_path / "out")
+    # The others keep what they have, and nobody holds their locks.
+    compare(data, [wild[0], wild[2]], tmp_path / "out")
+
+
+def several() -> list[Team]:
+    settings = training(balance=BalanceConfig(loss="switch", weight=0.01))
+    free = dataclasses.replace(settings, balance=BalanceConfig())
+    wide = moe({"experts": 8})
+    return line_up({"even": (moe(), settings), "free": (moe(), free), "wide": (wide, settings)}, RATES)
+
+
+def test_a_line_up_stands_between_the_twins_of_the_first() -> None:
+    found = several()
+    assert [team.name for team in found] == ["dense-active", "even", "free", "wide", "dense-total"]
+    assert [team.label for team in found] == [
+        "Team 1 · small dense", "Team 2 · even", "Team 3 · free", "Team 4 · wide", "Team 5 · big dense",
+    ]  # fmt: skip
+    assert (found[0].model, found[-1].model) == twins(moe())
+    assert [team.settings.lr for team in found] == [1e-2, 2e-2, 2e-2, 2e-2, 5e-3]
+    assert [team.settings.balance.loss for team in found] == ["none", "switch", "none", "switch", "none"]
+    with pytest.raises(ConfigError, match=r"^a mixture's name is none of a twin's"):
+        line_up({"dense-total": (moe(), training())})
+
+
+def test_several_mixtures_in_one_document(data: Data, tmp_path: Path) -> None:
+    document = compare(data, several(), tmp_path / "out", seeds=2)
+    assert document["title"] == "Five teams, one text"
+    even, free, wide = document["teams"][1:4]
+    # The same seed and shape: they begin alike, and part by their balance alone.
+    assert even["curve"][0]["loss"] == free["curve"][0]["loss"] != wide["curve"][0]["loss"]
+    assert even["curve"][-1]["loss"] != free["curve"][-1]["loss"]
+    assert [team["routing"] is not None for team in document["teams"]] == [False, True, True, True, False]
+    page = (tmp_path / "out/report.html").read_text()
+    for words in ("The dense twins match Team 2 · even.", "switch 0.01", "Dead experts", "8, 2 a token"):
+        assert words in page
+
+
+def test_a_folder_of_somebody_else_is_refused(data: Data, tmp_path: Path) -> None:
+    list(module.train(moe(), training(), data, tmp_path / "run"))
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ConfigError, match=r"run': holds a run of one model; name another folder by --out$"):
+        compare(data, three(), tmp_path / "run")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    # Whatever team differs, nothing is trained before that is found.
+    compare(data, three()[1:2], tmp_path / "out")
+    other = teams(moe({"experts": 8}), three()[1].settings, RATES)
+    with pytest.raises(ConfigError, match=r"^model\.router = .*; name another folder by --out$"):
+        compare(data, other, tmp_path / "out")
+    assert not (tmp_path / "out/dense-active").exists()

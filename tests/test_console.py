@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 from tiny import Event, moe, of_kind, tiny_data, training
 
-from handful.console import RunProgress, comparison_table, cost_tables, duration, facts
+from handful.config import ModelConfig
+from handful.console import (
+    RunProgress,
+    comparison_table,
+    cost_sentence,
+    cost_tables,
+    duration,
+    facts,
+    scores_table,
+    show,
+)
 from handful.cost import cost
 from handful.presets import PRESETS, small_model
 from handful.train import train
@@ -71,13 +85,16 @@ def team(name: str, label: str, losses: list[float], **changes: Any) -> dict[str
     return {
         "name": name,
         "label": label,
+        "model": {"router": {"experts": 8, "top_k": 2} if name == "moe" else None},
         "parameters": {"total": 1_250_000, "active": 310_000},
         "train_flops_per_token": 1_860_000,
         "weight_bytes": 5_000_000,
         "heldout_loss": measured(losses),
         "bits_per_byte": measured([loss / 2 for loss in losses]),
         "train_tokens_per_second": 12345.6,
+        "train_range": None,
         "decode_tokens_per_second": 987.6,
+        "decode_range": [900.4, 1000.6],
         "train_seconds": 185.0,
         "reached": {"tokens": 40960.0, "flops": 7.6e10, "seconds": 59.6},
         **changes,
@@ -99,8 +116,8 @@ def test_the_comparison_of_three_teams() -> None:
     text = shown(comparison_table(three([[2.5], [2.25], [2.125]])))
     rows = cells(text)
     assert text.startswith("Three teams, one text")
-    assert rows[0] == ["", "Team 1 · small dense", "Team 2 · mixture of experts", "Team 3 · big dense"]
-    assert {row[0]: row[1:] for row in rows[1:9]} == {
+    assert rows[:2] == [["", "Team 1", "Team 2", "Team 3"], ["", "small dense", "mixture of experts", "big dense"]]
+    assert {row[0]: row[1:] for row in rows[2:10]} == {
         "total parameters": ["1.25 M"] * 3,
         "active parameters": ["310 k"] * 3,
         "training FLOPs a token": ["1.86 M"] * 3,
@@ -110,7 +127,8 @@ def test_the_comparison_of_three_teams() -> None:
         "training tokens/s": ["12,346"] * 3,
         "decode tokens/s": ["988"] * 3,
     }
-    assert rows[9:] == [
+    assert rows[10:] == [
+        ["", *["900–1,001"] * 3],  # the slowest and the quickest of five
         ["training time", "3:05", "3:05", "3:05"],
         ["the small dense loss after: tokens", "41.0 k", "41.0 k", "not reached"],
         ["FLOPs", "76.0 G", "76.0 G", "not reached"],
@@ -119,10 +137,11 @@ def test_the_comparison_of_three_teams() -> None:
 
 
 def test_the_spread_over_seeds() -> None:
-    rows = {row[0]: row[1:] for row in cells(shown(comparison_table(three([[2.5, 2.25], [2.0, 2.0], [1.5, 2.0]]))))}
-    loss = rows["held-out loss, nats a token"]
-    assert loss == ["2.3750 (spread 0.2500)", "2.0000 (spread 0.0000)", "1.7500 (spread 0.5000)"]
-    assert rows["held-out bits a byte"][0] == "1.1875 (spread 0.1250)"
+    rows = cells(shown(comparison_table(three([[2.5, 2.25], [2.0, 2.0], [1.5, 2.0]]))))
+    at = [row[0] for row in rows].index("held-out loss, nats a token")
+    assert rows[at][1:] == ["2.3750", "2.0000", "1.7500"]
+    assert rows[at + 1][1:] == ["spread 0.2500", "spread 0.0000", "spread 0.5000"]
+    assert [row[1] for row in rows[at + 2 : at + 4]] == ["1.1875", "spread 0.1250"]
 
 
 def test_one_team_alone() -> None:
@@ -135,18 +154,98 @@ def test_one_team_alone() -> None:
     assert len(rows) == 10
 
 
-@pytest.mark.parametrize("teams", [1, 3])
-@pytest.mark.parametrize("width", [60, 120])
-def test_a_comparison_fits_the_terminal_and_loses_no_value(width: int, teams: int) -> None:
+def test_where_the_first_evaluation_is_past_it() -> None:
+    document = three([[2.5], [2.25], [2.125]])
+    document["teams"][1]["reached"]["at_most"] = True
+    rows = cells(shown(comparison_table(document)))
+    assert rows[-3:] == [
+        ["the small dense loss after: tokens", "41.0 k", "≤ 41.0 k", "not reached"],
+        ["FLOPs", "76.0 G", "≤ 76.0 G", "not reached"],
+        ["training time", "1:00", "≤ 1:00", "not reached"],
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any width.
+
+
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, *tables: Table
+) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    capsys.readouterr()
+    show(*tables)
+    return capsys.readouterr().out.splitlines()
+
+
+def numbers(lines: list[str]) -> Counter[str]:
+    """Every number, wherever it stands."""
+    return Counter(re.findall(r"[\d][\d,.]*\d|\d", " ".join(lines)))
+
+
+@pytest.mark.parametrize("width", [20, 30, 40, 60, 80, 100])
+def test_at_any_width_no_number_is_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixtral = PRESETS["mixtral"].model
+    assert mixtral is not None
     document = three([[2.5, 2.25], [2.0, 2.0], [1.5, 2.0]])
-    document["teams"] = document["teams"][:teams]
-    text = shown(comparison_table(document), width=width)
-    assert max(map(len, text.splitlines())) <= width
-    assert "…" not in text
-    for column in range(teams):
-        joined = " ".join(row[column + 1] for row in cells(text))
-        for value in ("1.25 M", "(spread", "12,346", "988"):
-            assert value in joined
+    rows = [
+        {"file": "notes/a.txt", "bytes": 1_234_567, "difference": {"bits_per_byte": -0.0123, "error": 0.0045},
+         "models": [{"loss": 3.4567, "bits_per_byte": 1.2345}, {"loss": 3.3333, "bits_per_byte": 1.2222}]}
+    ]  # fmt: skip
+    every: list[Callable[[], list[Table]]] = [
+        lambda: [comparison_table(document)],
+        lambda: cost_tables("mixtral", cost(mixtral, ranks=8)),
+        lambda: [scores_table(["runs/one", "runs/two"], rows)],
+        lambda: [facts("This machine", [("memory", "8.23 GB, 1.25 GB available"), ("products", "1.25 TFLOP/s")])],
+    ]
+    for make in every:
+        wide = printed(monkeypatch, capsys, 300, *make())
+        narrow = printed(monkeypatch, capsys, width, *make())
+        assert max(map(len, narrow)) <= width
+        assert "…" not in "".join(narrow)
+        # A table in parts repeats the names of its rows, numbers among them too.
+        assert numbers(wide) - numbers(narrow) == Counter()
+
+
+def test_a_table_is_cut_between_its_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = comparison_table(three([[2.5], [2.25], [2.125]]))
+    assert sum("Team" in line for line in printed(monkeypatch, capsys, 110, table)) == 1
+    parts = printed(monkeypatch, capsys, 60, table)
+    assert [line.split("┃")[2:-1] for line in parts if "Team" in line] != []
+    assert sum(line.startswith("Three teams") for line in parts) == 2
+    assert sum("held-out bits" in line for line in parts) == 2
+    # Too narrow for any column: line by line.
+    assert "Team 2" in "".join(printed(monkeypatch, capsys, 20, table))
+
+
+def test_a_log_is_told_of_every_minute(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("handful.console.time.monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=120)
+    step = {"event": "step", "seconds": 20.0, "loss": 5.4321, "tokens_per_second": 12345.6}
+    with RunProgress(console) as progress:
+        progress("moe", events[0])
+        for at, number in ((30.0, 1), (61.0, 2), (100.0, 3), (122.0, 4)):
+            clock[0] = at
+            progress("moe", {**step, "step": number})
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "moe: step 2 of 4, 20 s, loss 5.432, 12,346 tokens/s",
+        "moe: step 4 of 4, 20 s, loss 5.432, 12,346 tokens/s",
+    ]
+
+
+def test_cost_says_first_what_people_want_to_hear() -> None:
+    mixtral = PRESETS["mixtral"].model
+    assert mixtral is not None
+    assert cost_sentence(cost(mixtral)) == "computes like a 12.9 B dense model, holds like a 46.7 B one"
+    assert cost_sentence(cost(small_model(2048))) == "computes like a 230 k dense model, holds like a 1.37 M one"
+    dense = ModelConfig(vocab=11, width=8, layers=2, heads=2, ffn=13)
+    assert "every token uses all of them" in cost_sentence(cost(dense))
 
 
 def test_brackets_in_titles_and_labels_are_printed_as_they_are() -> None:
@@ -227,8 +326,9 @@ def fed(run: str, events: list[Event], *, terminal: bool, width: int = 120) -> s
 
 def test_a_log_gets_a_line_at_each_evaluation(events: list[Event]) -> None:
     text = fed("moe", events, terminal=False)
-    first, last = of_kind("eval", events)
+    start, first, last = of_kind("eval", events)
     assert text.splitlines() == [
+        f"moe: step 0 of 4, 0 s, held-out loss {start['loss']:.4f} ({start['bits_per_byte']:.4f} bits/byte)",
         f"moe: step 2 of 4, {duration(first['seconds'])}, held-out loss {first['loss']:.4f} "
         f"({first['bits_per_byte']:.4f} bits/byte)",
         "warning: moe, step 2: layer 0: [4] of 8 experts get no tokens",
@@ -246,9 +346,12 @@ def test_a_terminal_gets_a_bar_per_run(events: list[Event]) -> None:
     assert "step 2 of 4" not in text
 
 
-def test_a_terminal_shows_loss_rate_and_time_left(events: list[Event]) -> None:
-    step = {"event": "step", "step": 1, "seconds": 20.0, "loss": 5.4321, "tokens_per_second": 12345.6}
-    text = fed("moe", [events[0], step], terminal=True)
+def test_a_terminal_shows_loss_rate_and_time_left(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"event": "step", "step": 1, "seconds": 5.0, "loss": 5.4321, "tokens_per_second": 12345.6}
+    clock = iter([0.0, 0.0, 20.0])  # 15 of the 20 seconds were another run's turn
+    with monkeypatch.context() as patch:
+        patch.setattr("handful.console.time.monotonic", lambda: next(clock, 20.0))
+        text = fed("moe", [events[0], step], terminal=True)
     assert "loss 5.432   12,346 tokens/s  1:00 left" in text  # three steps are to come
     assert "waiting" in fed("moe", [], terminal=True)
 

@@ -412,8 +412,19 @@ def test_traffic_by_hand() -> None:
 
 def test_one_rank_and_a_dense_model_send_nothing() -> None:
     dense = ModelConfig(vocab=11, width=8, layers=2, heads=2, ffn=13)
-    for price in (cost(SMALL, ranks=1), cost(dense, ranks=4)):
+    for price in (cost(SMALL, ranks=1), cost(dense)):
         assert price.communication.per_assignment.training == price.communication.per_rank.training == 0
+
+
+def test_more_ranks_than_experts_are_refused() -> None:
+    dense = ModelConfig(vocab=11, width=8, layers=2, heads=2, ffn=13)
+    model = PRESETS["mixtral"].model
+    assert model is not None
+    assert cost(model, ranks=8).ranks == 8
+    with pytest.raises(ConfigError, match=r"^ranks = 9: at most 8, the experts of a layer"):
+        cost(model, ranks=9)
+    with pytest.raises(ConfigError, match=r"^ranks = 2: 1 for a model without experts$"):
+        cost(dense, ranks=2)
 
 
 def test_deepseek_v3_reaches_at_most_the_four_nodes_it_allows() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import sysconfig
-import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from handful import documents as module
 from handful.documents import read_documents, split_documents
-from handful.errors import DataError, MissingExtraError
+from handful.errors import DataError
 
 WORDS = ["import", "return", "lambda", "yield", "self.assertEqual", "naïve", "☃", "x", "=", "1", "range(10):\n"]
 
@@ -36,7 +35,7 @@ def test_folder_skips_with_a_count_by_reason(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "2.txt").write_text("second")
     (tmp_path / "a.py").write_bytes(
-        b"first\r\n\xef\xbb\xbf"
+        b"first\r\n\xef\xbb\xbf" * 9
     )  # read to the byte: neither ends of lines nor marks change
     (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*- é".encode("latin-1"))
     (tmp_path / "empty").touch()
@@ -50,7 +49,7 @@ def test_folder_skips_with_a_count_by_reason(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_text("hidden")
     name, documents, skipped = read_documents(str(tmp_path))
     assert name == str(tmp_path)
-    assert documents == [b"first\r\n\xef\xbb\xbf", b"second"]
+    assert documents == [b"first\r\n\xef\xbb\xbf" * 9, b"second"]
     assert skipped == {"not UTF-8": 1, "empty": 2, "binary": 1, "unreadable": 2}
 
 
@@ -69,9 +68,9 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_documents(str(tmp_path))[1:] == ([b"open"], {"unreadable": 1})
 
 
-def test_jsonl_holds_a_document_a_line(tmp_path: Path) -> None:
-    lines = [
-        b'{"text": "one\\nline \\u2603"}',
+def test_rows_that_are_no_documents_are_counted(tmp_path: Path) -> None:
+    good = [b'{"text": "one\\nline \\u2603"}', b'{"text": "two", "id": 2}'] * 6
+    bad = [
         b"",
         b'{"text": ""}',
         b'{"title": "no text"}',
@@ -82,12 +81,34 @@ def test_jsonl_holds_a_document_a_line(tmp_path: Path) -> None:
         b'{"text": "half a pair \\ud83d"}',
         b'{"text": "\xff"}',
         b'{"text": "nul \\u0000"}',
-        b'{"text": "two", "id": 2}',
     ]
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(bad + good))
     _, documents, skipped = read_documents(str(tmp_path / "rows.jsonl"))
-    assert documents == ["one\nline ☃".encode(), b"two"]
-    assert skipped == {"empty": 1, 'without "text"': 5, "not UTF-8": 2, "binary": 1}
+    assert documents == ["one\nline ☃".encode(), b"two"] * 6
+    assert skipped == {"empty": 1, "without text": 6, "not UTF-8": 1, "binary": 1}
+
+
+def test_a_source_of_which_most_is_left_out_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "read.txt").write_text("some text " * 10)  # 100 bytes
+    (tmp_path / "photo.png").write_bytes(b"\0" * 100)
+    assert read_documents(str(tmp_path))[1] == [b"some text " * 10]  # as much as is read: not more
+    (tmp_path / "rows.txt").write_text('{"text": "not asked for by its name"}\n' * 2)  # 76
+    (tmp_path / "ids.csv").write_text("id,label\n1,0\n")  # 13
+    with pytest.raises(DataError) as caught:
+        read_documents(str(tmp_path))
+    assert str(caught.value) == (
+        f"data {str(tmp_path)!r}: 189 of 289 bytes are not read: skipped 3 (1 without a column 'text' among id, label, "
+        "1 binary .png, 1 JSON in a .txt file); name what is meant, by a pattern such as 'folder/**/*.txt', or "
+        "its column by --column"
+    )
+    assert read_documents(str(tmp_path / "*.txt"))[1] == [b"some text " * 10]  # 76 of 176
+    with pytest.raises(DataError, match=r"rows.txt': no text: skipped 1 \(1 JSON in a \.txt file\)$"):
+        read_documents(str(tmp_path / "rows.txt"))
+    # Of a file of rows, the share of those that have no text.
+    rows = ['{"text": "a"}'] * 4 + ['{"text": null}'] * 5
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"bytes are not read: skipped 5 \(5 without text\)"):
+        read_documents(str(tmp_path / "few.jsonl"))
 
 
 def test_glob_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,42 +133,6 @@ def test_default_text_is_pythons_own_sources(tmp_path: Path, monkeypatch: pytest
         (tmp_path / file).write_text(file)
     monkeypatch.setattr(sysconfig, "get_path", lambda key: str(tmp_path))
     assert read_documents(None)[1] == [b"ok.py", b"test/ok2.py"]
-
-
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[Any]]) -> list[tuple[str, str]]:
-    asked: list[tuple[str, str]] = []
-
-    class Rows(dict[str, list[Any]]):
-        @property
-        def column_names(self) -> list[str]:
-            return list(self)
-
-    def load_dataset(name: str, split: str) -> Rows:
-        asked.append((name, split))
-        if split == "nope":
-            raise ValueError("Unknown split 'nope'.\nMore lines.")
-        return Rows(columns)
-
-    fake = types.ModuleType("datasets")
-    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    return asked
-
-
-def test_rows_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = fake_datasets(monkeypatch, {"id": [1, 2, 3], "text": ["one", None, "two"]})
-    name, documents, skipped = read_documents("hf:org/name")
-    assert (name, documents, skipped) == ("hf:org/name", [b"one", b"two"], {"empty": 1})
-    read_documents("hf:org/name:validation")
-    assert asked == [("org/name", "train"), ("org/name", "validation")]
-    with pytest.raises(DataError, match=r"^data 'hf:org/name:nope': Unknown split 'nope'\.$"):
-        read_documents("hf:org/name:nope")
-    fake_datasets(monkeypatch, {"content": ["one"]})
-    with pytest.raises(DataError, match=r"no column 'text' among \['content'\]"):
-        read_documents("hf:org/name")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"data 'hf:org/name' needs the package 'datasets': pip install"):
-        read_documents("hf:org/name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

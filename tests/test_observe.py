@@ -64,13 +64,16 @@ def test_dead() -> None:
     [
         ([1] * 16, 2, None),
         ([1] * 15 + [0], 2, None),  # one of 16 is fewer than a tenth
-        ([1] * 14 + [0] * 2, 2, "2 of 16 experts are dead"),
-        ([1, 1, 1, 0], 2, "1 of 4 experts are dead"),
-        ([40, 40] + [2] * 8, 3, "the load is as uneven as with 4 of 10 experts in even use"),
-        ([30] + [2] * 35, 2, "one expert is chosen by 60% of all tokens"),
-        ([24] + [2] * 38, 2, None),  # by 48 %
-        ([16] + [3] * 28, 6, "one expert is chosen by 96% of all tokens"),
-        ([1, 0], 1, "1 of 2 experts are dead"),
+        ([1] * 14 + [0] * 2, 2, None),  # dead ones, and an even use of the others
+        ([1] * 55 + [0] * 9, 2, None),
+        ([1, 1, 1, 0], 2, None),
+        ([40, 40] + [2] * 8, 3, None),  # uneven, and nobody is dead
+        ([30] + [2] * 35, 2, None),
+        ([9] * 2 + [0] * 3, 1, "3 of 5 experts are dead, the load is as uneven as with 2 of 5 experts in even use"),
+        ([30] + [2] * 35 + [0] * 4, 2, "4 of 40 experts are dead, one expert is chosen by 60% of all tokens"),
+        ([24] + [2] * 38 + [0] * 5, 2, None),  # by 48 %
+        ([16] + [3] * 28 + [0] * 4, 6, "4 of 33 experts are dead, one expert is chosen by 96% of all tokens"),
+        ([1, 0], 1, None),
         ([5], 1, None),
     ],
 )

@@ -177,6 +177,6 @@ def test_presets_know_how_they_are_published() -> None:
 
 
 def test_more_ranks_than_experts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="ranks = 9: at most 8, a layer's experts"):
+    with pytest.raises(ConfigError, match="ranks = 9: at most 8, the experts of a layer"):
         cost(MODEL, ranks=9)
     assert cost(MODEL, ranks=8).communication.remote_share == 7 / 8

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handful import report
-from handful.config import ModelConfig, RouterConfig, TrainConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, to_dict
 from handful.errors import DataError
 
 SOURCE = '''def read(path, *, limit=None):
@@ -83,7 +83,7 @@ def document(*, collapsed: bool = False) -> dict[str, Any]:
             heads=4,
             ffn=0 if router else int(numbers["ffn"]),
             router=router,
-            expert_width=96 if router else 0,
+            expert_width=64 if router else 0,
         )
         curves = []
         for seed in range(2):
@@ -115,10 +115,13 @@ def document(*, collapsed: bool = False) -> dict[str, Any]:
             "train_flops_per_token": numbers["flops"],
             "weight_bytes": int(numbers["total"]) * 4,
             "lr": 0.003,
+            "balance": to_dict(BalanceConfig(loss="switch", weight=0.03) if router else BalanceConfig()),
             "heldout_loss": {"mean": sum(finals) / 2, "spread": max(finals) - min(finals), "values": finals},
             "bits_per_byte": {"mean": sum(finals) / 2 / math.log(2) / 3.127, "spread": 0.002, "values": finals},
             "train_tokens_per_second": numbers["speed"],
+            "train_range": [0.95 * numbers["speed"], 1.05 * numbers["speed"]],
             "decode_tokens_per_second": numbers["decode"],
+            "decode_range": [0.8 * numbers["decode"], 1.1 * numbers["decode"]],
             "train_seconds": curve[-1]["seconds"],
             "reached": None,
             "curve": curve,
@@ -331,11 +334,12 @@ def test_the_finding_of_three_teams() -> None:
     assert report.finding(document()) == [
         "With the active parameters of the small dense model, the mixture of experts ends at a held-out loss of 3.393 "
         "nats per token, 0.120 lower than the small dense model’s 3.513; the spread over 2 seeds is 0.004.",
-        "It reached the small dense model’s final loss with 70% of its tokens, 73% of its FLOPs and 89% of its time.",
+        "The mixture of experts reached the small dense model’s final loss with 70% of its tokens, 73% of its FLOPs "
+        "and 89% of its time.",
         "The dense model with as many total parameters ends at 3.241, 0.152 lower than the mixture of experts, "
         "at 14.8× its FLOPs per token.",
-        "Its price, next to the small dense model: 12.8× the weight memory, 0.79× the training speed, "
-        "0.82× the decoding speed.",
+        "The price of the mixture of experts, next to the small dense model: 12.8× the weight memory, 0.79× the "
+        "training speed, 0.82× the decoding speed (their ups and downs overlap).",
     ]
 
 
@@ -354,8 +358,8 @@ def with_losses(small: list[float], moe: list[float], big: list[float]) -> dict[
 def test_a_lead_within_the_spread_is_called_that() -> None:
     first, _, big, _ = report.finding(with_losses([3.50, 3.54], [3.49, 3.53], [3.48, 3.54]))
     assert "0.010 lower than" in first
-    assert first.endswith("that is within the spread over 2 seeds (0.040), so these runs show no difference.")
-    assert "the same as the mixture of experts, within the spread" in big
+    assert first.endswith("the spread over 2 seeds is 0.040, so these runs show no difference.")
+    assert "the same as the mixture of experts, within chance" in big
 
 
 def test_a_worse_mixture_of_experts_is_called_worse() -> None:
@@ -363,15 +367,85 @@ def test_a_worse_mixture_of_experts_is_called_worse() -> None:
     doc["teams"][1]["reached"] = None
     first, reached, big, _ = report.finding(doc)
     assert "0.095 higher than the small dense model’s 3.510; the spread over 2 seeds is 0.020." in first
-    assert reached == "It did not reach the small dense model’s final loss."
+    assert reached == "The mixture of experts did not reach the small dense model’s final loss."
     assert "ends at 3.700, 0.095 higher than the mixture of experts, at" in big
 
 
 def test_one_seed_claims_no_spread() -> None:
     first = report.finding(with_losses([3.50], [3.40], [3.30]))[0]
     assert first.endswith(
-        "0.100 lower than the small dense model’s 3.500; this is one seed, so the spread over seeds is not known."
+        "0.100 lower than the small dense model’s 3.500; this is one seed, and seeds of the default comparison "
+        "differ by 0.03."
     )
+
+
+def test_a_short_run_is_called_that() -> None:
+    doc = with_losses([3.50, 3.52], [3.40, 3.41], [3.30, 3.30])
+    for team in doc["teams"]:
+        for point in team["curve"]:
+            point["tokens"] //= 2
+    first = report.finding(doc)[0]
+    assert (
+        "0.105 lower than the small dense model’s 3.510; the spread over 2 seeds is 0.020; too short to judge: "
+        in first
+    )
+    assert "an expert was trained on 5.2 tokens for each of its weights; about 8 are needed" in first
+
+
+def test_where_the_first_evaluation_is_past_it(tmp_path: Path) -> None:
+    doc = document()
+    doc["teams"][1]["reached"]["at_most"] = True
+    assert "loss with at most 70% of its tokens" in report.finding(doc)[1]
+    cells = page_of(doc, tmp_path).cells("Tokens")
+    assert [cell.startswith("≤ ") for cell in cells] == [False, True, False]
+
+
+def several() -> dict[str, Any]:
+    """A comparison with three mixtures: the document's, one that is better, one that is level with that."""
+    doc = document()
+    small, moe, big = doc["teams"]
+    others = []
+    for name, shift in (("free", -0.05), ("wide", -0.0495)):
+        other = copy.deepcopy(moe)
+        other["name"], other["label"] = name, f"Team · {name}"
+        other["heldout_loss"] = dict(moe["heldout_loss"])
+        other["heldout_loss"]["values"] = [value + shift for value in moe["heldout_loss"]["values"]]
+        other["heldout_loss"]["mean"] = moe["heldout_loss"]["mean"] + shift
+        for point in other["curve"]:
+            point["loss"] += shift
+        others.append(other)
+    moe["name"], others[0]["balance"] = "even", to_dict(BalanceConfig())
+    doc["teams"] = [small, moe, *others, big]
+    return doc
+
+
+def test_several_mixtures_are_ranked(tmp_path: Path) -> None:
+    doc = several()
+    first, twins, reached, big, price = report.finding(doc)
+    assert first == (
+        "Held-out loss, nats per token: free 3.343, wide 3.343, even 3.393. free is level with wide, and is 0.170 "
+        "lower than the small dense model’s 3.513; the spread over 2 seeds is 0.004."
+    )
+    doc["teams"][3]["model"]["router"]["top_k"] = 1
+    assert report.finding(doc)[0] == (
+        "Too short to judge: an expert was trained on 5.2 tokens for each of its weights; about 8 are needed before "
+        "its lead can show. Held-out loss so far, nats per token: free 3.343, wide 3.343, even 3.393, beside the small "
+        "dense model’s 3.513; the spread over 2 seeds is 0.004."
+    )
+    doc = several()
+    assert twins == "The dense twins have the active and the total parameters of even, the first."
+    assert reached.startswith("The mixture even reached the small dense model’s final loss with 70%")
+    assert "0.152 lower than the mixture even" in big
+    assert price.startswith("The price of the mixture even, ")
+    page = page_of(doc, tmp_path)
+    assert page.cells("Experts") == ["—", *["64, 2 a token"] * 3, "—"]
+    assert page.cells("Balance") == ["—", "switch 0.03", "none", "switch 0.03", "—"]
+    assert [cell == "—" for cell in page.cells("MaxVio")] == [True, False, False, False, True]
+    assert page.cells("Dead experts")[1] == "0.00"
+    colors = [team["color"] for team in page.data["teams"]]
+    assert len(set(colors)) == 5
+    assert all(color.removeprefix("var(").removesuffix(")") + ":" in page.text for color in colors)
+    assert "Experts" not in page_of(document(), tmp_path).text.split("<table")[1].split("Total parameters")[0]
 
 
 def test_unequal_sizes_are_named() -> None:

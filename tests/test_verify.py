@@ -636,7 +636,10 @@ def test_the_table(called: Called) -> None:
     assert lines[1] == ["backend", "level", "format", "cases", "output", "bound", "worst", "gradient", "bound"]
     assert [line[2] for line in lines[2:]] == ["bfloat16", "int8/32"]
     assert all(line[:2] == ["grouped", "torch"] and line[-1] == "ok" for line in lines[2:])
-    assert re.fullmatch(r"all 2 rows are right, \d+ s", err[-1])
+    assert re.fullmatch(
+        r"Proved on this computer: all 2 rows, \d+ cases, compute what the plain loop does in float64; it took \d+ s\.",
+        err[-1],
+    )
     # Where there is no terminal, a line at the start of each row.
     assert err[0].endswith(": grouped torch bfloat16")
     assert err[1].endswith(": grouped torch int8/32")
@@ -663,7 +666,7 @@ def test_a_wrong_row_is_exit_status_1(called: Called, monkeypatch: pytest.Monkey
     code, out, err = called()
     assert code == 1
     assert [line.split()[-1] for line in out.splitlines()[2:]] == ["no", "ok"]
-    assert err[-1] == "1 of 2 rows is wrong"
+    assert re.fullmatch(r"Not proved on this computer: 1 of 2 rows is wrong; it took \d+ s\.", err[-1])
     told = [line for line in err if line.startswith("grouped torch bfloat16: ")]
     assert len(told) == 4
     assert re.fullmatch(r"grouped torch bfloat16: T=40 .*: RuntimeError: no kernel", told[0])

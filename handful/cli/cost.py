@@ -22,7 +22,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, bytes and traffic of a model, from its config alone."""
-    from handful.console import cost_tables
+    from handful.console import cost_sentence, cost_tables, show
     from handful.cost import cost as price
     from handful.count import Counted
 
@@ -39,5 +39,5 @@ def run(
             about = {"runs": not config.lacks, **{name: getattr(config, name) for name in names}}
         print_json({"model": model, "note": "; ".join(notes) or None, "counted": about, **result.to_dict()})
         return
-    for table in cost_tables(model, result):
-        Console().print(table)
+    Console().print(cost_sentence(result), highlight=False)
+    show(*cost_tables(model, result))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from handful import __version__
 from handful.cli.shared import Json, print_json
 
@@ -16,7 +14,7 @@ def run(as_json: Json = False) -> None:
 
     import torch
 
-    from handful.console import backend_table, facts
+    from handful.console import backend_table, facts, show
     from handful.experts.choice import choose, time_backends
     from handful.machine import machine, measure
     from handful.units import si, size
@@ -48,6 +46,4 @@ def run(as_json: Json = False) -> None:
         ("products, bfloat16", si(rates.bfloat16_flops, "FLOP/s")),
         *((f"experts, {dtype}", f"{choice.backend}: {choice.reason}") for dtype, choice in choices.items()),
     ]
-    console = Console()
-    console.print(facts("This machine", rows))
-    console.print(backend_table(timed))
+    show(facts("This machine", rows), backend_table(timed))

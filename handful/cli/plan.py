@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from handful.cli.shared import Json, config_of, open_screen, precision_of, print_json
 
@@ -31,7 +30,7 @@ def run(
     from dataclasses import asdict
 
     from handful.ceilings import ceilings
-    from handful.console import plan_line, plan_tables
+    from handful.console import plan_line, plan_tables, show
     from handful.cost import cost as price
     from handful.observe import Recording
     from handful.plan import plan
@@ -70,8 +69,7 @@ def run(
             documents.append({**found.to_dict(), "trace": traced})
         print_json({"model": model, "note": "; ".join(notes) or None, "machine": asdict(machine), "plans": documents})
         return
-    for table in plan_tables(model, machine, plans, replays):
-        Console().print(table)
+    show(*plan_tables(model, machine, plans, replays))
     print()
     for found in plans:
         print(plan_line(found))

@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", help="A file, a folder, a glob or hf:org/name. Default: the Python standard library."),
+    typer.Option("--data", help="A file, a folder, a glob or hf:name. Default: the Python standard library."),
 ]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option("--column", help="That of rows which holds the text. Default: text, content, the only one."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
 RouterOption = Annotated[str | None, typer.Option("--router", help="A published router, such as mixtral or olmoe.")]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what the next command does."""
 
 
 def open_screen() -> Console:
@@ -65,6 +74,16 @@ def precision_of(model: str) -> tuple[Precision | None, tuple[str, ...]]:
     if found is not None and not found.known:
         return None, (f"stored by {found.name}, which is not known here: nor is the size of the checkpoint",)
     return found, (f"published in {found.name}",) if found is not None and found.parts else ()
+
+
+def device_of(name: str) -> str:
+    """The name of a device that this computer has. ConfigError for another."""
+    import torch
+
+    has = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in has and not (name == "cuda" and len(has) > 1):
+        raise ConfigError(f"device = {name!r}: this computer has {', '.join(has)}")
+    return name
 
 
 def config_of(model: str) -> tuple[ModelConfig | Counted, tuple[str, ...]]:

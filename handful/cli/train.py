@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from handful.cli.shared import DataOption, Json, RouterOption, command_line, decoder_of, open_screen, print_json
+from handful.cli.shared import (
+    ColumnOption,
+    DataOption,
+    DeviceOption,
+    Interrupted,
+    Json,
+    RouterOption,
+    command_line,
+    decoder_of,
+    device_of,
+    open_screen,
+    print_json,
+)
 from handful.errors import ConfigError
 
 TokenizerOption = Annotated[
@@ -22,6 +33,7 @@ EXAMPLE = "handful train --router olmoe --experts 32 --top-k 4 --steps 300 --out
 def run(
     config: Annotated[Path | None, typer.Argument(help=r"A TOML file: \[model], \[train], \[data].")] = None,
     data: DataOption = None,
+    column: ColumnOption = None,
     tokenizer: TokenizerOption = None,
     router: RouterOption = None,
     experts: Annotated[int | None, typer.Option(help="Experts in a layer.")] = None,
@@ -42,20 +54,22 @@ def run(
         str | None, typer.Option("--from", help="Go on from a model: a run or checkpoint folder, or org/name.")
     ] = None,
     only: Annotated[str | None, typer.Option(help="all, experts or routers: what is trained. Default: all.")] = None,
+    device: DeviceOption = "cpu",
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model; the run folder holds its events, checkpoints and report."""
     from handful import report, runs
-    from handful.console import RunProgress, duration, facts
+    from handful.console import RunProgress, duration, facts, show
     from handful.settings import resumed_settings, training_settings
     from handful.train import train
     from handful.watch import tensorboard
 
     screen = open_screen()
+    where = device_of(device)
     given: dict[str, dict[str, Any]] = {
-        "data": {"source": data, "tokenizer": tokenizer},
+        "data": {"source": data, "column": column, "tokenizer": tokenizer},
         "model": {
             "experts": experts, "top_k": top_k, "width": width, "layers": layers, "heads": heads,
             "expert_width": expert_width,
@@ -77,10 +91,14 @@ def run(
     text = asked.load_data(screen.print)
     model, settings = begin or asked.model(text.tokenizer.vocab_size), asked.train
     last: dict[str, Any] = {}
+    again = f"handful train --resume --out {shlex.quote(str(out))}"
     with RunProgress(screen) as progress, tensorboard(out) as sink:
-        for event in train(model, settings, text, out, only=asked.only, resume=resume, sinks=[sink]):
-            progress(out.name, event)
-            last = event
+        try:
+            for event in train(model, settings, text, out, only=asked.only, resume=resume, device=where, sinks=[sink]):
+                progress(out.name, event)
+                last = event
+        except KeyboardInterrupt:  # a second Ctrl-C does not wait for the step
+            raise Interrupted(f"this goes on from the last checkpoint: {again}" if out.exists() else "") from None
     page = report.write(
         report.from_events(runs.read_events(out), title=str(out), command=command_line()),
         out / "report.html",
@@ -90,7 +108,7 @@ def run(
     if as_json:
         print_json(document)
     elif not interrupted:
-        Console().print(
+        show(
             facts(
                 str(out),
                 [
@@ -103,5 +121,5 @@ def run(
             )
         )
     if interrupted:
-        screen.print(f"interrupted at step {last['step']}; go on with --resume --out {shlex.quote(str(out))}")
+        screen.print(f"interrupted at step {last['step']}; this goes on: {again}")
         raise typer.Exit(130)

@@ -48,6 +48,12 @@ def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
     for folder in (path / "model", path):
         if (folder / "config.json").exists():
             return folder
+    runs = sorted(str(run.parent.relative_to(path)) for run in path.glob("*/seed-*/run.json"))
+    if runs:
+        raise CheckpointError(
+            f"{path}: holds a comparison; name one of its runs: {', '.join(str(path / run) for run in runs[:6])}"
+            + (", …" if len(runs) > 6 else "")
+        )
     if path.exists():
         raise CheckpointError(f"{path}: holds no checkpoint (config.json), nor a run that has reached one")
     name = str(path_or_repo)

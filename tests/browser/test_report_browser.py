@@ -24,7 +24,8 @@ from selenium.webdriver.support.ui import Select
 
 from handful import report
 
-document = runpy.run_path(str(Path(__file__).parents[1] / "test_report.py"))["document"]
+made = runpy.run_path(str(Path(__file__).parents[1] / "test_report.py"))
+document, several = made["document"], made["several"]
 
 QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync")  # fmt: skip
@@ -52,13 +53,15 @@ def comparison() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pages(comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of a comparison, of one whose routing collapsed, of a single run, and of a run with nothing to draw."""
+    """Addresses of a comparison, of one whose routing collapsed, of a single run, of a run with nothing to draw, and of
+    a comparison of several mixtures."""
     folder = tmp_path_factory.mktemp("pages")
     single, bare = document(), document()
     single["teams"] = [single["teams"][1]]
     bare["teams"] = [{**bare["teams"][0], "curve": []}]
     bare["sample"] = None
     documents = {"three": comparison, "collapsed": document(collapsed=True), "single": single, "bare": bare}
+    documents["several"] = several()
     return {name: report.write(doc, folder / f"{name}.html").as_uri() for name, doc in documents.items()}
 
 
@@ -97,7 +100,7 @@ def point(page: webdriver.Chrome, element: WebElement, x: float, y: float) -> No
     ).perform()
 
 
-@pytest.mark.parametrize("name", ["three", "collapsed", "single", "bare"])
+@pytest.mark.parametrize("name", ["three", "collapsed", "single", "bare", "several"])
 def test_it_draws_without_a_complaint_and_fetches_nothing(
     chromium: webdriver.Chrome, pages: dict[str, str], name: str
 ) -> None:
@@ -105,14 +108,14 @@ def test_it_draws_without_a_complaint_and_fetches_nothing(
     chromium.get(pages[name])
     assert complaints(chromium) == []
     assert chromium.execute_script("return performance.getEntriesByType('resource').length") == 0
-    lines = {"three": 3, "collapsed": 3, "single": 1, "bare": 0}[name]
+    lines = {"three": 3, "collapsed": 3, "single": 1, "bare": 0, "several": 5}[name]
     assert len(chromium.find_elements(By.CSS_SELECTOR, "#panel-tokens path.line")) == lines
-    assert len(chromium.find_elements(By.CSS_SELECTOR, "rect.cell")) == (0 if name == "bare" else 3 * 64)
+    assert len(chromium.find_elements(By.CSS_SELECTOR, "rect.cell")) == {"bare": 0, "several": 3}.get(name, 1) * 3 * 64
     assert len(chromium.find_elements(By.CSS_SELECTOR, "#sample")) == (name != "bare")
     assert len(chromium.find_elements(By.CSS_SELECTOR, ".banner.alarm")) == (name == "collapsed")
 
 
-@pytest.mark.parametrize("name", ["three", "collapsed", "single", "bare"])
+@pytest.mark.parametrize("name", ["three", "collapsed", "single", "bare", "several"])
 def test_it_fits_a_phone(chromium: webdriver.Chrome, pages: dict[str, str], name: str) -> None:
     screen = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
@@ -127,6 +130,15 @@ def test_it_fits_a_phone(chromium: webdriver.Chrome, pages: dict[str, str], name
         assert outside == []
     finally:
         chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_cells_of_many_teams_do_not_meet(chromium: webdriver.Chrome, pages: dict[str, str]) -> None:
+    chromium.get(pages["several"])
+    overlaps = chromium.execute_script(
+        "return [...document.querySelectorAll('.measures tr')].flatMap((row) => [...row.cells].filter((cell, i) => "
+        "i && cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent))"
+    )
+    assert overlaps == []
 
 
 def test_tabs_by_pointer_and_keys(page: webdriver.Chrome) -> None:
@@ -324,8 +336,9 @@ def test_colours_can_be_read_and_told_apart(page: webdriver.Chrome, theme: str) 
         "const of = (color) => { probe.style.color = color; return rgb(probe, 'color'); };"
         "const named = (...names) => names.map((name) => of(`var(--${name})`));"
         "const out = { paper: of('var(--paper)'), ink: of('var(--ink)'),"
-        "words: named('ink', 'muted', 'alarm', 'dense-active', 'moe', 'dense-total'),"
-        "teams: named('dense-active', 'moe', 'dense-total'),"
+        "words: named('ink', 'muted', 'alarm', 'dense-active', 'moe', 'dense-total', 'moe-2', 'moe-3', 'moe-4', "
+        "'moe-5'),"
+        "teams: named('dense-active', 'moe', 'dense-total', 'moe-2', 'moe-3', 'moe-4', 'moe-5'),"
         "experts: [...Array(64).keys()].map((e) => of(expertColor(e, 64))) };"
         "probe.remove(); return out;"
     )
