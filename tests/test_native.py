@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import levels
 import pytest
 import torch
 from hypothesis import given
@@ -40,9 +41,7 @@ DTYPES = [F32, BF16]
 # float32: sums of a few hundred terms. bfloat16: what test_experts.py grants `grouped`, for the same reasons.
 BOUND = {F32: 5e-6, BF16: 1.2e-2}
 
-# Levels of HANDFUL_ISA, each with a feature that tells of it.
-FEATURES = {"avx2": "avx2", "avx512f": "avx512", "avx512": "avx512_vnni", "amx": "amx_bf16"}
-LEVELS = [level for level, feature in FEATURES.items() if feature in ops.isa().split()]
+LEVELS = levels.here()
 # What every level must pass. The process of these tests runs at the highest.
 CORE = [
     "test_shapes",

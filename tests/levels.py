@@ -1,0 +1,41 @@
+"""Instruction levels of the kernels, and which of them a run of the tests went through."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from handful.experts.native import available
+
+# Levels of HANDFUL_ISA, each with a feature that tells of it.
+FEATURES = {"avx2": "avx2", "avx512f": "avx512", "avx512": "avx512_vnni", "amx": "amx_bf16"}
+# Of the kernels; others meet them in passing.
+FILES = {"test_native.py", "test_decode_kernels.py", "test_at_once.py", "test_levels.py", "test_stored.py"}
+
+
+def here() -> list[str]:
+    """The levels of this computer, lowest first, within HANDFUL_ISA."""
+    isa = torch.ops.handful.isa().split() if available() else []
+    return [level for level, feature in FEATURES.items() if feature in isa]
+
+
+def summary(ran: Iterable[str]) -> list[str]:
+    """A line for each level: how many tests of the kernels passed at it, or why none did."""
+    counts = Counter(ran)
+    return [
+        f"{level:8} {counts[level]:4} tests of the kernels passed" if counts[level] else f"{level:8} {_why(level)}"
+        for level in ("none", *FEATURES)
+    ]
+
+
+def _why(level: str) -> str:
+    if level in here():
+        return "not asked for in this run"
+    if level == "none":
+        return "not in this run; make test-torch"
+    return "cannot run here" + {
+        "amx": "; make sanitize emulates its tiles on CPUs with AVX-512 BF16",
+        "avx2": "; make emulate emulates it",
+    }.get(level, "")
