@@ -83,7 +83,7 @@ def is_json(content: bytes) -> bool:
         except (ValueError, RecursionError):
             continue
         rows = value if isinstance(value, list) else [value]
-        if rows and all(isinstance(row, dict) for row in rows):
+        if rows and all(isinstance(row, dict) and row for row in rows):
             return True
     return False
 

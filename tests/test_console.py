@@ -24,12 +24,12 @@ from handful.console import (
     duration,
     facts,
     scores_table,
-    show,
 )
 from handful.cost import cost
 from handful.presets import PRESETS, small_model
 from handful.train import train
 from handful.units import si, size
+from handful.width import show
 
 
 def shown(*things: Any, width: int = 120) -> str:

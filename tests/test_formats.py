@@ -172,7 +172,7 @@ def test_what_cannot_be_read_is_named(name: str, content: bytes, reason: str) ->
 
 
 def test_what_only_looks_like_json_is_text() -> None:
-    for content in (b"{ int x; }", b"[1] a note\n", b"[1, 2]", b"[]", b"{}x", b"", b"[" * 100_000):
+    for content in (b"{ int x; }", b"[1] a note\n", b"[1, 2]", b"[]", b"{}", b"[{}]", b"{}x", b"", b"[" * 100_000):
         assert not is_json(content)
 
 

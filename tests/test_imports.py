@@ -54,7 +54,7 @@ TIERS = [
         "verify",
     ],
     ["compare", "server"],
-    ["console", "cli"],
+    ["width", "console", "cli"],
     ["__main__"],
 ]
 ORDER = [module for tier in TIERS for module in tier]

@@ -55,10 +55,11 @@ def run(
 ) -> None:
     """Train mixtures of experts beside dense twins: a small one of their active size, a big one of their total size."""
     from handful.compare import compare, steps_within
-    from handful.console import RunProgress, comparison_table, show
+    from handful.console import RunProgress, comparison_table
     from handful.finding import finding
     from handful.runs import read_asked
     from handful.settings import training_settings
+    from handful.width import show
 
     if tokens is not None and minutes is not None:
         raise ConfigError("tokens, minutes: give one of them")

@@ -22,9 +22,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, bytes and traffic of a model, from its config alone."""
-    from handful.console import cost_sentence, cost_tables, show
+    from handful.console import cost_sentence, cost_tables
     from handful.cost import cost as price
     from handful.count import Counted
+    from handful.width import show
 
     config, notes = config_of(model)
     published, unknown = precision_of(model)

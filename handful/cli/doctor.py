@@ -14,10 +14,11 @@ def run(as_json: Json = False) -> None:
 
     import torch
 
-    from handful.console import backend_table, facts, show
+    from handful.console import backend_table, facts
     from handful.experts.choice import choose, time_backends
     from handful.machine import machine, measure
     from handful.units import si, size
+    from handful.width import show
 
     found, rates = machine(), measure()
     choices = {str(dtype)[6:]: choose("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}

@@ -30,12 +30,13 @@ def run(
     from dataclasses import asdict
 
     from handful.ceilings import ceilings
-    from handful.console import plan_line, plan_tables, show
+    from handful.console import plan_line, plan_tables
     from handful.cost import cost as price
     from handful.observe import Recording
     from handful.plan import plan
     from handful.trace import check_recording, replay
     from handful.units import parse_bytes
+    from handful.width import show
 
     screen = open_screen()
     budget = None if memory is None else parse_bytes(memory)

@@ -11,9 +11,10 @@ def run(as_json: Json = False) -> None:
     """The published routers that --router takes, and the models that cost and plan know by name."""
     from dataclasses import asdict
 
-    from handful.console import presets_table, show
+    from handful.console import presets_table
     from handful.cost import cost
     from handful.presets import PRESETS
+    from handful.width import show
 
     prices = {name: None if preset.model is None else cost(preset.model) for name, preset in PRESETS.items()}
     if as_json:

@@ -61,10 +61,11 @@ def run(
 ) -> None:
     """Train a model; the run folder holds its events, checkpoints and report."""
     from handful import report, runs
-    from handful.console import RunProgress, duration, facts, show
+    from handful.console import RunProgress, duration, facts
     from handful.settings import resumed_settings, training_settings
     from handful.train import train
     from handful.watch import tensorboard
+    from handful.width import show
 
     screen = open_screen()
     where = device_of(device)

@@ -53,11 +53,12 @@ def run(
     from handful import __version__
     from handful.checkpoint import write_file
     from handful.config import ModelConfig
-    from handful.console import show, upcycle_table
+    from handful.console import upcycle_table
     from handful.data import Batches, load_data
     from handful.families.io import find_config, find_folder, save
     from handful.runs import NOTE, TEXT, text_behind
     from handful.upcycle import check_asked, report, upcycle
+    from handful.width import show
 
     screen = open_screen()
     if out.exists():

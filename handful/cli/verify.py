@@ -19,8 +19,9 @@ def run(
     """Prove on this computer that every experts backend computes what the plain loop does in float64."""
     from rich.progress import Progress
 
-    from handful.console import duration, show, verification_table
+    from handful.console import duration, verification_table
     from handful.verify.run import verify
+    from handful.width import show
 
     screen = open_screen()
     began = time.perf_counter()
