@@ -24,7 +24,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _level(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """Tests of the kernels say at which level they ran; one of a level in a process of its own has that as parameter."""
+    """Tests of the kernels say at which level they ran; one of a level in a process of its own has it as parameter."""
     if request.path.name in levels.FILES:
         own = (levels.here() or ["none"])[-1]
         of = getattr(getattr(request.node, "callspec", None), "params", {}).get("level", own)
