@@ -22,18 +22,43 @@ PACKAGE = Path(handful.__file__).parent
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
     ["errors", "units", "config", "presets", "machine"],
-    ["routing", "shapes", "loss", "count", "cost", "checkpoint", "text", "documents", "data", "quantize"],
+    [
+        "routing",
+        "shapes",
+        "loss",
+        "count",
+        "cost",
+        "checkpoint",
+        "hub",
+        "tokenizer_files",
+        "text",
+        "documents",
+        "data",
+        "quantize",
+    ],
     ["experts", "balance", "observe", "placement"],
-    ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate"],
+    ["sampling", "origin", "positions", "attention", "moe", "model", "encoder_decoder", "evaluate"],
     ["families", "memory", "upcycle", "transformers"],
-    ["runs", "settings", "watch", "train", "sampling", "engine", "ceilings", "plan", "trace", "report", "verify"],
+    ["runs", "settings", "watch", "train", "engine", "chat", "ceilings", "plan", "trace", "report", "verify"],
     ["compare", "server"],
     ["console", "cli"],
     ["__main__"],
 ]
 ORDER = [module for tier in TIERS for module in tier]
 
-HEAVY = ["datasets", "fastapi", "matplotlib", "numpy", "rich", "starlette", "torch", "transformers", "typer", "uvicorn"]
+HEAVY = [
+    "datasets",
+    "fastapi",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "rich",
+    "starlette",
+    "torch",
+    "transformers",
+    "typer",
+    "uvicorn",
+]
 
 
 def module_of(path: Path) -> str:
