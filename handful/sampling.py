@@ -55,6 +55,8 @@ class Sampling:
             raise ConfigError(f"top_p = {self.top_p}: above 0, at most 1")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p = {self.min_p}: from 0 to 1")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty}: above 0")
         if not MILDEST <= self.repetition_penalty <= HARSHEST:
             raise ConfigError(f"repetition_penalty = {self.repetition_penalty}: from {MILDEST} to {HARSHEST:.0f}")
 

@@ -35,7 +35,7 @@ from handful.observe import Recording
 from handful.presets import PRESETS, small_model
 from handful.text import load_tokenizer
 
-VERBS = ["compare", "train", "upcycle", "generate", "cost", "plan", "doctor", "verify"]
+VERBS = ["compare", "train", "upcycle", "generate", "chat", "cost", "plan", "doctor", "verify"]
 
 SETTINGS = """
 [data]

@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from handful import __version__
-from handful.cli import compare, cost, doctor, generate, plan, train, upcycle, verify
+from handful.cli import chat, compare, cost, doctor, generate, plan, train, upcycle, verify
 from handful.cli.shared import open_screen
 from handful.errors import HandfulError
 
@@ -35,6 +35,7 @@ VERBS = {
     "train": train,
     "upcycle": upcycle,
     "generate": generate,
+    "chat": chat,
     "cost": cost,
     "plan": plan,
     "doctor": doctor,
