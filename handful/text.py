@@ -34,6 +34,9 @@ __all__ = ["END_OF_TEXT", "SMALLEST_VOCAB", "Stream", "Tokenizer", "load_tokeniz
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # one token per byte, and END_OF_TEXT
 
+# Some malformed files are found out by a first text alone: one of many kinds of characters.
+_PROBE = "a ﬁrst Text,\n\tof 1234 ½ kinds: é e\u0301 ☃ 漢字 😀 \u200d\ufffd  <s>"
+
 # What public tokenizers call the token that ends a text, where no tokenizer_config.json says it.
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>")
 
@@ -91,7 +94,8 @@ def load_tokenizer(source: str | Path, *, any_text: bool = True) -> Tokenizer:
         files = read_files(path)
         inner = build(files)
         tokenizer = Tokenizer(inner, _end_of_text(inner, files, path), any_text=any_text, files=files)
-        tokenizer.encode("a", special=True)  # some malformed ones are found out by a first text alone
+        tokenizer.encode_batch([_PROBE])
+        tokenizer.encode(_PROBE, special=True)
         return tokenizer
 
 
@@ -248,7 +252,7 @@ class Tokenizer:
         """
         if not special and token in self._special:
             return b""
-        return self._table[token] if 0 <= token < len(self._table) else b""
+        return self._table.get(token, b"")
 
     def stream(self, after: Iterable[int] = (), *, special: bool = False) -> Stream:
         """A `Stream` that decodes the tokens which follow `after`."""
@@ -297,12 +301,12 @@ class Tokenizer:
         return frozenset(token for token, value in added.items() if value.special)
 
     @functools.cached_property
-    def _table(self) -> list[bytes]:
+    def _table(self) -> dict[int, bytes]:
         added = self._template.get_added_tokens_decoder()
-        table = [b""] * self.vocab_size
-        for token, number in self._template.get_vocab(with_added_tokens=True).items():
-            table[number] = added[number].content.encode() if number in added else self._to_bytes(token)
-        return table
+        return {
+            number: added[number].content.encode() if number in added else self._to_bytes(token)
+            for token, number in self._template.get_vocab(with_added_tokens=True).items()
+        }
 
 
 class Stream:
