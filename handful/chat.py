@@ -139,13 +139,14 @@ class Conversation:
         """Yield the answer, piece by piece. An answer that is broken off is kept as far as it came; a question that
         could not be asked, or has no answer yet, is forgotten."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        pieces: list[str] = []
+        said, whole = "", False
         try:
             for piece in chat(self.model, asked, **self.options):
-                pieces.append(piece)
+                said += piece
                 yield piece
+            whole = True
         finally:
-            if said := "".join(pieces):
+            if said or whole:
                 self.messages = [*asked, {"role": "assistant", "content": said}]
 
 

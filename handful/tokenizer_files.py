@@ -129,8 +129,8 @@ def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
     named: Any = read_settings(files).get("chat_template") or {}
     if isinstance(named, str):
         named = {"default": named}
-    if isinstance(named, list):  # as published before files of their own
-        named = {str(one.get("name")): one.get("template") for one in named if isinstance(one, dict)}
+    if isinstance(named, list) and all(isinstance(one, dict) for one in named):  # before there were files of their own
+        named = {str(one.get("name")): one.get("template") for one in named}
     if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
         raise DataError("chat_template in tokenizer_config.json: a template, or a list of templates with names")
     own = {}
