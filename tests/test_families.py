@@ -448,6 +448,7 @@ CHANGES: dict[str, list[Any]] = {
     "shared_gate": [False, True],
     "dense_first": [0, 1, 2],
     "moe_every": [1, 2],
+    "dense_layers": [(), (1,), (0, 2), (2,)],
     "activation": ["swiglu", "geglu", "swiglu_clamped"],
     "expert_bias": [True],
     "qk_norm": ["none", "head", "full"],
