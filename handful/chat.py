@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from handful.encoder_decoder import EncoderDecoder
 from handful.engine import Engine, Request, stream, token_request, tokenizer_of
-from handful.errors import CheckpointError, ConfigError
+from handful.errors import CheckpointError, ConfigError, first_line
 from handful.model import Decoder
 from handful.sampling import Sampling
 from handful.text import Tokenizer
@@ -72,12 +72,11 @@ def render(
     try:
         return _compiled(source).render(plain)
     except _RefusedError as error:
-        raise ConfigError(f"messages: the chat template refuses them: {error}") from None
+        raise ConfigError(f"messages: the chat template refuses them: {first_line(error)}") from None
     except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(f"chat template: line {error.lineno}: {error.message}") from None
+        raise CheckpointError(f"chat template: line {error.lineno}: {first_line(error)}") from None
     except Exception as error:  # a template can fail as any program does
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"chat template: {reason}") from None
+        raise CheckpointError(f"chat template: {first_line(error)}") from None
 
 
 def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from handful.errors import CheckpointError
+from handful.errors import CheckpointError, first_line
 
 __all__ = ["TOKENIZER_FILES", "WEIGHTS", "fetch", "repository"]
 
@@ -47,5 +47,4 @@ def fetch(name: str, wanted: Sequence[str]) -> Path:
         folder = snapshot_download(repo, revision=revision, allow_patterns=list(wanted), ignore_patterns=_ELSEWHERE)
         return Path(folder)
     except Exception as error:  # of many kinds: no network, no such name, no access, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{name}: no such folder, and it cannot be downloaded: {reason}") from None
+        raise CheckpointError(f"{name}: no such folder, and it cannot be downloaded: {first_line(error)}") from None

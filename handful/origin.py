@@ -51,7 +51,7 @@ def _ids(file: str, values: Mapping[str, Any]) -> list[int]:
     given = values.get("eos_token_id")
     found = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
-        raise CheckpointError(f"{file}: eos_token_id = {str(given)[:80]}: a token's number, or a list of them")
+        raise CheckpointError(f"{file}: eos_token_id = {repr(given)[:80]}: a token's number, or a list of them")
     return [token for token in found if token >= 0]  # some write -1 for none
 
 
@@ -65,7 +65,7 @@ def _sampling(values: Mapping[str, Any]) -> Sampling | None:
     for name, value in given.items():
         right = isinstance(value, int) if name == "top_k" else isinstance(value, int | float)
         if not right or isinstance(value, bool):
-            raise CheckpointError(f"{GENERATION}: {name} = {str(value)[:80]!r}: a number")
+            raise CheckpointError(f"{GENERATION}: {name} = {repr(value)[:80]}: a number")
     if draws is False:
         given["temperature"] = 0.0
     try:

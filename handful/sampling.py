@@ -77,9 +77,8 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     """
     best = logits_V.max()  # NaN if any is
     if not math.isfinite(best):
-        raise CheckpointError(
-            f"the model's logits hold {float(best)}: its weights are damaged, or too large for {logits_V.dtype}"
-        )
+        reason = f"its weights are damaged, or too large for {logits_V.dtype}"
+        raise CheckpointError(f"the largest of the model's logits is {float(best)}: {reason}")
     if sampling.temperature < COLDEST:
         return likeliest(logits_V) if available() and plain_inference(logits_V) else int(logits_V.argmax())
     # From the best on, so that no quotient is too large.

@@ -27,14 +27,13 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
-from handful.errors import DataError
+from handful.errors import DataError, first_line
 
 __all__ = [
     "VOCABULARIES",
     "build",
     "byte_of_char",
     "chat_templates",
-    "first_line",
     "guarded",
     "has_tokenizer",
     "named_tokens",
@@ -271,7 +270,3 @@ def _quiet() -> Iterator[None]:
             held.seek(0)
             if shown and (said := held.read()):
                 os.write(2, said)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -207,10 +207,11 @@ def test_an_answer_ends_with_any_of_the_tokens_that_are_named(tmp_path: Path) ->
         found = load_decoder(tmp_path)
         assert set(stop_ids(found)) == {model.tokenizer.eos_id, *also, 7, 8}
         assert set(text_request(found, "the").stop_tokens) == set(stop_ids(found))
-    for wrong in ("</s>", [1, "2"], True, 1.5):
+    for wrong in ("</s>", [1, "2"], True, 1.5, "\ud800"):
         (tmp_path / "config.json").write_text(json.dumps({**values, "eos_token_id": wrong}))
-        with pytest.raises(CheckpointError, match=r"^config\.json: eos_token_id = .*: a token's number, or a list"):
+        with pytest.raises(CheckpointError, match=r"^config\.json: eos_token_id = .*: a token's number, or") as caught:
             load(tmp_path)
+        assert str(caught.value).isprintable()
 
 
 def says(model: Decoder, token: int) -> None:
@@ -272,9 +273,9 @@ def test_sampling_as_the_checkpoint_asks(asked: dict[str, Any], right: Sampling,
     ("asked", "message"),
     [
         ({"temperature": "hot"}, "temperature = 'hot': a number"),
-        ({"top_k": 2.5}, "top_k = '2.5': a number"),
+        ({"top_k": 2.5}, "top_k = 2.5: a number"),
         ({"top_p": 0}, "top_p = 0: above 0, at most 1"),
-        ({"temperature": True}, "temperature = 'True': a number"),
+        ({"temperature": True}, "temperature = True: a number"),
         ({"eos_token_id": {}}, r"eos_token_id = \{\}: a token's number, or a list of them"),
     ],
 )
