@@ -454,8 +454,9 @@ def _answer(
     model: EncoderDecoder, prompt: str, max_tokens: int, sampling: Sampling | None, stop: Sequence[str]
 ) -> Iterator[str]:
     tokenizer = tokenizer_of(model, prompt)
-    # T5's inputs end with the end-of-text token. Its special tokens are words of its task: <extra_id_0>, a gap.
-    tokens = tokenizer.encode(prompt, special=True)
+    # T5's inputs begin with no token of their own and end with the end-of-text token. Its special tokens are words of
+    # its task: <extra_id_0>, a gap.
+    tokens = tokenizer.encode_rendered(prompt)
     tokens = tokens if tokens[-1:] == [tokenizer.eos_id] else [*tokens, tokenizer.eos_id]
     text = StopText(tokenizer.stream(special=True), stop)
     for token in answer_tokens(model, tokens, max_tokens, sampling or sampling_of(model)):
