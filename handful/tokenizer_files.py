@@ -1,7 +1,8 @@
 """The files of a tokenizer: which there are, what they say, and how they become one of the `tokenizers` library.
 
     read_files(folder)       name -> bytes of all that belongs to a tokenizer, which a checkpoint hands on unchanged
-    build(files)             tokenizer.json, or tiktoken.model (Kimi-K2, Moonlight), as a `tokenizers.Tokenizer`
+    build(files)             tokenizer.json, tiktoken.model (Kimi-K2, Moonlight) or vocab.json and merges.txt (GPT-2,
+                             Qwen2), as a `tokenizers.Tokenizer`
     named_tokens(files)      bos_token, eos_token, … as tokenizer_config.json or special_tokens_map.json names them
     chat_templates(files)    the chat templates by name
     guarded(what)            whatever the library does about a malformed file, as one DataError
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from handful.errors import DataError, first_line
 
@@ -42,12 +43,16 @@ __all__ = [
 ]
 
 # What a tokenizer can be made from; the first that is there is taken.
-VOCABULARIES = ("tokenizer.json", "tiktoken.model")
+VOCABULARIES = ("tokenizer.json", "tiktoken.model", "vocab.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # Other forms of the same vocabulary, which other programs read: handed on, and not read here.
-BESIDE = ("tokenizer.model", "vocab.json", "merges.txt", "chat_template.json", "tekken.json")
+BESIDE = ("tokenizer.model", "merges.txt", "chat_template.json", "tekken.json")
 
+# How Qwen's tokenizer cuts a text before it merges bytes: digits one by one.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How Kimi's tokenizer cuts a text before it merges bytes: Han characters apart, digits by threes.
 KIMI_WORDS = "|".join(
     [
@@ -69,14 +74,20 @@ LIMIT = 1 << 28  # bytes of a file: the largest published ones have some 35 mill
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer that can be read."""
-    return any((folder / name).is_file() for name in VOCABULARIES)
+    return _vocabulary(folder) is not None
+
+
+def _vocabulary(folder: Path) -> str | None:
+    """The file that a folder's tokenizer is made from: vocab.json alone, without merges.txt, makes none."""
+    found = (name for name in VOCABULARIES if (folder / name).is_file())
+    return next((name for name in found if name != "vocab.json" or (folder / "merges.txt").is_file()), None)
 
 
 def read_files(path: Path) -> dict[str, bytes]:
     """A tokenizer's files in a folder, or beside a tokenizer.json (which may have another name). OSError if the
     vocabulary is not there, DataError for a file of absurd size."""
     if path.is_dir():
-        name = next((name for name in VOCABULARIES if (path / name).is_file()), VOCABULARIES[0])
+        name = _vocabulary(path) or VOCABULARIES[0]
         folder, vocabulary = path, path / name
     else:
         name = path.name if path.name in VOCABULARIES else VOCABULARIES[0]
@@ -146,14 +157,56 @@ def build(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
     """The tokenizer that the files describe. Exceptions of many kinds for malformed ones: see `guarded`."""
     if VOCABULARIES[0] in files:
         return tokenizers.Tokenizer.from_str(files[VOCABULARIES[0]].decode("utf-8"))
-    return _from_tiktoken(files)
+    inner, added = _from_tiktoken(files) if "tiktoken.model" in files else _from_merges(files)
+    for text, special in added.items():
+        token = AddedToken(text, special=special, normalized=False)
+        (inner.add_special_tokens if special else inner.add_tokens)([token])
+    _frame(inner, files)
+    return inner
 
 
-def _from_tiktoken(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
+def _from_merges(files: Mapping[str, bytes]) -> tuple[tokenizers.Tokenizer, dict[str, bool]]:
+    """vocab.json and merges.txt, as GPT-2's and Qwen2's tokenizers were saved before there was a tokenizer.json; and
+    its added tokens, with whether they are special."""
+    kind = str(read_settings(files).get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise DataError(
+            f"tokenizer_class = {kind!r}: of vocab.json and merges.txt GPT2Tokenizer and Qwen2Tokenizer are read"
+        )
+    vocab = read_settings(files, "vocab.json")
+    numbers, added = _added(files, vocab)
+    lines = files["merges.txt"].decode("utf-8").split("\n")
+    merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines if line and not line.startswith("#version"))]
+    inner = tokenizers.Tokenizer(models.BPE(vocab | numbers, merges))
+    if kind == "Qwen2Tokenizer":
+        inner.normalizer = normalizers.NFC()
+        inner.pre_tokenizer = _words(QWEN_WORDS)
+    else:
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=read_settings(files).get("add_prefix_space") is True
+        )
+    inner.decoder = decoders.ByteLevel()
+    named = {text: True for text in named_tokens(files).values() if text in vocab}
+    return inner, {"<|endoftext|>": True, **named, **added} if "<|endoftext|>" in vocab else {**named, **added}
+
+
+def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Cut a text by a pattern, and write each piece's bytes in GPT-2's alphabet."""
+    found = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    assert isinstance(found, pre_tokenizers.PreTokenizer)
+    return found
+
+
+def _from_tiktoken(files: Mapping[str, bytes]) -> tuple[tokenizers.Tokenizer, dict[str, bool]]:
     """tiktoken.model: a line for each token, its bytes in base64 and its rank. The pair of neighbours whose bytes
     together have the lowest rank is merged first, which is what a list of merges in the order of ranks says.
 
-    Special tokens, which the file leaves out, are named by tokenizer_config.json.
+    Added tokens, which the file leaves out, are named by tokenizer_config.json.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(files["tiktoken.model"].splitlines(), 1):
@@ -174,33 +227,33 @@ def _from_tiktoken(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
         halves = [(token[:at], token[at:]) for at in range(1, len(token))]
         known = [(a, b) for a, b in halves if a in ranks and b in ranks]
         merges += [(name(a), name(b)) for a, b in sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
-    special = _added(files, set(ranks.values()))
     vocab = {name(token): rank for token, rank in ranks.items()}
+    numbers, added = _added(files, vocab)
     # A piece of text that is a token as it stands is taken whole, as tiktoken does.
-    inner = tokenizers.Tokenizer(models.BPE(vocab | special, merges, ignore_merges=True))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(KIMI_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    inner = tokenizers.Tokenizer(models.BPE(vocab | numbers, merges, ignore_merges=True))
+    inner.pre_tokenizer = _words(KIMI_WORDS)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    _frame(inner, files)
-    return inner
+    return inner, added
 
 
-def _added(files: Mapping[str, bytes], taken: set[int]) -> dict[str, int]:
-    """The special tokens that tokenizer_config.json gives their numbers, none of them a number of the vocabulary's."""
-    found: dict[str, int] = {}
+def _added(files: Mapping[str, bytes], vocab: Mapping[str, int]) -> tuple[dict[str, int], dict[str, bool]]:
+    """The tokens that are added to a vocabulary: their numbers, where it has none for them, and whether each is
+    special. tokenizer_config.json has both, and added_tokens.json, which is older, the numbers."""
+    numbers, special = {}, {}
     table = read_settings(files).get("added_tokens_decoder", {})
     for number, value in table.items() if isinstance(table, dict) else [("", table)]:
         text = value.get("content") if isinstance(value, dict) else None
         if not isinstance(text, str) or not number.isdecimal() or int(number) > LIMIT:
             raise DataError("added_tokens_decoder in tokenizer_config.json: numbers of tokens and their contents")
-        if int(number) not in taken:
-            found[text] = int(number)
-    return found
+        numbers[text], special[text] = int(number), value.get("special", True) is not False
+    for text, value in read_settings(files, "added_tokens.json").items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LIMIT:
+            raise DataError("added_tokens.json: tokens and their numbers")
+        numbers.setdefault(text, value)
+        special.setdefault(text, text in named_tokens(files).values())
+    taken = set(vocab.values())
+    new = {text: number for text, number in numbers.items() if text not in vocab and number not in taken}
+    return new, {text: flag for text, flag in special.items() if text in vocab or text in new}
 
 
 def _frame(inner: tokenizers.Tokenizer, files: Mapping[str, bytes]) -> None:

@@ -95,6 +95,18 @@ KIMI_SETTINGS = settings(
     added_tokens_decoder={str(n): {"content": name, "special": True} for n, name in KIMI_SPECIALS.items()},
 )  # fmt: skip
 
+
+def merges_of(inner: tokenizers.Tokenizer) -> dict[str, str]:
+    """A byte-level tokenizer as vocab.json and merges.txt, without what was added to it."""
+    model = json.loads(inner.to_str())["model"]
+    lines = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    return {"vocab.json": json.dumps(model["vocab"]), "merges.txt": f"#version: 0.2\n{lines}"}
+
+
+SLOW = byte_level([])
+ADDED = {"280": {"content": "<|endoftext|>", "special": True}, "281": {"content": "<|im_end|>", "special": True},
+         "282": {"content": "<tool_call>", "special": False}}  # fmt: skip
+
 PUBLIC: dict[str, Public] = {
     "mixtral": Public(
         sentencepiece(), settings("<s>", "</s>", "LlamaTokenizer", add_bos_token=True, add_eos_token=False), ("<s>",)
@@ -132,6 +144,19 @@ PUBLIC: dict[str, Public] = {
     ),
     "both ends": Public(
         byte_level(["<s>", "</s>"], before=["<s>"], after=["</s>"]), settings("<s>", "</s>"), ("<s>",)
+    ),
+    "gpt-2 without tokenizer.json": Public(
+        None, settings("<|endoftext|>", "<|endoftext|>", "GPT2Tokenizer", added_tokens_decoder=ADDED),
+        model_type="gpt2", files=merges_of(SLOW),
+    ),
+    "gpt-2 without tokenizer.json, switched on": Public(
+        None, settings("<|endoftext|>", "<|im_end|>", "GPT2Tokenizer", added_tokens_decoder=ADDED, add_bos_token=True,
+                       add_eos_token=True),
+        ("<|endoftext|>",), model_type="gpt2", files=merges_of(SLOW),
+    ),
+    "qwen2 without tokenizer.json": Public(
+        None, settings(None, "<|im_end|>", "Qwen2Tokenizer", added_tokens_decoder=ADDED, add_prefix_space=False),
+        model_type="qwen2_moe", files=merges_of(SLOW),
     ),
     "kimi-k2": Public(None, KIMI_SETTINGS, model_type="kimi_k2", files={"tiktoken.model": KIMI}),
 }  # fmt: skip

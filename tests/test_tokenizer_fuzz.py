@@ -211,6 +211,21 @@ def test_a_changed_tiktoken_file(tmp_path: Path, data: st.DataObject) -> None:
 
 @quick
 @given(st.data())
+def test_changed_merges(tmp_path: Path, data: st.DataObject) -> None:
+    public = PUBLIC["qwen2 without tokenizer.json"]
+    public.write(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed(data, dict(public.settings))))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(changed(data, {"<a>": 290, "<b>": 291})))
+    vocab = json.loads(public.files["vocab.json"])
+    (tmp_path / "vocab.json").write_text(json.dumps(changed(data, vocab)))
+    lines = public.files["merges.txt"].splitlines()
+    lines[data.draw(st.integers(0, len(lines) - 1))] = data.draw(st.sampled_from(["", "a", "a b c", "t h", "☃ ☃", " "]))
+    (tmp_path / "merges.txt").write_text("\n".join(lines))
+    reads_or_says(tmp_path)
+
+
+@quick
+@given(st.data())
 def test_a_changed_generation_config(tmp_path: Path, data: st.DataObject) -> None:
     document = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1,
                 "repetition_penalty": 1.1, "eos_token_id": [1, 2], "bos_token_id": 0}  # fmt: skip
