@@ -133,6 +133,18 @@ def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     return found
 
 
+def special_texts(files: Mapping[str, bytes]) -> list[str]:
+    """The tokens that the settings call special: those with a role, and the lists of others."""
+    found = list(named_tokens(files).values())
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            others = read_settings(files, file).get(key)
+            for one in others if isinstance(others, list) else others.values() if isinstance(others, dict) else ():
+                text = one.get("content") if isinstance(one, dict) else one
+                found += [text] if isinstance(text, str) else []
+    return list(dict.fromkeys(found))
+
+
 def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
     """Jinja templates by name, the usual one "default". A file of its own goes before tokenizer_config.json's, as in
     transformers. DataError for one that is no text."""
@@ -156,7 +168,12 @@ def chat_templates(files: Mapping[str, bytes]) -> dict[str, str]:
 def build(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
     """The tokenizer that the files describe. Exceptions of many kinds for malformed ones: see `guarded`."""
     if VOCABULARIES[0] in files:
-        return tokenizers.Tokenizer.from_str(files[VOCABULARIES[0]].decode("utf-8"))
+        inner = tokenizers.Tokenizer.from_str(files[VOCABULARIES[0]].decode("utf-8"))
+        # A token with a role is special, also where the vocabulary has it as any other.
+        known = {value.content for value in inner.get_added_tokens_decoder().values()}
+        plain = [text for text in special_texts(files) if text not in known and inner.token_to_id(text) is not None]
+        inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in plain])
+        return inner
     inner, added = _from_tiktoken(files) if "tiktoken.model" in files else _from_merges(files)
     for text, special in added.items():
         token = AddedToken(text, special=special, normalized=False)

@@ -107,6 +107,15 @@ SLOW = byte_level([])
 ADDED = {"280": {"content": "<|endoftext|>", "special": True}, "281": {"content": "<|im_end|>", "special": True},
          "282": {"content": "<tool_call>", "special": False}}  # fmt: skip
 
+
+def unmarked(inner: tokenizers.Tokenizer, names: Sequence[str]) -> tokenizers.Tokenizer:
+    """With these tokens in its vocabulary as any others, so that the settings alone call them special."""
+    document = json.loads(inner.to_str())
+    document["added_tokens"] = [one for one in document["added_tokens"] if one["content"] not in names]
+    document["model"]["vocab"] |= {name: inner.token_to_id(name) for name in names}
+    return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
 PUBLIC: dict[str, Public] = {
     "mixtral": Public(
         sentencepiece(), settings("<s>", "</s>", "LlamaTokenizer", add_bos_token=True, add_eos_token=False), ("<s>",)
@@ -141,6 +150,10 @@ PUBLIC: dict[str, Public] = {
     ),
     "gpt-2, switched on": Public(
         byte_level(["<|endoftext|>"]), settings("<|endoftext|>", "<|endoftext|>", "GPT2Tokenizer", add_bos_token=True)
+    ),
+    "special by its settings alone": Public(
+        unmarked(byte_level(["<s>", "<|im_end|>", "<tool>"], before=["<s>"]), ["<s>", "<|im_end|>", "<tool>"]),
+        settings("<s>", "<|im_end|>", additional_special_tokens=["<tool>", added("<nowhere>")]), ("<s>",),
     ),
     "both ends": Public(
         byte_level(["<s>", "</s>"], before=["<s>"], after=["</s>"]), settings("<s>", "</s>"), ("<s>",)

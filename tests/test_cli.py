@@ -578,7 +578,7 @@ def test_the_seed_that_was_drawn_is_shown(handful: Call, at_home: Path) -> None:
     assert again.out == first.out
     found = document(handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--json"))
     assert found["sampling"]["temperature"] == 1
-    seed = str(found["sampling"]["seed"])
+    seed = str(found["seed"])
     assert handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--seed", seed).out == (
         f"the{found['text']}\n"
     )

@@ -53,7 +53,7 @@ def test_a_prompt_is_what_transformers_makes_of_it(name: str, tmp_path: Path) ->
     theirs, model = AutoTokenizer.from_pretrained(public.write(tmp_path / "t")), model_of(public, tmp_path / "m")
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    for text in ("the cat", "", "the cat sat\n", "naïve ☃ 1234", "the<|im_end|>cat <tool_call> on"):
+    for text in ("the cat", "", "the cat sat\n", "naïve ☃ 1234", "the<|im_end|>cat <tool_call> on<tool>"):
         right = theirs(text).input_ids
         assert tokenizer.encode(text, special=True) == right
         without = right[: len(right) - len(tokenizer.suffix)]

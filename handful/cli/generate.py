@@ -145,7 +145,8 @@ def run(
     if as_json:
         print_json(
             {"model": model, "prompt": prompt, "text": "".join(pieces), "finish": finish, "tokens": made,
-             "seconds": seconds, "tokens_per_second": made / seconds, "sampling": asdict(sampling),
+             "seconds": seconds, "tokens_per_second": made / seconds, "seed": sampling.seed,
+             "sampling": asdict(sampling),
              "logprobs": _logprobs(deltas, found.tokenizer), "memory": within}
         )  # fmt: skip
     else:
