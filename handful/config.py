@@ -206,7 +206,8 @@ class ModelConfig:
     expert_width             F, hidden width of one routed expert.
     shared_width             hidden width of the shared experts together (they are one wider expert); 0: none.
     shared_gate              the shared experts' output is multiplied by a learned sigmoid gate (Qwen2-MoE).
-    dense_first, moe_every   layer i is an MoE when i >= dense_first and (i + 1) % moe_every == 0.
+    dense_first, moe_every   layer i is an MoE when i >= dense_first and (i + 1) % moe_every == 0,
+    dense_layers             and it is none of these.
     activation               of all feed-forward parts; expert_bias: routed experts have biases (gpt-oss).
     qk_norm                  RMSNorm on queries and keys: per head, or over the full projected width.
     qkv_bias, o_bias, sinks  attention's biases, and a learned sink per head (gpt-oss): a score that takes its share of
@@ -238,6 +239,7 @@ class ModelConfig:
     shared_gate: bool = False
     dense_first: int = 0
     moe_every: int = 1
+    dense_layers: tuple[int, ...] = ()
     activation: Activation = "swiglu"
     expert_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -287,6 +289,8 @@ class ModelConfig:
         need(self.window is not None or not self.full_layers, "full_layers", "empty without a window")
         in_order = tuple(sorted({layer for layer in self.full_layers if 0 <= layer < self.layers}))
         need(self.full_layers == in_order, "full_layers", f"layers from 0 to {self.layers - 1}, in order")
+        in_order = tuple(sorted({layer for layer in self.dense_layers if 0 <= layer < self.layers}))
+        need(self.dense_layers == in_order, "dense_layers", f"layers from 0 to {self.layers - 1}, in order")
         for name in ("embedding_scale", "residual_scale", "logits_scale"):
             need(0 < getattr(self, name) < math.inf, name, "above 0")
         scale = self.attention_scale
@@ -330,7 +334,8 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer`, counted from 0, routes to experts."""
-        return self.router is not None and layer >= self.dense_first and (layer + 1) % self.moe_every == 0
+        regular = layer >= self.dense_first and (layer + 1) % self.moe_every == 0
+        return self.router is not None and regular and layer not in self.dense_layers
 
 
 @dataclass(frozen=True, kw_only=True)

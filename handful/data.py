@@ -5,8 +5,9 @@
     heldout_batches(tokens, …)   the held-out sequences, the same for every model
     bits_per_byte(loss, …)       a loss that can be compared between tokenizers
 
-A part is one row of tokens: eos, document, eos, document, eos, … So every document's first token has something to be
-predicted from, and every end of a document is predicted too.
+A part is one row of tokens: eos, document, eos, document, eos, … or, where the tokenizer begins a text with a token of
+its own, <s>, document, eos, <s>, document, eos, … So every document's first token has something to be predicted from,
+and every end of a document is predicted too.
 
 Legend: B sequences · S tokens in one · V vocabulary
 """
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from handful.documents import SMALLEST_SECTION, content_hash, left_out, read_documents, split_documents
 from handful.errors import ConfigError, DataError
-from handful.text import SMALLEST_VOCAB, Tokenizer, load_tokenizer, train_tokenizer
+from handful.text import SMALLEST_VOCAB, Tokenizer, load_tokenizer, train_tokenizer, trained
 
 __all__ = ["Batches", "Data", "bits_per_byte", "heldout_batches", "load_data"]
 
@@ -80,6 +81,8 @@ def load_data(
 
     key = hashlib.blake2b(_MAGIC, digest_size=16)
     key.update((given.fingerprint if given else f"trained {vocab}").encode())
+    if given is not None and given.frame[1]:
+        key.update(repr(given.frame).encode())
     for document in documents:
         key.update(content_hash(document))
     path = (cache or default_cache()) / "tokens" / f"{key.hexdigest()}.tokens"
@@ -106,7 +109,7 @@ def load_data(
     header, parts = stored
     return Data(
         name=name,
-        tokenizer=given or Tokenizer(tokenizers.Tokenizer.from_str(header["tokenizer"]), header["eos"]),
+        tokenizer=given or trained(tokenizers.Tokenizer.from_str(header["tokenizer"]), header["eos"]),
         train=parts[0],
         heldout=parts[1],
         documents=len(documents),
@@ -160,8 +163,8 @@ def _sequences(tokens: NDArray[Any], starts_B: NDArray[np.int64], context: int) 
 def _tokenize(
     documents: Sequence[bytes], tokenizer: Tokenizer, row_type: np.dtype[Any], say: Callable[[str], None]
 ) -> NDArray[Any]:
-    eos = np.array([tokenizer.eos_id], row_type)
-    row = [eos]
+    first, before, after = (np.array(tokens, row_type) for tokens in tokenizer.frame)
+    row = [first]
     group: list[str] = []
     size, done, told, total = 0, 0, 0, sum(map(len, documents))
     for number, document in enumerate(documents, 1):
@@ -170,7 +173,7 @@ def _tokenize(
         if size < _GROUP and number < len(documents):
             continue
         for ids in tokenizer.encode_batch(group):
-            row += [np.array(ids, row_type), eos]
+            row += [before, np.array(ids, row_type), after]
         group, size, done = [], 0, done + size
         if 10 * done // total > told:
             told = 10 * done // total
@@ -206,7 +209,7 @@ def _read_cache(path: Path) -> tuple[dict[str, Any], list[Tokens]] | None:
 
 def _write_cache(path: Path, tokenizer: Tokenizer, parts: Sequence[NDArray[Any]], *, heldout_bytes: int) -> None:
     header = {
-        "tokenizer": tokenizer.files()["tokenizer.json"],
+        "tokenizer": tokenizer.to_str(),
         "eos": tokenizer.eos,
         "dtype": parts[0].dtype.str,
         "train_tokens": len(parts[0]),

@@ -27,6 +27,7 @@ from handful.config import EncoderDecoderConfig
 from handful.errors import ConfigError
 from handful.experts import FeedForward
 from handful.moe import MoE
+from handful.origin import Origin
 from handful.routing import Routing
 from handful.text import Tokenizer
 
@@ -215,12 +216,14 @@ class EncoderDecoder(nn.Module):
 
     backend     who multiplies the experts (see `handful.experts`).
     tokenizer   attribute: the tokenizer of its checkpoint, None for a model that was not loaded.
+    origin      attribute: what else its checkpoint says, likewise.
     """
 
     def __init__(self, config: EncoderDecoderConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.origin: Origin | None = None
         self.embed = nn.Embedding(config.vocab, config.width)
         encoder_moe = [config.encoder_is_moe(i) for i in range(config.encoder_layers)]
         decoder_moe = [config.decoder_is_moe(i) for i in range(config.decoder_layers)]

@@ -38,8 +38,12 @@ __all__ = [
     "answer_tokens",
     "generate",
     "generate_tokens",
+    "sampling_of",
+    "stop_ids",
     "stream",
     "text_request",
+    "token_request",
+    "tokenizer_of",
 ]
 
 CHUNK = 512  # tokens of prompts that a step reads at most, where nothing is said
@@ -54,7 +58,8 @@ class Request:
     prompt        token ids.
     max_tokens    that are made at most; the model's context may be reached before.
     sampling      how they are drawn.
-    stop          texts at which it ends; they are not part of the answer. For models with a tokenizer.
+    stop          texts at which it ends; they are not part of the answer. For models with a tokenizer. One that is a
+                  special token's text stands for that token.
     stop_tokens   tokens at which it ends, not part of the answer either.
     logprobs      of how many of the likeliest tokens, beside the drawn one's; None: no log-probabilities.
     """
@@ -97,6 +102,7 @@ class Job:
         self._read = 0  # tokens of the prompt that are read
         self._cache: KVCache | None = None
         self._sampler: Sampler | None = None
+        self._stops: frozenset[int] = frozenset()
         self._text: StopText | None = None
 
     def __repr__(self) -> str:
@@ -241,9 +247,14 @@ class Engine:
                 return
             self._waiting.popleft()
             job._cache = KVCache(self.model.config, 1, job._room, dtype=weight.dtype, device=weight.device)
-            job._sampler = Sampler(job.request.sampling, job.request.prompt, weight.device)
-            if self.model.tokenizer is not None:
-                job._text = StopText(self.model.tokenizer.stream(job.request.prompt), job.request.stop)
+            request, tokenizer = job.request, self.model.tokenizer
+            stops, prefix = set(request.stop_tokens), tuple[int, ...]()
+            if tokenizer is not None:
+                stops |= {token for text in request.stop if (token := tokenizer.special_id(text)) is not None}
+                prefix = tokenizer.prefix
+                job._text = StopText(tokenizer.stream(request.prompt), request.stop)
+            job._stops = frozenset(stops)
+            job._sampler = Sampler(request.sampling, request.prompt, weight.device, spared={*stops, *prefix})
             self._running.append(job)
 
     def _batches(self) -> list[list[tuple[Job, Sequence[int]]]]:
@@ -286,7 +297,7 @@ class Engine:
         assert job._sampler is not None
         request = job.request
         token = job._sampler(logits_V)
-        if token in request.stop_tokens:
+        if token in job._stops:
             return self._end(job, "stop", token=None)
         seen = None if request.logprobs is None else logprobs(logits_V, token, request.logprobs)
         job.made.append(token)
@@ -377,6 +388,8 @@ def generate(
     """Yield the text that follows a prompt, piece by piece, until the document ends, a text of `stop` comes or
     `max_tokens` are made. Of an encoder-decoder: its answer to the prompt.
 
+    sampling   None: as the model's checkpoint asks, or else the defaults (`sampling_of`).
+
     The model must have a tokenizer (`handful.load` sets it). A character that several tokens spell is yielded whole.
     """
     if isinstance(model, EncoderDecoder):
@@ -396,28 +409,57 @@ def text_request(
     stop: Sequence[str] = (),
     logprobs: int | None = None,
 ) -> Request:
-    """The request to go on from a text as a document that begins with it."""
-    tokenizer = _tokenizer(model, prompt)
+    """The request to go on from a text: after what the model's tokenizer puts before every text, with the special
+    tokens that the text spells, up to any token that ends an answer of the model's."""
+    tokens = tokenizer_of(model, prompt).encode_prompt(prompt)
+    return token_request(model, tokens, max_tokens=max_tokens, sampling=sampling, stop=stop, logprobs=logprobs)
+
+
+def token_request(
+    model: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    logprobs: int | None = None,
+) -> Request:
+    """The request to go on from tokens as the model's checkpoint asks: its sampling, and the tokens that end an
+    answer."""
     return Request(
-        # A document starts after an end-of-text token, in training and so here.
-        prompt=[tokenizer.eos_id, *tokenizer.encode(prompt)],
+        prompt=prompt,
         max_tokens=max_tokens,
-        sampling=sampling or Sampling(),
+        sampling=sampling or sampling_of(model),
         stop=stop,
-        stop_tokens=[tokenizer.eos_id],
+        stop_tokens=stop_ids(model),
         logprobs=logprobs,
     )
+
+
+def stop_ids(model: Decoder | EncoderDecoder) -> tuple[int, ...]:
+    """The tokens that end an answer: the end-of-text token of the model's tokenizer, and those that config.json and
+    generation_config.json name."""
+    own = () if model.tokenizer is None else (model.tokenizer.eos_id,)
+    named = () if model.origin is None else model.origin.stop_ids
+    return tuple(dict.fromkeys((*own, *named)))
+
+
+def sampling_of(model: Decoder | EncoderDecoder) -> Sampling:
+    """How tokens are drawn where nobody says: as the checkpoint's generation_config.json asks, or else `Sampling()`."""
+    asked = None if model.origin is None else model.origin.sampling
+    return asked or Sampling()
 
 
 def _answer(
     model: EncoderDecoder, prompt: str, max_tokens: int, sampling: Sampling | None, stop: Sequence[str]
 ) -> Iterator[str]:
-    tokenizer = _tokenizer(model, prompt)
-    # T5's inputs end with the end-of-text token. Its special tokens are words of its task: <extra_id_0>, a gap.
-    tokens = tokenizer.encode(prompt, special=True)
+    tokenizer = tokenizer_of(model, prompt)
+    # T5's inputs begin with no token of their own and end with the end-of-text token. Its special tokens are words of
+    # its task: <extra_id_0>, a gap.
+    tokens = tokenizer.encode_rendered(prompt)
     tokens = tokens if tokens[-1:] == [tokenizer.eos_id] else [*tokens, tokenizer.eos_id]
     text = StopText(tokenizer.stream(special=True), stop)
-    for token in answer_tokens(model, tokens, max_tokens, sampling):
+    for token in answer_tokens(model, tokens, max_tokens, sampling or sampling_of(model)):
         piece, stopped = text.push(token)
         yield piece
         if stopped:
@@ -425,7 +467,8 @@ def _answer(
     yield text.finish()[0]
 
 
-def _tokenizer(model: Decoder | EncoderDecoder, prompt: str) -> Tokenizer:
+def tokenizer_of(model: Decoder | EncoderDecoder, prompt: str) -> Tokenizer:
+    """The model's tokenizer. ConfigError if it has none, or cannot read the text."""
     if model.tokenizer is None:
         raise ConfigError("model: it has no tokenizer; use generate_tokens, or load a checkpoint that holds one")
     try:

@@ -19,7 +19,14 @@ __all__ = [
     "MissingExtraError",
     "RoutingError",
     "TrainingError",
+    "first_line",
 ]
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as far as one line of a message of ours has room for it."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "".join(char if char.isprintable() else "�" for char in text)
 
 
 class HandfulError(Exception):

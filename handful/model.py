@@ -23,6 +23,7 @@ from handful.experts import FeedForward, Linear
 from handful.experts.at_once import Operation, is_bare, nobody_looks
 from handful.experts.layer import feed_at_once, multiply
 from handful.moe import Mixing, MoE, mix_at_once
+from handful.origin import Origin
 from handful.positions import KVCache, KVCaches, Span
 from handful.routing import Choice, Routing
 from handful.text import Tokenizer
@@ -113,6 +114,7 @@ class Decoder(nn.Module):
     backend                who multiplies the experts (see `handful.experts`).
     activation_checkpoint  attribute: in training keep only block inputs for the backward pass, compute the rest again.
     tokenizer              attribute: the tokenizer of its checkpoint, None for a model that was not loaded.
+    origin                 attribute: what else its checkpoint says, likewise.
     """
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
@@ -120,6 +122,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpoint = False
         self.tokenizer: Tokenizer | None = None
+        self.origin: Origin | None = None
         self.embed = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Block(config, i, backend) for i in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)

@@ -13,6 +13,7 @@ of step 0, written before run.json, so it needs nothing outside its folder eithe
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import shutil
@@ -29,6 +30,7 @@ from handful.data import Data
 from handful.errors import CheckpointError, ConfigError
 from handful.families.io import checkpoint_files, read_into
 from handful.model import Decoder
+from handful.origin import read_origin
 from handful.text import Tokenizer
 
 __all__ = ["NOTE", "Run", "check_free", "read_asked", "read_events", "text_behind"]
@@ -144,10 +146,12 @@ class Run:
         asked = read_asked(self.folder)
         dtype = str(asked["train"]["dtype"])
         given = {"model": to_dict(config), "train": {**to_dict(settings), "dtype": dtype}}
+        # A run may be older than a setting, which it has at its default then.
+        default_of = {"model": {f.name: f.default for f in dataclasses.fields(ModelConfig)}, "train": {}}
         for section, values in given.items():
             for name, value in values.items():
-                if asked[section].get(name) != value:
-                    has = asked[section].get(name)
+                has = asked[section].get(name, default_of[section].get(name))
+                if has != value:
                     raise ConfigError(f"{section}.{name} = {value!r}: the run in {self.folder} has {has!r}")
         if asked.get("only", "all") != only:
             raise ConfigError(f"only = {only!r}: the run in {self.folder} has {asked.get('only', 'all')!r}")
@@ -203,6 +207,7 @@ class Run:
             raise CheckpointError(f"{self.folder}: there is no checkpoint to resume from")
         trainer = checkpoint.read_json(path / "trainer.json")
         read_into(model, path)
+        model.origin = read_origin(path, checkpoint.read_json(path / "config.json"))
         state = checkpoint.read_tensors(path / "trainer.safetensors")
         # A run that went on from a model has made no step at its checkpoint of step 0.
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad} if trainer["step"] else {}

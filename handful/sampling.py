@@ -5,17 +5,21 @@ Legend: V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from handful.errors import ConfigError
+from handful.errors import CheckpointError, ConfigError
 from handful.experts.native import available, likeliest, plain_inference
 
 __all__ = ["Logprobs", "Sampler", "Sampling", "sample"]
 
+# Below the one, the likeliest token has it all; above the other, all are alike. Quotients by them are float32's.
+COLDEST, HOTTEST = 1e-30, 1e30
+MILDEST, HARSHEST = 0.01, 100.0  # beyond them a penalty says nothing any more, and logits leave float32's range
 CANDIDATES = 1024  # likeliest tokens that are sorted first: they are nearly always all that top_p keeps
 
 
@@ -24,7 +28,7 @@ class Sampling:
     """How the next token is drawn. The settings work in this order.
 
     repetition_penalty  above 1: logits of tokens that the prompt or the answer has are divided by it, or multiplied
-                        where they are negative (arXiv:1909.05858).
+                        where they are negative (arXiv:1909.05858); from 0.01 to 100.
     temperature   0 takes the likeliest token; 1 draws from the model's own probabilities.
     top_k         draw only among the likeliest k tokens; 0: among all.
     top_p         draw only among the likeliest tokens that together have this probability (nucleus sampling,
@@ -51,8 +55,10 @@ class Sampling:
             raise ConfigError(f"top_p = {self.top_p}: above 0, at most 1")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p = {self.min_p}: from 0 to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not self.repetition_penalty > 0:
             raise ConfigError(f"repetition_penalty = {self.repetition_penalty}: above 0")
+        if not MILDEST <= self.repetition_penalty <= HARSHEST:
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty}: from {MILDEST} to {HARSHEST:.0f}")
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,18 @@ class Logprobs:
 
 
 def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
-    """Draw a token from one position's logits. The penalty of repeated tokens is `Sampler`'s: it knows them."""
-    if sampling.temperature == 0:
+    """Draw a token from one position's logits. The penalty of repeated tokens is `Sampler`'s: it knows them.
+
+    CheckpointError for logits that choose nothing: one that is not a number or infinite, or none above -inf.
+    """
+    best = logits_V.max()  # NaN if any is
+    if not math.isfinite(best):
+        reason = f"its weights are damaged, or too large for {logits_V.dtype}"
+        raise CheckpointError(f"the largest of the model's logits is {float(best)}: {reason}")
+    if sampling.temperature < COLDEST:
         return likeliest(logits_V) if available() and plain_inference(logits_V) else int(logits_V.argmax())
-    logits_V = logits_V.float() / sampling.temperature
+    # From the best on, so that no quotient is too large.
+    logits_V = (logits_V.float() - best.float()) / min(sampling.temperature, HOTTEST)
     share_V = logits_V.softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return int(torch.multinomial(share_V, 1, generator=random))
@@ -83,33 +97,42 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
         kept = kept / kept.sum()
     if sampling.top_p < 1:
         # A token stays if those before it have not reached top_p yet: the likeliest always does.
-        kept = kept.masked_fill(kept.cumsum(0) - kept >= sampling.top_p, 0)
+        beyond = kept.cumsum(0) - kept >= sampling.top_p
+        beyond[0] = False
+        kept = kept.masked_fill(beyond, 0)
     if sampling.min_p:
         kept = kept.masked_fill(kept < sampling.min_p * kept[0], 0)
     return int(ids[torch.multinomial(kept, 1, generator=random)])
 
 
 class Sampler:
-    """Draws one sequence's tokens: its settings, its random numbers, and the tokens that it has."""
+    """Draws one sequence's tokens: its settings, its random numbers, and the tokens that it has.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], device: torch.device) -> None:
+    spared   tokens that no penalty reaches: those that stand before every text, and those that end one.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompt: Iterable[int], device: torch.device, spared: Collection[int] = ()
+    ) -> None:
         self._sampling = sampling
         self._random = None
         if sampling.seed is not None:
             self._random = torch.Generator(device).manual_seed(sampling.seed)
+        self._spared = frozenset(spared)
         self._seen = None
         if sampling.repetition_penalty != 1:
-            self._seen = set(prompt)
+            self._seen = set(prompt) - self._spared
 
     def __call__(self, logits_V: Tensor) -> int:
-        """The next token. The logits stay as they are."""
+        """The next token. The logits stay as they are. CheckpointError as in `sample`."""
         if self._seen is None:
             return sample(logits_V, self._sampling, self._random)
-        ids = torch.tensor(sorted(self._seen), device=logits_V.device)
+        ids = torch.tensor(sorted(self._seen), dtype=torch.long, device=logits_V.device)
         held, penalty = logits_V[ids].float(), self._sampling.repetition_penalty
         logits_V = logits_V.float().index_put((ids,), torch.where(held > 0, held / penalty, held * penalty))
         token = sample(logits_V, self._sampling, self._random)
-        self._seen.add(token)
+        if token not in self._spared:
+            self._seen.add(token)
         return token
 
 

@@ -88,9 +88,9 @@ def score(
     if not 1 <= context <= model.config.context:
         raise ConfigError(f"context = {context}: from 1 to {model.config.context}, the model's")
     lengths = [len(tokenizer.token_bytes(token, special=False)) for token in range(tokenizer.vocab_size)]
-    rows = [
-        [tokenizer.eos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch([d.decode() for d in documents])
-    ]
+    first_of_all, before, after = tokenizer.frame  # as documents stand in training
+    texts = tokenizer.encode_batch([document.decode() for document in documents])
+    rows = [[*first_of_all, *before, *ids, *after] for ids in texts]
 
     first: list[int] = []  # each document's first block
     count = 0

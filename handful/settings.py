@@ -18,6 +18,7 @@ model has that model's shape and tokenizer, so neither may be given then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,12 @@ from typing import Any, Literal, get_args
 from handful import checkpoint
 from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, from_dict, read_toml, to_dict
 from handful.data import Data, load_data
-from handful.errors import ConfigError
+from handful.errors import CheckpointError, ConfigError
 from handful.families import config_from_hf
 from handful.families.io import find_folder
 from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, evaluate_every, preset, small_model, small_training
 from handful.runs import read_asked, text_behind
+from handful.tokenizer_files import has_tokenizer
 
 __all__ = [
     "Asked", "Only", "balance_like", "balance_of", "check_asked", "resumed_settings", "training_settings",
@@ -88,7 +90,8 @@ def balance_of(kind: str, like: Preset | None) -> BalanceConfig:
 
 def balance_like(source: str | Path, folder: Path, config: ModelConfig) -> BalanceConfig:
     """The balance to go on with: the run's own where `source` is a run folder, or else that of the family whose
-    config.json `folder` holds: the loss-free bias where the router has one, its preset's loss, or Switch's at 0.01."""
+    config.json `folder` holds: the loss-free bias where the router has one, its preset's loss, or Switch's, at the
+    weight that the config.json names (router_aux_loss_coef), or else the preset's, or 0.01."""
     if config.router is None:
         return BalanceConfig()
     if (Path(source) / "run.json").exists():
@@ -97,8 +100,15 @@ def balance_like(source: str | Path, folder: Path, config: ModelConfig) -> Balan
             return from_dict(TrainConfig, asked["train"], "train").balance
     if config.router.balance_bias:
         return PRESETS["deepseek-v3"].balance
-    name = FAMILY_PRESETS.get(checkpoint.read_json(folder / "config.json").get("model_type", ""))
-    return PRESETS[name].balance if name else BalanceConfig(loss="switch", weight=BALANCE_WEIGHT)
+    values = checkpoint.read_json(folder / "config.json")
+    name = FAMILY_PRESETS.get(values.get("model_type", ""))
+    like = PRESETS[name].balance if name else BalanceConfig(loss="switch", weight=BALANCE_WEIGHT)
+    weight = values.get("router_aux_loss_coef")
+    if weight is None:
+        return like
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
+        raise CheckpointError(f"{folder / 'config.json'}: router_aux_loss_coef = {weight!r}: a weight, at least 0")
+    return replace(like, weight=float(weight)) if weight else replace(like, loss="none", weight=0.0)
 
 
 def resumed_settings(folder: Path) -> Asked:
@@ -187,7 +197,7 @@ def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: 
     config = config_from_hf(checkpoint.read_json(folder / "config.json"))
     if origin.get("source") is None:  # more of the text that it knows
         origin = {**origin, **(text_behind(start, folder) or {})}
-    if not (folder / "tokenizer.json").exists():
+    if not has_tokenizer(folder):
         raise ConfigError(f"from = {start!r}: it has no tokenizer.json, which the text is read by")
     balance = BalanceConfig() if only == "experts" else balance_like(start, folder, config)
     if kind and kind != balance.loss:

@@ -127,7 +127,7 @@ def upcycle(
     with shapes_alone():
         made = Decoder(config, backend=backend)
     made.load_state_dict(state, strict=True, assign=True)
-    made.tokenizer = model.tokenizer
+    made.tokenizer, made.origin = model.tokenizer, model.origin
     return made.eval()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from handful.observe import Recording
 from handful.presets import PRESETS
 from handful.text import load_tokenizer
 
-VERBS = ["compare", "train", "upcycle", "generate", "eval", "presets", "cost", "plan", "doctor", "verify"]
+VERBS = ["compare", "train", "upcycle", "generate", "chat", "eval", "presets", "cost", "plan", "doctor", "verify"]
 
 SETTINGS = """
 [data]
@@ -705,6 +706,89 @@ def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> N
     assert document(handful("generate", "run", "the", "--max-tokens", "3", "--quant", "int4", "--json"))["tokens"] == 3
 
 
+def test_the_seed_that_was_drawn_is_shown(handful: Call, at_home: Path) -> None:
+    first = handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1")
+    shown = re.fullmatch(r"\d+ tokens, [\d,]+ tokens/s, seed (\d+)", first.err.strip())
+    assert shown
+    again = handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--seed", shown[1])
+    assert again.out == first.out
+    found = document(handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--json"))
+    assert found["sampling"]["temperature"] == 1
+    seed = str(found["seed"])
+    assert handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--seed", seed).out == (
+        f"the{found['text']}\n"
+    )
+    greedy = handful("generate", "run", "the", "--max-tokens", "2", "--temperature", "0")
+    assert "seed" not in greedy.err  # nothing was drawn
+
+
+def test_a_prompt_from_elsewhere(handful: Call, at_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = ["--max-tokens", "8", "--seed", "1"]
+    right = handful("generate", "run", "the router\n of", *how).out
+
+    def typed(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    (tmp_path / "prompt.txt").write_text("the router\n of\n", encoding="utf-8")
+    assert handful("generate", "run", "--file", tmp_path / "prompt.txt", *how).out == right
+    typed(b"the router\n of\n")
+    assert handful("generate", "run", "-", *how).out == right
+    typed(b"the router\n of")
+    assert handful("generate", "run", "-", *how).out == right
+    typed(b"\xff")
+    assert mistake(handful("generate", "run", "-")) == "stdin: must be UTF-8"
+    (tmp_path / "prompt.txt").write_bytes(b"\xff")
+    assert mistake(handful("generate", "run", "--file", tmp_path / "prompt.txt")).endswith("must be UTF-8")
+    assert mistake(handful("generate", "run", "x", "--file", "y")) == "prompt, file: give one of them"
+    assert mistake(handful("generate", "run", "--file", "nowhere")) == "file = 'nowhere': No such file or directory"
+
+
+def test_log_probabilities_come_with_texts(handful: Call, at_home: Path) -> None:
+    how = ["--max-tokens", "6", "--seed", "1", "--logprobs", "3"]
+    found = document(handful("generate", "run", "the", *how, "--json"))
+    tokenizer = load_tokenizer(at_home / "run/model")
+    for one in found["logprobs"]:
+        assert one["text"] == tokenizer.token_bytes(one["id"]).decode("utf-8", "replace")
+        assert list(one["top"]) == list(one["top_texts"])
+        for token, text in one["top_texts"].items():
+            assert text == tokenizer.token_bytes(int(token)).decode("utf-8", "replace")
+    assert mistake(handful("generate", "run", "the", *how)) == "logprobs = 3: only with --json, which has room for them"
+
+
+def test_the_models_own_sampling_is_used_and_told_of(handful: Call, at_home: Path, tmp_path: Path) -> None:
+    shutil.copytree(at_home / "run/model", tmp_path / "m")
+    asked = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(asked))
+    how = ["--max-tokens", "5", "--seed", "1"]
+    result = handful("generate", tmp_path / "m", "the", *how)
+    told = "as the model's generation_config.json asks"
+    assert result.err.splitlines()[0] == f"temperature 0.6, top k 20, top p 0.95, {told}"
+    same = handful("generate", "run", "the", *how, "--temperature", "0.6", "--top-k", "20", "--top-p", "0.95")
+    assert same.out == result.out
+    assert told not in same.err
+    some = handful("generate", tmp_path / "m", "the", *how, "--temperature", "0.7", "--top-p", "1")
+    assert some.err.splitlines()[0] == f"top k 20, {told}"
+    assert told not in handful("generate", tmp_path / "m", "the", *how, "--temperature", "0").err
+    found = document(handful("generate", tmp_path / "m", "the", *how, "--json"))
+    assert {name: found["sampling"][name] for name in ("temperature", "top_k", "top_p")} == {
+        "temperature": 0.6, "top_k": 20, "top_p": 0.95,
+    }  # fmt: skip
+
+
+def test_a_mistyped_path_is_looked_for_elsewhere_with_a_word(
+    handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def nothing(*_: object, **__: object) -> None:
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    first, last = handful("generate", "runs/trian", "x").err.splitlines()
+    assert first.startswith("runs/trian: no such folder here; looking for it ")
+    assert last == "error runs/trian: no such folder, and it cannot be downloaded: no such repository"
+
+
 def test_generate_within_a_budget(handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text, to the letter; what the budget did, and a forecast, beside it."""
     from handful import ceilings
@@ -765,6 +849,8 @@ def test_what_cannot_be_generated(handful: Call, at_home: Path) -> None:
     assert mistake(handful("generate", "run", "x", "--top-k", "-1")) == "top_k = -1: at least 0"
     assert mistake(handful("generate", "run", "x", "--min-p", "2")) == "min_p = 2.0: from 0 to 1"
     assert mistake(handful("generate", "run", "x", "--repetition-penalty", "0")) == "repetition_penalty = 0.0: above 0"
+    tiny = mistake(handful("generate", "run", "x", "--repetition-penalty", "1e-9"))
+    assert tiny == "repetition_penalty = 1e-09: from 0.01 to 100"
     assert mistake(handful("generate", "run", "x", "--quant", "int3")) == "quant = 'int3': int8 or int4"
     assert (
         mistake(handful("generate", "run", "x", "--routing", "a.st"))

@@ -5,6 +5,7 @@ Legend: S tokens · V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from pathlib import Path
@@ -20,9 +21,9 @@ from torch import Tensor
 from handful.config import ModelConfig
 from handful.data import Data
 from handful.engine import generate, generate_tokens
-from handful.errors import ConfigError
+from handful.errors import CheckpointError, ConfigError
 from handful.model import Decoder
-from handful.sampling import Sampling, sample
+from handful.sampling import Sampler, Sampling, sample
 from handful.text import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -138,6 +139,61 @@ def test_a_draw_is_always_a_likely_token(logits: list[float], temperature: float
     # All that are likelier than it do not reach top_p by themselves.
     assert float(shares_V[shares_V > shares_V[token]].sum()) < top_p + 1e-5
     assert shares_V[token] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": t} for t in (1e-6, 1e-30, 1e-38, 1e-40, 5e-324)]
+    + [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-45}, {"top_p": 5e-324}, {"min_p": 1.0, "top_p": 1.0}],
+)
+def test_settings_that_leave_one_token(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Near 0, temperature is greedy: no quotient leaves float32's range."""
+    logits_V = torch.linspace(-9, 30, 500)[torch.randperm(500)].to(dtype)
+    for scale in (1.0, 1000.0):
+        best = int((logits_V * scale).argmax())
+        made = {sample(logits_V * scale, Sampling(seed=seed, **settings)) for seed in range(3)}
+        assert made == {best}
+
+
+@given(
+    logits=st.lists(st.floats(width=32, allow_nan=False).filter(lambda x: x < math.inf), min_size=1, max_size=9),
+    temperature=st.sampled_from([0.0, 5e-324, 1e-40, 1e-3, 1.0, 1e30, math.inf]),
+    top_p=st.sampled_from([5e-324, 1e-9, 0.5, 1.0]),
+    min_p=st.sampled_from([0.0, 1.0]),
+    penalty=st.sampled_from([0.01, 1.0, 100.0]),
+)
+def test_any_logits_give_a_token_or_one_line(
+    logits: list[float], temperature: float, top_p: float, min_p: float, penalty: float
+) -> None:
+    settings = Sampling(temperature=temperature, top_p=top_p, min_p=min_p, repetition_penalty=penalty, seed=0)
+    sampler = Sampler(settings, range(len(logits)), torch.device("cpu"))
+    if max(logits) == -math.inf or (penalty != 1 and max(map(abs, logits)) > 1e36):  # more than float32 has room for
+        with contextlib.suppress(CheckpointError):
+            sampler(torch.tensor(logits))
+        return
+    assert logits[sampler(torch.tensor(logits))] > -math.inf
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_told_of(temperature: float, broken: float) -> None:
+    logits_V = torch.randn(2000)
+    logits_V[9] = broken
+    with pytest.raises(
+        CheckpointError, match=rf"logits is {broken}: its weights are damaged, or too large for torch\.fl"
+    ):
+        sample(logits_V, Sampling(temperature=temperature))
+    with pytest.raises(CheckpointError, match="logits is -inf"):
+        sample(torch.full((5,), -math.inf), Sampling(temperature=temperature))
+
+
+def test_one_token_above_nothing() -> None:
+    logits_V = torch.full((5000,), -math.inf)
+    logits_V[7] = 0.0
+    cases: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.3}, {"temperature": 0.0}, {"temperature": math.inf}]
+    for settings in cases:
+        assert Sampler(Sampling(seed=0, **settings), range(50), torch.device("cpu"))(logits_V) == 7
 
 
 def test_a_draw_leaves_the_logits_as_they_are() -> None:

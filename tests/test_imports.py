@@ -29,6 +29,8 @@ TIERS = [
         "count",
         "cost",
         "checkpoint",
+        "hub",
+        "tokenizer_files",
         "text",
         "formats",
         "hub_rows",
@@ -37,15 +39,15 @@ TIERS = [
         "quantize",
     ],
     ["experts", "balance", "observe", "placement"],
-    ["positions", "attention", "moe", "model", "encoder_decoder", "evaluate", "scores"],
+    ["sampling", "origin", "positions", "attention", "moe", "model", "encoder_decoder", "evaluate", "scores"],
     ["families", "memory", "upcycle", "transformers"],
     [
         "runs",
         "settings",
         "watch",
         "train",
-        "sampling",
         "engine",
+        "chat",
         "ceilings",
         "plan",
         "trace",
@@ -59,7 +61,19 @@ TIERS = [
 ]
 ORDER = [module for tier in TIERS for module in tier]
 
-HEAVY = ["datasets", "fastapi", "matplotlib", "numpy", "rich", "starlette", "torch", "transformers", "typer", "uvicorn"]
+HEAVY = [
+    "datasets",
+    "fastapi",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "rich",
+    "starlette",
+    "torch",
+    "transformers",
+    "typer",
+    "uvicorn",
+]
 
 
 def module_of(path: Path) -> str:

@@ -27,8 +27,10 @@ from handful.data import Data
 from handful.errors import CheckpointError, DataError
 from handful.families.convert import why_not_public
 from handful.families.io import find_config, find_folder, load, load_decoder, read_into, save
+from handful.hub import TOKENIZER_FILES
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model
+from handful.text import END_OF_TEXT
 from handful.train import make_optimizer, train
 
 transformers: Any = importlib.import_module("transformers")  # its types know less than its classes accept
@@ -125,8 +127,8 @@ def test_transformers_gives_a_runs_logits(
 def test_transformers_reads_the_tokenizer(saved: Path, data: Data) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(saved)
     plain = TEXT.replace("<|endoftext|>", "")
-    assert theirs(plain)["input_ids"] == data.tokenizer.encode(plain)
-    assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
+    assert theirs(plain)["input_ids"] == [data.tokenizer.eos_id, *data.tokenizer.encode(plain)]
+    assert theirs.decode(theirs(TEXT)["input_ids"]) == END_OF_TEXT + TEXT
     assert (theirs.eos_token, theirs.eos_token_id) == (data.tokenizer.eos, data.tokenizer.eos_id)
     assert transformers.AutoConfig.from_pretrained(saved).eos_token_id == data.tokenizer.eos_id
 
@@ -243,9 +245,8 @@ def test_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[Any] = []
 
-    def download(name: str, allow_patterns: Any, ignore_patterns: Any) -> str:
-        asked.append((name, allow_patterns))
-        assert ignore_patterns == ["*/*"]
+    def download(name: str, *, revision: Any, allow_patterns: Any, ignore_patterns: Any) -> str:
+        asked.append((name, revision, allow_patterns))
         if name == "org/none":
             raise OSError("404: no such repository\nand a long story\nbesides")
         if name == "org/silent":
@@ -255,7 +256,9 @@ def test_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load("org/name").config == moe()
     assert find_config("org/name") == moe()
-    assert asked == [("org/name", ["*.json", "model*.safetensors"]), ("org/name", "config.json")]
+    assert load("org/name@main").config == moe()
+    files = [*TOKENIZER_FILES, "model*.safetensors"]
+    assert asked == [("org/name", None, files), ("org/name", None, ["config.json"]), ("org/name", "main", files)]
     with pytest.raises(
         CheckpointError, match=r"^org/none: no such folder, and it cannot be downloaded: 404: no such repository$"
     ):

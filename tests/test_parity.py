@@ -91,7 +91,9 @@ def window(draw: random.Random) -> int | None:
 
 def sparse(draw: random.Random, layers: int) -> dict[str, Any]:
     """Which layers are dense."""
-    dense: dict[str, Any] = draw.choice([{}, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}])
+    dense: dict[str, Any] = draw.choice(
+        [{}, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}]
+    )
     return dense if layers > 1 else {}
 
 

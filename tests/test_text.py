@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tokenizers
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -83,7 +83,7 @@ def test_token_bytes_are_the_bytes_of_the_text(text: str) -> None:
 
 @given(ids=st.lists(st.integers(0, 299)))
 def test_stream_of_any_tokens_is_what_the_library_decodes(ids: list[int]) -> None:
-    library = tokenizers.Tokenizer.from_str(BYTE_LEVEL.files()["tokenizer.json"])
+    library = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_str())
     for special in (False, True):
         stream = BYTE_LEVEL.stream(special=special)
         shown = "".join(stream.push(token) for token in ids) + stream.finish()
@@ -135,9 +135,11 @@ def test_a_text_that_spells_a_special_token_is_text() -> None:
     assert BYTE_LEVEL.decode(plain) == text
     assert BYTE_LEVEL.encode_batch([text]) == [plain]
     read = BYTE_LEVEL.encode(text, special=True)
-    assert read == [*BYTE_LEVEL.encode("a"), BYTE_LEVEL.eos_id, *BYTE_LEVEL.encode("b")]
+    end, a, b = BYTE_LEVEL.eos_id, BYTE_LEVEL.encode("a"), BYTE_LEVEL.encode("b")
+    assert read == [end, *a, end, *b]  # what stands before any text, and the text
+    assert BYTE_LEVEL.encode_rendered(text) == read[1:]
     assert BYTE_LEVEL.decode(read) == "ab"
-    assert BYTE_LEVEL.decode(read, special=True) == text
+    assert BYTE_LEVEL.decode(read, special=True) == END_OF_TEXT + text
 
 
 def test_byte_fallback_by_hand() -> None:
@@ -152,7 +154,7 @@ def test_byte_fallback_by_hand() -> None:
 
 
 def test_tokens_outside_the_byte_alphabet_stand_for_their_names() -> None:
-    inner = tokenizers.Tokenizer.from_str(BYTE_LEVEL.files()["tokenizer.json"])
+    inner = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_str())
     inner.add_tokens(["éé"])
     added = Tokenizer(inner, END_OF_TEXT)
     assert added.encode("aéé") == [*added.encode("a"), 290]
@@ -173,7 +175,7 @@ def test_ids_without_a_token_are_nothing() -> None:
 def test_save_and_load(tmp_path: Path, as_folder: bool) -> None:
     path = tmp_path if as_folder else tmp_path / "tokenizer.json"
     BYTE_LEVEL.save(path)
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == BYTE_LEVEL.files()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == BYTE_LEVEL.files()
     again = load_tokenizer(path)
     assert again.fingerprint == BYTE_LEVEL.fingerprint
     assert again.files() == BYTE_LEVEL.files()
@@ -190,11 +192,11 @@ def test_transformers_reads_the_same_tokens(tmp_path: Path) -> None:
     text = TEXTS[1] + " , 12345 !\r\n\r\n" + END_OF_TEXT
     assert theirs(text).input_ids == BYTE_LEVEL.encode(text, special=True)
     assert theirs.eos_token_id == BYTE_LEVEL.eos_id
-    assert theirs.decode(theirs(text).input_ids) == text
+    assert theirs.decode(theirs(text).input_ids) == END_OF_TEXT + text
 
 
 def test_a_file_that_cuts_and_pads_is_read_whole(tmp_path: Path) -> None:
-    inner = tokenizers.Tokenizer.from_str(BYTE_LEVEL.files()["tokenizer.json"])
+    inner = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_str())
     inner.enable_truncation(3)
     inner.enable_padding(length=64)
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -237,28 +239,26 @@ def test_what_cannot_be_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(file)
 
 
-def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     BYTE_LEVEL.save(tmp_path)
+    asked: list[tuple[str, str | None]] = []
 
-    def download(repository: str, name: str) -> str:
-        assert repository == "org/name"
-        if not (tmp_path / name).exists():
-            raise EntryNotFoundError(f"{name} is not there\nand more lines")
-        return str(tmp_path / name)
+    def download(
+        repository: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        asked.append((repository, revision))
+        if not list(tmp_path.iterdir()):
+            raise EntryNotFoundError("it is not there\nand more lines")
+        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert load_tokenizer("org/name").fingerprint == BYTE_LEVEL.fingerprint
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert load_tokenizer("org/name").fingerprint == BYTE_LEVEL.fingerprint
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"^tokenizer 'org/name': not a path, and from the hub: .* is not there$"):
-        load_tokenizer("org/name")
-
-    def offline(repository: str, name: str) -> str:
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(DataError, match="no connection"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in ("org/name", "org/name@v1.0", "org/name@refs/pr/3"):
+        assert load_tokenizer(name).fingerprint == BYTE_LEVEL.fingerprint
+        assert capsys.readouterr().err.startswith(f"{name}: no such folder here; looking for it ")
+    assert asked == [("org/name", None), ("org/name", "v1.0"), ("org/name", "refs/pr/3")]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"^tokenizer org/name: no such folder, and it .* downloaded: it is not there$"):
         load_tokenizer("org/name")
 
 

@@ -9,66 +9,92 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from handful.cli.answers import (
+    MemoryOption,
+    MinPOption,
+    ModelArgument,
+    PenaltyOption,
+    QuantOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    VariableOption,
+    given_settings,
+    open_model,
+    settle,
+    variables_of,
+)
 from handful.cli.shared import Json, open_screen, print_json
 from handful.errors import ConfigError
 
 if TYPE_CHECKING:
     from handful.encoder_decoder import EncoderDecoder
+    from handful.engine import Delta
     from handful.experts.stored import Store
     from handful.model import Decoder
+    from handful.text import Tokenizer
 
 EXAMPLE = "handful generate runs/demo/moe/seed-0 'def main(' --max-tokens 100 --seed 1"
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A run folder, a checkpoint folder or org/name.")],
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text. May be given several times.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw among this many of the likeliest tokens. 0: among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Draw among tokens this share as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that came before less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the draws. Default: a new one each time.")] = None,
-    quant: Annotated[str | None, typer.Option(help="Hold the weights as int8 or int4.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What the weights may take, such as 4GB; the other experts wait on disk.")
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from; -: what comes on stdin.", show_default=False)
     ] = None,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: of every token, and of that many others.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: answer it, by the model's chat template.")
+    ] = False,
+    system: SystemOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
+    stop: StopOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    quant: QuantOption = None,
+    memory: MemoryOption = None,
+    template_arg: VariableOption = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: of every token and that many of the likeliest, with their texts."),
+    ] = None,
     routing: Annotated[
         Path | None, typer.Option(help="Write the experts of every token to this safetensors file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Go on from a prompt, or answer it (an encoder-decoder), word by word."""
+    """Go on from a prompt, or answer it (--chat, or an encoder-decoder), word by word."""
     import time
     from dataclasses import asdict
 
-    from handful.console import LoadProgress, memory_line
+    from handful.chat import chat_request
+    from handful.console import memory_line
     from handful.encoder_decoder import EncoderDecoder
-    from handful.engine import Delta, Engine, Sampling, generate, stream, text_request
-    from handful.families.io import load
-    from handful.memory import load as load_within
+    from handful.engine import Engine, generate, stream, text_request
     from handful.observe import Recorder
-    from handful.units import parse_bytes
 
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
+    settings = given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    variables = variables_of(template_arg)
     if routing is not None and routing.suffix != ".safetensors":
         raise ConfigError(f"routing = {str(routing)!r}: the name of a .safetensors file")
-    bits = {None: None, "int8": 8, "int4": 4}
-    if quant not in bits:
-        raise ConfigError(f"quant = {quant!r}: int8 or int4")
+    if logprobs is not None and logprobs >= 0 and not as_json:
+        raise ConfigError(f"logprobs = {logprobs}: only with --json, which has room for them")
+    if not chat and (system is not None or variables):
+        raise ConfigError(f"{'template-arg' if system is None else 'system'}: only with --chat")
+    prompt = _prompt(prompt, file)
     if as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    store = None
-    with LoadProgress(open_screen()) as progress:
-        if memory is None:
-            found = load(model, quantize=bits[quant], progress=progress)
-        else:
-            found, store = load_within(model, parse_bytes(memory), quantize=bits[quant], progress=progress)
+    found, store = open_model(model, quant, memory)
+    sampling, told = settle(found, settings)
+    if told is not None and not as_json:
+        open_screen().print(told, style="dim")
     shown = sys.stderr if as_json else sys.stdout
     pieces: list[str] = []
     deltas: list[Delta] = []
@@ -76,7 +102,7 @@ def run(
     began, finish = time.perf_counter(), "stop"
     try:
         if isinstance(found, EncoderDecoder):
-            for name, value in (("logprobs", logprobs), ("routing", routing)):
+            for name, value in (("logprobs", logprobs), ("routing", routing), ("chat", chat or None)):
                 if value is not None:
                     raise ConfigError(f"{name}: of decoders alone, and {model} is an encoder-decoder")
             for piece in generate(found, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
@@ -84,12 +110,19 @@ def run(
                 pieces.append(piece)
             made = max(0, len(pieces) - 1)  # one for each token, and what was held back at the end
         else:
-            request = text_request(
-                found, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or (), logprobs=logprobs
-            )
+            how: dict[str, Any] = {
+                "max_tokens": max_tokens, "sampling": sampling, "stop": stop or (), "logprobs": logprobs,
+            }  # fmt: skip
+            if chat:
+                before = [] if system is None else [{"role": "system", "content": system}]
+                messages = [*before, {"role": "user", "content": prompt}]
+                request = chat_request(found, messages, variables=variables, **how)
+            else:
+                request = text_request(found, prompt, **how)
+            opening = "" if chat else prompt
             engine = Engine(found, on_routing=(lambda *told: recorder.add(told[2])) if routing else None)
             for delta in stream(engine, request):
-                print(delta.text if pieces else prompt + delta.text, end="", file=shown, flush=True)
+                print(delta.text if pieces else opening + delta.text, end="", file=shown, flush=True)
                 pieces.append(delta.text)
                 deltas.append(delta)
             finish = deltas[-1].finish or finish
@@ -112,16 +145,50 @@ def run(
     if as_json:
         print_json(
             {"model": model, "prompt": prompt, "text": "".join(pieces), "finish": finish, "tokens": made,
-             "seconds": seconds, "tokens_per_second": made / seconds,
-             "logprobs": [{"id": d.token, **asdict(d.logprobs)} for d in deltas if d.logprobs is not None] or None,
-             "memory": within}
+             "seconds": seconds, "tokens_per_second": made / seconds, "seed": sampling.seed,
+             "sampling": asdict(sampling),
+             "logprobs": _logprobs(deltas, found.tokenizer), "memory": within}
         )  # fmt: skip
     else:
-        open_screen().print(f"{made} tokens, {made / seconds:,.0f} tokens/s", style="dim")
+        drawn = "" if sampling.seed is None else f", seed {sampling.seed}"
+        open_screen().print(f"{made} tokens, {made / seconds:,.0f} tokens/s{drawn}", style="dim")
         if within is not None:
             open_screen().print(memory_line(within), style="dim")
     if finish == "interrupted":
         raise typer.Exit(130)
+
+
+def _prompt(given: str | None, file: Path | None) -> str:
+    """What was given, what the file holds, or what comes on stdin; the last two without the newline at their end.
+    ConfigError for two of them, and for what is not UTF-8."""
+    if file is not None and given is not None:
+        raise ConfigError("prompt, file: give one of them")
+    try:
+        if file is not None:
+            return file.read_bytes().decode().removesuffix("\n")
+        if given is None:
+            raise typer.BadParameter("give one, or --file FILE, or - for what comes on stdin", param_hint="prompt")
+        if given != "-":
+            return given
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file or 'stdin'}: must be UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"file = {str(file)!r}: {error.strerror}") from None
+
+
+def _logprobs(deltas: list[Delta], tokenizer: Tokenizer | None) -> list[dict[str, Any]] | None:
+    """Of every token its id, its text and its log-probability, and the same of the likeliest in its place."""
+    seen = [(delta.token, delta.logprobs) for delta in deltas if delta.token is not None and delta.logprobs is not None]
+
+    def text(token: int) -> str:
+        return "" if tokenizer is None else tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+    return [
+        {"id": token, "text": text(token), "token": one.token, "top": dict(one.top),
+         "top_texts": {other: text(other) for other in one.top}}
+        for token, one in seen
+    ] or None  # fmt: skip
 
 
 def _within(

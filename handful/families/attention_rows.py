@@ -82,6 +82,10 @@ class Rope(Row):
             if kind == "yarn" and "factor" not in found:
                 found["factor"] = get(values, "max_position_embeddings") / found["original_context"]
             out |= {f"rope_scaling.{name}": value for name, value in {"kind": kind, **found}.items()}
+            if kind == "yarn":
+                # Who adds YaRN to a config.json leaves the length as it was: the factor is what extends it.
+                reach = int(found["factor"] * found.get("original_context", 0))
+                out["context"] = max(get(values, "max_position_embeddings", 0), reach)
         return out
 
     def check(self, values: Values) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from handful.checkpoint import Tensors, check_tensors
-from handful.config import ModelConfig, RouterConfig, from_dict, to_dict
+from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig, from_dict, to_dict
 from handful.errors import CheckpointError, ConfigError, HandfulError
 from handful.families import (
     deepseek,
@@ -30,10 +30,11 @@ from handful.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    switch_transformers,
 )
 from handful.families.counted import COUNTED
 from handful.families.elsewhere import hint
-from handful.families.family import Family, has_dense
+from handful.families.family import Family, has_dense, is_harmless
 from handful.families.fp8 import unscaled
 from handful.families.hybrids import HYBRIDS
 from handful.families.rows import refusal, setting
@@ -42,6 +43,7 @@ from handful.families.weights import from_public, shapes, to_public
 __all__ = [
     "COUNTED",
     "RUN",
+    "carried",
     "config_from_hf",
     "config_to_hf",
     "tensors_from_hf",
@@ -109,9 +111,12 @@ def _table(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json's values: those of the public family with the same maths, or of our own."""
-    family, _ = _choose(config)
+def config_to_hf(config: ModelConfig, like: str | None = None) -> dict[str, Any]:
+    """A config.json's values: those of the public family with the same maths, or of our own.
+
+    like   the model_type to write where several have: that of the checkpoint that the model came from.
+    """
+    family, _ = _choose(config, like)
     if family is None:
         return {"model_type": OURS, "model": to_dict(config)}
     out = {**family.write(config), **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
@@ -121,6 +126,37 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         if kept:
             out[OURS] = {"router": kept}
     return out
+
+
+# What a saved checkpoint decides anew, or what its other files do.
+DTYPE = ("dtype", "torch_dtype")
+DECIDED = frozenset({"architectures", "auto_map", "handful", "model_type", "quantization_config", *DTYPE})
+
+
+def carried(
+    written: Mapping[str, Any], config: ModelConfig | EncoderDecoderConfig, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config.json's values with what the one that the model came from says beside its maths.
+
+    written   by `config_to_hf`, with the dtype.
+    origin    the values of that config.json. Where they still say the model's config they stand as they are, all but
+              the dtype, what they say of the weights' quantisation, and whose code to run. Where they do not (an
+              upcycled model), the fields that change no logits are taken over.
+    """
+    dtype = written["torch_dtype"]
+    if origin.get("model_type") == written["model_type"] and _says(origin, config):
+        kept = {key: value for key, value in origin.items() if key not in ("auto_map", "quantization_config")}
+        return kept | dict.fromkeys([key for key in DTYPE if key in kept] or ["torch_dtype"], dtype)
+    taken = {key: value for key, value in origin.items() if is_harmless(key) and key not in DECIDED}
+    return {**written, **taken}
+
+
+def _says(values: Mapping[str, Any], config: ModelConfig | EncoderDecoderConfig) -> bool:
+    read = config_from_hf if isinstance(config, ModelConfig) else switch_transformers.config_from_hf
+    try:
+        return read(values) == config
+    except HandfulError:
+        return False
 
 
 def why_not_public(config: ModelConfig) -> str | None:
@@ -142,10 +178,11 @@ def _family(values: Mapping[str, Any]) -> Family:
     raise refusal("model_type", model_type, f"{known}{hint(model_type) if isinstance(model_type, str) else ''}")
 
 
-def _choose(config: ModelConfig) -> tuple[Family | None, str]:
-    """The first family that reads back what it writes, or None and what the nearest one reads instead."""
+def _choose(config: ModelConfig, like: str | None = None) -> tuple[Family | None, str]:
+    """The family of a model_type, or else the first, that reads back what it writes; or None and what the nearest one
+    reads instead."""
     nearest: tuple[int, str] | None = None
-    for family in RUN:
+    for family in sorted(RUN, key=lambda family: like != family.model_type and like not in family.also):
         if family.dense != (config.router is None):
             continue
         try:
@@ -163,6 +200,8 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """The settings in which two configs differ, as far as logits go."""
     if not has_dense(ours):
         ours = dataclasses.replace(ours, ffn=0)
+    if ours.rope_scaling is not None and ours.rope_scaling.kind == "yarn":
+        ours = dataclasses.replace(ours, context=theirs.context)  # YaRN's reach is its own, and no part of the maths
     paths = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "router"]
     paths += [f"router.{f.name}" for f in dataclasses.fields(RouterConfig) if f.name not in TRAINING_ONLY]
     return [
@@ -176,12 +215,12 @@ def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
 # Tensors.
 
 
-def tensors_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A decoder's state_dict under the names of `config_to_hf`'s family. Views: nothing is copied.
+def tensors_to_hf(config: ModelConfig, state: Mapping[str, Tensor], like: str | None = None) -> Mapping[str, Tensor]:
+    """A decoder's state_dict under the names of the family that `config_to_hf` writes. Views: nothing is copied.
 
     CheckpointError if the state is not this config's.
     """
-    family, _ = _choose(config)
+    family, _ = _choose(config, like)
     if family is None:
         check_tensors(shapes(config), state, source="the model")
         return state

@@ -13,22 +13,23 @@ from handful.families.elsewhere import hint
 from handful.families.rows import Row, Values, refusal
 from handful.families.weights import Names
 
-__all__ = ["NO_MATHS", "Family", "check_known", "has_dense", "read_rows"]
+__all__ = ["NO_MATHS", "Family", "check_known", "has_dense", "is_harmless", "read_rows"]
 
 # Fields that change no logits: names, token ids, how weights began, what training and generation do.
 NO_MATHS = frozenset(
     {
-        "_attn_implementation",
-        "_name_or_path",
         "architectures",
         "attention_dropout",
         "auto_map",
         "aux_loss_alpha",
         "bos_token_id",
         "dtype",
+        "embd_pdrop",
         "eos_token_id",
         "ep_size",
+        "gradient_checkpointing",
         "handful",
+        "hidden_dropout",
         "initial_context_length",
         "initializer_range",
         "is_llama_config",
@@ -38,6 +39,7 @@ NO_MATHS = frozenset(
         "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
+        "resid_pdrop",
         "router_aux_loss_coef",
         "router_jitter_noise",
         "seq_aux",
@@ -48,6 +50,60 @@ NO_MATHS = frozenset(
         "use_cache",
     }
 )
+# What transformers 4 let every config have: tasks' labels, what a call returns, and how text is generated, which moved
+# to generation_config.json. Those that could change a decoder's logits (is_decoder, tie_…) are not among them.
+EVERY_CONFIG = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "prefix",
+        "problem_type",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "typical_p",
+        "use_bfloat16",
+    }
+)
+
+
+def is_harmless(key: str) -> bool:
+    """A field changes no logits, whatever it says. Transformers' own notes begin with _, a tool's with its name."""
+    return key in NO_MATHS or key in EVERY_CONFIG or key.startswith(("_", "unsloth_"))
 
 
 @dataclass(frozen=True)
@@ -117,7 +173,7 @@ def check_known(model_type: str, rows: Sequence[Row], values: Values, harmless: 
     """CheckpointError for a field that says something, that no row knows and that may change logits."""
     known = harmless.union(*(row.keys for row in rows))
     for key, value in values.items():
-        if value and key not in known:
+        if value and key not in known and not is_harmless(key):
             raise refusal(key, value, f"not known for {model_type}; remove it if it changes no logits")
 
 

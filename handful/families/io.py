@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts.quantized import PackedWeight
 from handful.families import config_from_hf, config_to_hf, switch_transformers, tensors_from_hf, tensors_to_hf
+from handful.families.convert import carried
 from handful.families.fill import Progress, fill
 from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
+from handful.hub import TOKENIZER_FILES, WEIGHTS, fetch
 from handful.model import Decoder
+from handful.origin import read_origin
 from handful.quantize import check_format
 from handful.shapes import shapes_alone
 from handful.text import Tokenizer, load_tokenizer
+from handful.tokenizer_files import has_tokenizer
 
 __all__ = [
     "checkpoint_files",
@@ -39,8 +44,9 @@ __all__ = [
 
 
 def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
-    """The checkpoint folder of a run folder, a checkpoint folder or `org/name`, which is downloaded if it is not local
-    (or `only` one file of it). What huggingface_hub's cache holds is not fetched again, and offline it is all there is.
+    """The checkpoint folder of a run folder, a checkpoint folder, `org/name` or `org/name@revision`, which is
+    downloaded if it is not local (or `only` one file of it). What huggingface_hub's cache holds is not fetched again,
+    and offline it is all there is.
 
     CheckpointError if it is none of these.
     """
@@ -56,18 +62,8 @@ def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
         )
     if path.exists():
         raise CheckpointError(f"{path}: holds no checkpoint (config.json), nor a run that has reached one")
-    name = str(path_or_repo)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Not the same weights again in another form, which some keep in folders or as consolidated.safetensors.
-        wanted = only or ["*.json", "model*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as error:  # of many kinds: no network, no such name, no access, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{name}: no such folder, and it cannot be downloaded: {reason}") from None
+    wanted = (only,) if only else (*TOKENIZER_FILES, *WEIGHTS)
+    return fetch(str(path_or_repo), wanted)
 
 
 def find_config(model: str | Path) -> ModelConfig | EncoderDecoderConfig | Counted:
@@ -92,7 +88,7 @@ def find_tokenizer(folder: Path, model: Decoder | EncoderDecoder) -> Tokenizer |
 
     Only training on text needs one that can write any. T5's cannot, and an encoder-decoder takes it.
     """
-    if not (folder / "tokenizer.json").exists():
+    if not has_tokenizer(folder):
         return None
     return load_tokenizer(folder, any_text=isinstance(model, Decoder))
 
@@ -116,7 +112,8 @@ def load(
               while they are read: memory for the model in its own dtype is never needed.
     progress  is told (bytes done, bytes in all) after every tensor.
 
-    The checkpoint's tokenizer, if it has one, is `model.tokenizer`. Memory beyond the model is one of its tensors.
+    The checkpoint's tokenizer, if it has one, is `model.tokenizer`; what else it says, `model.origin`. Memory beyond
+    the model is one of its tensors.
     CheckpointError, with nothing half-loaded, for a family that is not there or tensors that are missing, too many or
     of a wrong shape or dtype: all are checked before any is read. ConfigError for a wrong setting.
     """
@@ -148,12 +145,25 @@ def open_checkpoint(
     else:
         config = config_from_hf(values)
         tensors = checkpoint.read_tensors(folder)
+        if config.tied and _has_head_of_its_own(tensors):
+            config = dataclasses.replace(config, tied=False)
         if config.layers > len(tensors):
             raise CheckpointError(f"config.json: {config.layers} layers: the checkpoint has {len(tensors)} tensors")
         state = tensors_from_hf(config, tensors)
         with shapes_alone():
             model = Decoder(config, backend=backend)
+    model.origin = read_origin(folder, values)
     return model, checkpoint.Tensors.of(state), folder
+
+
+def _has_head_of_its_own(tensors: checkpoint.Tensors) -> bool:
+    """The tensors hold an output embedding that is not the input's, whatever config.json says of it: as transformers,
+    which ties two tensors only where they are equal."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if not all(name in tensors for name in names):
+        return False
+    embed, head = (tensors.entry(name) for name in names)
+    return (embed.shape, embed.dtype) != (head.shape, head.dtype) or not torch.equal(embed.read(), head.read())
 
 
 def load_decoder(path_or_repo: str | Path, **options: Any) -> Decoder:
@@ -191,7 +201,10 @@ def save(model: Decoder | EncoderDecoder, path: str | Path, *, max_shard_bytes: 
 def checkpoint_files(
     model: Decoder | EncoderDecoder, tokenizer: Tokenizer | None, max_shard_bytes: int = checkpoint.SHARD
 ) -> dict[str, Any]:
-    """File name -> content of the checkpoint folder of a model: tensors as views, or made when they are written."""
+    """File name -> content of the checkpoint folder of a model: tensors as views, or made when they are written.
+
+    What the model's own checkpoint said, and what its tokenizer was read from, is handed on unchanged.
+    """
     if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise CheckpointError("a quantised model cannot be saved: save it before, and load it with quantize = 4 or 8")
     state = {name: t.detach() for name, t in model.state_dict().items()}
@@ -200,12 +213,17 @@ def checkpoint_files(
         config = switch_transformers.config_to_hf(model.config)
         tensors = switch_transformers.tensors_to_hf(model.config, state)
     else:
-        config, tensors = config_to_hf(model.config), tensors_to_hf(model.config, state)
+        like = model.origin.config.get("model_type") if model.origin else None
+        config, tensors = config_to_hf(model.config, like=like), tensors_to_hf(model.config, state, like=like)
         if tokenizer is not None:
-            config |= {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+            bos = tokenizer.prefix[0] if tokenizer.prefix else tokenizer.eos_id
+            config |= {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id}
     config |= {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    if model.origin is not None:
+        config = carried(config, model.config, model.origin.config)
     weights = checkpoint.shards(tensors, max_shard_bytes)
-    return {"config.json": config, **weights, **(tokenizer.files() if tokenizer else {})}
+    beside = {**(tokenizer.files() if tokenizer else {}), **(model.origin.files if model.origin else {})}
+    return {"config.json": config, **weights, **beside}
 
 
 def read_into(model: Decoder, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from handful.families.attention_rows import FullAttention, Rope
 from handful.families.family import Family
 from handful.families.fp8 import BLOCK
-from handful.families.rows import DECODER, Activation, Field, Implied, Only, Quantized
+from handful.families.rows import DECODER, Activation, Aside, Everywhere, Field, Implied, Only, Quantized
 from handful.families.weights import DECODER_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -25,6 +25,8 @@ FAMILY = Family(
         Only("qk_norm_type", "per_layer", counts=True),
         Only("use_routing_bias", True, counts=True),
         Only("shared_intermediate_size", 0, counts=True),
+        Everywhere("attn_type_list", 1),
+        Aside(("use_mtp", "num_mtp_modules", "mtp_transformer_layers")),
         Implied("qk_norm", "full"),
         Quantized("fp8", (BLOCK, BLOCK)),
         Implied("router.score", "sigmoid"),
@@ -37,4 +39,5 @@ FAMILY = Family(
         | {"ffn.router.balance_bias": ("block_sparse_moe.e_score_correction_bias",)},
         FUSED | {"ffn.router.balance_bias": ("mlp.e_score_correction_bias",)},
     ),
+    later_tokens=True,
 )

@@ -18,7 +18,7 @@ from handful.errors import CheckpointError, ConfigError
 from handful.families import switch_transformers
 from handful.families.convert import OURS, RUN, config_from_hf
 from handful.families.counted import COUNTED
-from handful.families.family import NO_MATHS, has_dense
+from handful.families.family import NO_MATHS, has_dense, is_harmless
 from handful.families.fields import EXPERTS, SHARED, Fields, check_sizes
 from handful.families.hybrids import HYBRIDS
 from handful.families.rows import Values, refusal
@@ -168,7 +168,8 @@ def _unknown(values: Values, family: str) -> Counted:
     config = from_dict(ModelConfig, settings, "model")
     if not has_dense(config):
         config = dataclasses.replace(config, ffn=0)
-    left = tuple(sorted(key for key, value in values.items() if value and key not in f.used | NO_COUNT))
+    known = f.used | NO_COUNT
+    left = tuple(sorted(key for key, value in values.items() if value and key not in known and not is_harmless(key)))
     notes = ["counted as a plain decoder: RMSNorm, grouped-query or latent attention, gated feed-forward networks"]
     if f.assumed:
         notes.append(f"not in config.json, and assumed: {', '.join(f.assumed)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from handful.families.attention_rows import AttentionBias, Rope, Window
 from handful.families.family import Family
 from handful.families.fp8 import BLOCK
-from handful.families.rows import DECODER, Activation, Field, Implied, Quantized, SparseLayers
+from handful.families.rows import DECODER, Activation, Field, Implied, Only, Quantized, SparseLayers
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -25,6 +25,7 @@ FAMILY = Family(
         Field("moe_intermediate_size", "expert_width"),
         Field("intermediate_size", "ffn"),
         Quantized("fp8", (BLOCK, BLOCK)),
+        Only("use_qk_norm", True, counts=True),
         Implied("qk_norm", "head"),
     ),
     names=(DECODER_NAMES | DENSE_NAMES | moe_names(), FUSED),

@@ -23,6 +23,8 @@ from handful.errors import CheckpointError
 __all__ = [
     "DECODER",
     "Activation",
+    "Aside",
+    "Everywhere",
     "Field",
     "Groups",
     "Implied",
@@ -141,6 +143,30 @@ class Only(Row):
 
 
 @dataclass(frozen=True)
+class Everywhere(Row):
+    """A list that says one thing of every layer, and must say it of all."""
+
+    key: str
+    value: Any
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def check(self, values: Values) -> None:
+        found = get(values, self.key, [])
+        if not isinstance(found, list) or any(item != self.value for item in found):
+            raise refusal(self.key, found, f"only {self.value!r} is supported, in every layer")
+
+
+@dataclass(frozen=True)
+class Aside(Row):
+    """Fields that describe what stands beside the model and is not read: heads that predict later tokens."""
+
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Activation(Row):
     """The gated activation, named after what the gate goes through."""
 
@@ -178,19 +204,22 @@ class Quantized(Row):
 
 @dataclass(frozen=True)
 class SparseLayers(Row):
-    """Which layers are MoE. `mlp_only_layers` may list any; ours are some dense ones, then every n-th MoE."""
+    """Which layers are MoE: every n-th, without those that `mlp_only_layers` lists."""
 
     keys = ("decoder_sparse_step", "mlp_only_layers")
 
     def read(self, values: Values) -> dict[str, Any]:
         step, dense = get(values, "decoder_sparse_step", 1), get(values, "mlp_only_layers", [])
+        layers = get(values, "num_hidden_layers")
+        if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+            raise refusal("mlp_only_layers", dense, "a list of layers")
         first = next(i for i in range(len(dense) + 1) if i not in dense)
-        if any(i > first and (i + 1) % step == 0 for i in dense):
-            raise refusal("mlp_only_layers", dense, "only the first layers may be dense")
-        return {"dense_first": first, "moe_every": step}
+        others = {i for i in dense if first < i < layers and (i + 1) % step == 0}
+        return {"dense_first": first, "moe_every": step, "dense_layers": tuple(sorted(others))}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {"decoder_sparse_step": config.moe_every, "mlp_only_layers": list(range(config.dense_first))}
+        dense = [*range(config.dense_first), *config.dense_layers]
+        return {"decoder_sparse_step": config.moe_every, "mlp_only_layers": dense}
 
 
 @dataclass(frozen=True)

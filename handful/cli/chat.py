@@ -1,0 +1,118 @@
+"""`handful chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from handful.cli.answers import (
+    MemoryOption,
+    MinPOption,
+    ModelArgument,
+    PenaltyOption,
+    QuantOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    VariableOption,
+    given_settings,
+    open_model,
+    settle,
+    variables_of,
+)
+from handful.cli.shared import Json, open_screen, print_json
+from handful.errors import ConfigError
+
+EXAMPLE = "handful chat org/name --system 'Answer in one sentence.'"
+HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def run(
+    model: ModelArgument,
+    system: SystemOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop an answer after this many tokens.")] = 1024,
+    stop: StopOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    quant: QuantOption = None,
+    memory: MemoryOption = None,
+    template_arg: VariableOption = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model that has a chat template. A line is a message; from a pipe too."""
+    from dataclasses import asdict
+
+    from handful.chat import Conversation, render
+    from handful.encoder_decoder import EncoderDecoder
+
+    given = given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    variables = variables_of(template_arg)
+    screen, shown = open_screen(), sys.stderr if as_json else sys.stdout
+    found, store = open_model(model, quant, memory)
+    try:
+        if isinstance(found, EncoderDecoder):
+            raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
+        if found.tokenizer is None:
+            raise ConfigError(f"{model}: it has no tokenizer")
+        sampling, told = settle(found, given)
+        conversation = Conversation(
+            found, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop or (), variables=variables
+        )
+        # That there is a template, and that it takes a system message, is found out before anybody types.
+        render(found.tokenizer, [*conversation.messages, {"role": "user", "content": "…"}], variables=variables)
+        if told is not None:
+            screen.print(told, style="dim")
+        if sampling.seed is not None:
+            screen.print(f"seed {sampling.seed}", style="dim")
+        screen.print(HELP, style="dim")
+        while (text := _line()) is not None:
+            if text in ("/exit", "/quit"):
+                break
+            if text == "/reset":
+                conversation.reset()
+                screen.print("forgotten", style="dim")
+            elif text.startswith("/"):
+                screen.print(f"{text.split()[0]}: no such command; {HELP}", style="dim")
+            elif text:
+                try:
+                    with contextlib.closing(conversation.ask(text)) as pieces:
+                        for piece in pieces:
+                            print(piece, end="", file=shown, flush=True)
+                    print(file=shown, flush=True)
+                except KeyboardInterrupt:
+                    print(file=shown, flush=True)
+                    screen.print("stopped", style="dim")
+                except ConfigError as error:
+                    hint = "; /reset makes room" if str(error).startswith("prompt: ") else ""
+                    screen.print(f"error {error}{hint}")
+        if as_json:
+            print_json({"model": model, "messages": conversation.messages, "sampling": asdict(sampling)})
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _line() -> str | None:
+    """What is typed, on one line; None at the end, or when Ctrl-C is pressed."""
+    asking = sys.stdin.isatty()
+    if asking:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - lines can be edited, and those before come back with ↑
+    try:
+        return input("> " if asking else "").strip()
+    except UnicodeDecodeError:
+        raise ConfigError("stdin: must be UTF-8") from None
+    except (EOFError, KeyboardInterrupt):
+        if asking:
+            print()
+        return None
