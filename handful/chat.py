@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ def chat_request(
 ) -> Request:
     """The request for an answer to messages. `options` are those of `render`, whose errors it has."""
     tokens = chat_tokens(tokenizer_of(model, ""), messages, **options)
-    return token_request(model, tokens, max_tokens=max_tokens, sampling=sampling, stop=stop, logprobs=logprobs)
+    asked = token_request(model, tokens, max_tokens=max_tokens, sampling=sampling, stop=stop, logprobs=logprobs)
+    return replace(asked, fresh=True)
 
 
 def chat(

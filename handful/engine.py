@@ -61,6 +61,8 @@ class Request:
     stop          texts at which it ends; they are not part of the answer. For models with a tokenizer. One that is a
                   special token's text stands for that token.
     stop_tokens   tokens at which it ends, not part of the answer either.
+    fresh         the answer is a text of its own (a message), and not the prompt's text gone on with: a space that a
+                  tokenizer puts before every text is none of it.
     logprobs      of how many of the likeliest tokens, beside the drawn one's; None: no log-probabilities.
     """
 
@@ -69,6 +71,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
+    fresh: bool = False
     logprobs: int | None = None
 
 
@@ -252,7 +255,7 @@ class Engine:
             if tokenizer is not None:
                 stops |= {token for text in request.stop if (token := tokenizer.special_id(text)) is not None}
                 prefix = tokenizer.prefix
-                job._text = StopText(tokenizer.stream(request.prompt), request.stop)
+                job._text = StopText(tokenizer.stream(() if request.fresh else request.prompt), request.stop)
             job._stops = frozenset(stops)
             job._sampler = Sampler(request.sampling, request.prompt, weight.device, spared={*stops, *prefix})
             self._running.append(job)

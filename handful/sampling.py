@@ -73,14 +73,11 @@ class Logprobs:
 def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
     """Draw a token from one position's logits. The penalty of repeated tokens is `Sampler`'s: it knows them.
 
-    CheckpointError for logits that choose nothing: one that is not a number or infinite, or none above -inf.
+    CheckpointError for logits that nothing can be drawn from; without a draw (temperature 0) it is their argmax.
     """
-    best = logits_V.max()  # NaN if any is
-    if not math.isfinite(best):
-        reason = f"its weights are damaged, or too large for {logits_V.dtype}"
-        raise CheckpointError(f"the largest of the model's logits is {float(best)}: {reason}")
     if sampling.temperature < COLDEST:
         return likeliest(logits_V) if available() and plain_inference(logits_V) else int(logits_V.argmax())
+    best = _largest(logits_V)
     # From the best on, so that no quotient is too large.
     logits_V = (logits_V.float() - best.float()) / min(sampling.temperature, HOTTEST)
     share_V = logits_V.softmax(-1)
@@ -105,6 +102,15 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     return int(ids[torch.multinomial(kept, 1, generator=random)])
 
 
+def _largest(logits_V: Tensor) -> Tensor:
+    """The largest logit. CheckpointError if one is not a number or infinite, or none is above -inf."""
+    best = logits_V.max()  # NaN if any is
+    if not math.isfinite(best):
+        reason = f"its weights are damaged, or too large for {logits_V.dtype}"
+        raise CheckpointError(f"the largest of the model's logits is {float(best)}: {reason}")
+    return best
+
+
 class Sampler:
     """Draws one sequence's tokens: its settings, its random numbers, and the tokens that it has.
 
@@ -124,7 +130,9 @@ class Sampler:
             self._seen = set(prompt) - self._spared
 
     def __call__(self, logits_V: Tensor) -> int:
-        """The next token. The logits stay as they are. CheckpointError as in `sample`."""
+        """The next token. The logits stay as they are. CheckpointError for logits that choose nothing: one that is not
+        a number or infinite, or none above -inf."""
+        _largest(logits_V)
         if self._seen is None:
             return sample(logits_V, self._sampling, self._random)
         ids = torch.tensor(sorted(self._seen), dtype=torch.long, device=logits_V.device)

@@ -47,7 +47,7 @@ VOCABULARIES = ("tokenizer.json", "tiktoken.model", "vocab.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # Other forms of the same vocabulary, which other programs read: handed on, and not read here.
-BESIDE = ("tokenizer.model", "merges.txt", "chat_template.json", "tekken.json")
+BESIDE = ("tokenizer.model", "spiece.model", "merges.txt", "chat_template.json", "tekken.json")
 
 # How Qwen's tokenizer cuts a text before it merges bytes: digits one by one.
 QWEN_WORDS = (

@@ -228,7 +228,29 @@ def test_an_answer_is_the_engines_to_the_rendered_tokens(folder: Path) -> None:
     job = Engine(model).run([request])[0]
     answer = "".join(chat(model, messages, max_tokens=12, sampling=greedy))
     assert answer == "".join(handful.chat(model, messages, max_tokens=12, sampling=greedy))
-    assert answer == model.tokenizer.decode([*request.prompt, *job.made])[len(model.tokenizer.decode(request.prompt)) :]
+    assert answer == model.tokenizer.decode(job.made)
+
+
+def test_an_answer_is_a_text_of_its_own(tmp_path: Path) -> None:
+    """SentencePiece's space before a text is no part of an answer, as in what transformers decodes of new tokens."""
+    from transformers import AutoTokenizer
+
+    save(Decoder(moe(vocab=400, context=256)), tmp_path)
+    theirs = AutoTokenizer.from_pretrained(PUBLIC["mixtral"].write(tmp_path))
+    model = load_decoder(tmp_path)
+    assert model.tokenizer is not None
+    token = model.tokenizer.encode("the")[0]
+    with torch.no_grad():  # it says that word alone
+        model.embed.weight.fill_(0.01)
+        model.embed.weight[token] = 1.0
+        for name, parameter in model.named_parameters():
+            if name.startswith("layers."):
+                parameter.zero_()
+    template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    how: dict[str, Any] = {"max_tokens": 3, "sampling": Sampling(temperature=0), "template": template}
+    answer = "".join(chat(model, CONVERSATIONS[0], **how))
+    assert answer == theirs.decode([token] * 3)
+    assert not answer.startswith(" ")
 
 
 def test_a_conversation_grows_and_begins_anew(folder: Path) -> None:
