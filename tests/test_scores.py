@@ -34,7 +34,8 @@ def by_hand(model: Decoder, document: bytes, context: int) -> list[float]:
     """The nats of every target, window after window."""
     assert model.tokenizer is not None
     eos = model.tokenizer.eos_id
-    row = [eos, *model.tokenizer.encode(document.decode()), eos]
+    first = model.tokenizer.prefix[0] if model.tokenizer.prefix else eos
+    row = [first, *model.tokenizer.encode(document.decode()), eos]
     nats = []
     for start in range(0, len(row) - 1, context):
         window = row[start : start + context + 1]
@@ -45,8 +46,11 @@ def by_hand(model: Decoder, document: bytes, context: int) -> list[float]:
     return nats
 
 
-@pytest.mark.parametrize("context", [7, 32])
-def test_the_loss_by_hand(model: Decoder, context: int) -> None:
+@pytest.mark.parametrize(("context", "begin"), [(7, None), (32, None), (7, 258)])
+def test_the_loss_by_hand(model: Decoder, context: int, begin: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a tokenizer that begins every text with a token of its own."""
+    if begin is not None:
+        monkeypatch.setattr(model.tokenizer, "prefix", (begin,))
     documents = [LONG, b"naive ==", "☃".encode(), LONG[:500]]
     expected = [by_hand(model, document, context) for document in documents]
     found = score(model, documents, context=context)

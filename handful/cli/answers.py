@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,12 @@ QuantOption = Annotated[str | None, typer.Option(help="Hold the weights as int8 
 MemoryOption = Annotated[
     str | None, typer.Option(help="What the weights may take, such as 4GB; the other experts wait on disk.")
 ]
+PackOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--pack", help="With --memory: where its experts are packed. Default: beside the model, or in the cache folder."
+    ),
+]
 SystemOption = Annotated[str | None, typer.Option(help="The system message, before all others.")]
 VariableOption = Annotated[
     list[str] | None,
@@ -51,7 +58,9 @@ VariableOption = Annotated[
 ]
 
 
-def open_model(model: str, quant: str | None, memory: str | None) -> tuple[Decoder | EncoderDecoder, Store | None]:
+def open_model(
+    model: str, quant: str | None, memory: str | None, pack: Path | None
+) -> tuple[Decoder | EncoderDecoder, Store | None]:
     """The model that a name means, and with a memory budget the store of its experts, to be closed."""
     from handful.console import LoadProgress
     from handful.families.io import load
@@ -61,10 +70,12 @@ def open_model(model: str, quant: str | None, memory: str | None) -> tuple[Decod
     bits = {None: None, "int8": 8, "int4": 4}
     if quant not in bits:
         raise ConfigError(f"quant = {quant!r}: int8 or int4")
+    if pack is not None and memory is None:
+        raise ConfigError("pack: needs --memory, without which nothing is packed")
     with LoadProgress(open_screen()) as progress:
         if memory is None:
             return load(model, quantize=bits[quant], progress=progress), None
-        return load_within(model, parse_bytes(memory), quantize=bits[quant], progress=progress)
+        return load_within(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
 
 
 def given_settings(

@@ -12,6 +12,7 @@ from handful.cli.answers import (
     MemoryOption,
     MinPOption,
     ModelArgument,
+    PackOption,
     PenaltyOption,
     QuantOption,
     SeedOption,
@@ -46,6 +47,7 @@ def run(
     seed: SeedOption = None,
     quant: QuantOption = None,
     memory: MemoryOption = None,
+    pack: PackOption = None,
     template_arg: VariableOption = None,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +60,7 @@ def run(
     given = given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     variables = variables_of(template_arg)
     screen, shown = open_screen(), sys.stderr if as_json else sys.stdout
-    found, store = open_model(model, quant, memory)
+    found, store = open_model(model, quant, memory, pack)
     try:
         if isinstance(found, EncoderDecoder):
             raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")

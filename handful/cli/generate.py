@@ -13,6 +13,7 @@ from handful.cli.answers import (
     MemoryOption,
     MinPOption,
     ModelArgument,
+    PackOption,
     PenaltyOption,
     QuantOption,
     SeedOption,
@@ -60,6 +61,7 @@ def run(
     seed: SeedOption = None,
     quant: QuantOption = None,
     memory: MemoryOption = None,
+    pack: PackOption = None,
     template_arg: VariableOption = None,
     logprobs: Annotated[
         int | None,
@@ -91,7 +93,7 @@ def run(
     prompt = _prompt(prompt, file)
     if as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    found, store = open_model(model, quant, memory)
+    found, store = open_model(model, quant, memory, pack)
     sampling, told = settle(found, settings)
     if told is not None and not as_json:
         open_screen().print(told, style="dim")

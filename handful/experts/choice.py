@@ -47,14 +47,16 @@ TIMED = (
 )
 
 
-def choose(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
-    """What "auto" means on `device` ("cpu", "cuda") for products in `dtype`."""
+def choose(device: str = "cpu", dtype: torch.dtype = torch.float32, *, gradients: bool = False) -> Choice:
+    """What "auto" means on `device` ("cpu", "cuda") for products in `dtype`, in inference or where `gradients` are
+    asked for."""
     if device != "cpu":
         return Choice("grouped", "the native kernels are for CPUs; on CUDA this is grouped_mm")
+    other = "grouped" if gradients else "reference"
     if dtype not in DTYPES:
-        return Choice("grouped", f"the native kernels take float32 and bfloat16, not {str(dtype)[6:]}")
+        return Choice(other, f"the native kernels take float32 and bfloat16, not {str(dtype)[6:]}")
     if error := native_error():
-        return Choice("grouped", error)
+        return Choice(other, error)
     return Choice("native", f"one fused operation, products by {_instructions(dtype)}")
 
 
@@ -64,8 +66,8 @@ def _instructions(dtype: torch.dtype) -> str:
 
 
 def time_backends(seconds: float = 0.15) -> list[Timed]:
-    """Time "native" and "grouped" on three small layers in float32 and bfloat16, about `seconds` for each."""
-    backends = ["grouped"] if native_error() else ["native", "grouped"]
+    """Time the backends on three small layers in float32 and bfloat16, about `seconds` for each."""
+    backends = [*([] if native_error() else ["native"]), "grouped", "reference"]
     rows = []
     for use, T, shape in TIMED:
         E, K, D, F = shape["experts"], shape["top_k"], shape["width"], shape["hidden"]
@@ -81,7 +83,7 @@ def time_backends(seconds: float = 0.15) -> list[Timed]:
                     shape=f"T={T} D={D} F={F} E={E} K={K}",
                     dtype=str(dtype)[6:],
                     milliseconds=milliseconds,
-                    picked=choose("cpu", dtype).backend,
+                    picked=choose("cpu", dtype, gradients=use == "training").backend,
                 )
             )
     return rows

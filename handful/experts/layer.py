@@ -36,9 +36,13 @@ __all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "feed_at_once", "mult
 
 
 def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """`native` for what its kernels take, `grouped` for everything else."""
-    taken = available() and takes(x_TD, experts.gate_up, experts.down)
-    return (native if taken else grouped)(x_TD, routing, experts)
+    """`native` for what its kernels take. Of all else `grouped` what needs gradients or is not on a CPU, and on a CPU
+    `reference`, which is as quick there, and has the bits that stored experts have (handful/experts/stored.py)."""
+    if available() and takes(x_TD, experts.gate_up, experts.down):
+        return native(x_TD, routing, experts)
+    given = x_TD, routing.weights_TK, *experts.parameters()
+    gradients = torch.is_grad_enabled() and any(value.requires_grad for value in given)
+    return (grouped if gradients or not x_TD.is_cpu else reference)(x_TD, routing, experts)
 
 
 BACKENDS: dict[str, Callable[[Tensor, Routing, Experts], Tensor]] = {

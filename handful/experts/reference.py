@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handful.errors import RoutingError
+from handful.experts.untraced import untraced
 from handful.routing import Routing
 
 if TYPE_CHECKING:
@@ -40,18 +41,19 @@ def activate(h_nG: Tensor, kind: str) -> Tensor:
     return gate_nF * torch.sigmoid(1.702 * gate_nF) * (up_nF + 1)
 
 
+@untraced
 def reference(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply each expert to its tokens, one expert after another; sums are in float32 at least."""
     wrong = routing.experts_TK[(routing.experts_TK < 0) | (routing.experts_TK >= experts.count)]
     if len(wrong):
         raise RoutingError(f"routing names expert {int(wrong[0])}: there are {experts.count}, counted from 0")
+    kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
+    if routing.dropped_TK is not None:
+        kept_TK = ~routing.dropped_TK
     accumulate = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros(x_TD.shape, dtype=accumulate, device=x_TD.device)
-    for e in range(experts.count):
-        mine_TK = routing.experts_TK == e
-        if routing.dropped_TK is not None:
-            mine_TK = mine_TK & ~routing.dropped_TK
-        token_n, slot_n = mine_TK.nonzero(as_tuple=True)
+    for e in routing.experts_TK[kept_TK].unique().tolist() or [0]:  # one at least: gradients are zeros then, not none
+        token_n, slot_n = (kept_TK & (routing.experts_TK == e)).nonzero(as_tuple=True)
         gate_up_bias, down_bias = experts.biases(e)
         h_nG = F.linear(x_TD[token_n], experts.gate_up[e], gate_up_bias)
         out_nD = F.linear(activate(h_nG, experts.activation), experts.down[e], down_bias)
