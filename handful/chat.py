@@ -170,7 +170,14 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
             str(message.get("content")).encode()
         except UnicodeEncodeError:  # a terminal hands over any byte
             raise ConfigError("messages: must be UTF-8") from None
-    return [dict(message) for message in messages]
+    return [_with_reasoning(message) for message in messages]
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """A message with its reasoning under the names that templates read it by, whichever it was given under."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    found = next((message[name] for name in names if message.get(name) is not None), None)
+    return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ TEMPLATES = {
 {% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% else %}
 {{- message.content.split('</think>')[-1].lstrip('\\n') }}{% endif %}
 {% endfor %}{{ 'x' if documents is none }}{{ pad_token is defined }}
+{% for message in messages %}{{ message.thinking }}|{{ message.reasoning_content }}{% endfor %}
 """,
 }  # fmt: skip
 CONVERSATIONS: list[list[dict[str, Any]]] = [
@@ -74,6 +75,11 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
         {"role": "user", "content": ""},
     ],
     [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x</think>\n\ny"}] * 3,
+    [
+        {"role": "user", "content": "a", "reasoning": None},
+        {"role": "assistant", "content": "b", "reasoning_content": "r"},
+        {"role": "assistant", "content": "c", "reasoning": "s", "thinking": "t"},
+    ],
 ]
 TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {"a": {"type": "number"}}, "text": "<é>"}}]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
