@@ -10,7 +10,7 @@ from handful.experts.choice import choose, time_backends
 from handful.machine import native_error
 from handful.routing import Routing
 
-HERE = "native" if native_error() is None else "grouped"
+HERE, TRAINED = ("native", "native") if native_error() is None else ("reference", "grouped")
 
 
 def routing_of(T: int, E: int, K: int) -> Routing:
@@ -24,8 +24,8 @@ def routing_of(T: int, E: int, K: int) -> Routing:
     [
         ("cpu", torch.float32, HERE),
         ("cpu", torch.bfloat16, HERE),
-        ("cpu", torch.float64, "grouped"),
-        ("cpu", torch.float16, "grouped"),
+        ("cpu", torch.float64, "reference"),
+        ("cpu", torch.float16, "reference"),
         ("cuda", torch.float32, "grouped"),
         ("cuda", torch.bfloat16, "grouped"),
     ],
@@ -39,27 +39,26 @@ def test_choice_and_its_reason(device: str, dtype: torch.dtype, backend: str) ->
 
 def test_without_the_extension_the_reason_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "native_error", lambda: "it was not built")
-    assert choose() == choice.Choice("grouped", "it was not built")
-    assert [list(row.milliseconds) for row in time_backends(seconds=0.0)] == [["grouped"]] * 6
+    assert choose() == choice.Choice("reference", "it was not built")
+    assert choose(gradients=True) == choice.Choice("grouped", "it was not built")
+    assert [list(row.milliseconds) for row in time_backends(seconds=0.0)] == [["grouped", "reference"]] * 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_auto_is_the_backend_that_is_chosen(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("extension", [True, False])
+def test_auto_is_the_backend_that_is_chosen(
+    dtype: torch.dtype, gradients: bool, extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not extension:
+        monkeypatch.setattr("handful.experts.layer.available", lambda: False)
+        monkeypatch.setattr(choice, "native_error", lambda: "it was not built")
     experts = Experts(5, 24, 12, backend="auto").to(dtype)
     x_TD, routing = torch.randn(40, 24, dtype=dtype), routing_of(40, 5, 2)
-    y_TD = experts(x_TD, routing)
-    experts.backend = choose("cpu", dtype).backend
-    assert torch.equal(y_TD, experts(x_TD, routing))
-
-
-def test_auto_goes_on_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handful.experts.layer.available", lambda: False)
-    experts = Experts(5, 24, 12)
-    x_TD, routing = torch.randn(40, 24), routing_of(40, 5, 2)
-    y_TD = experts(x_TD, routing)
-    experts.backend = "grouped"
-    assert torch.equal(y_TD, experts(x_TD, routing))
+    with torch.set_grad_enabled(gradients):
+        y_TD = experts(x_TD, routing)
+        experts.backend = choose("cpu", dtype, gradients=gradients).backend
+        assert torch.equal(y_TD, experts(x_TD, routing))
 
 
 def test_timed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +69,6 @@ def test_timed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         (use, dtype) for use in ("decoding", "training") for dtype in ("float32", "bfloat16")
     ]
     for row in rows:
-        assert row.picked == HERE
+        assert row.picked == (TRAINED if row.use == "training" else HERE)
         assert row.picked in row.milliseconds
         assert all(ms > 0 for ms in row.milliseconds.values())

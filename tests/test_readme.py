@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
@@ -27,6 +28,7 @@ SMALLER = {
     "train": ["--data", "texts", "--steps", "2", *TINY, *SHAPE, "--heads", "2"],
     "train --from": ["--steps", "2", *TINY],
     "generate": ["--max-tokens", "3"],
+    "chat": ["--max-tokens", "3"],
     "upcycle": ["--context", "16", "--eval-tokens", "64", "--fit-tokens", "64"],
     "eval": ["--context", "16"],
 }
@@ -56,6 +58,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model = Decoder(moe({"experts": 8}, vocab=data.tokenizer.vocab_size))
         model.tokenizer = data.tokenizer
         save(model, name)
+        Path(name, "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        )
     rates = Measured(read_bytes_per_second=1e10, float32_flops=1e11, bfloat16_flops=2e11)
     monkeypatch.setattr("handful.machine.measure", lambda *args: rates)
     monkeypatch.setattr(
@@ -77,6 +82,7 @@ def test_typed_from_top_to_bottom(
     assert len(commands()) > 10
     for command in commands():
         monkeypatch.setattr(sys, "argv", ["handful", *small(command)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the router\n"))  # who talks
         capsys.readouterr()
         try:
             main()

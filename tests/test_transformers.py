@@ -165,7 +165,7 @@ def test_logits_gradients_and_tokens_are_theirs(family: str, borrowed: list[Any]
 
 
 def test_torch_alone_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "available", lambda: False)
+    monkeypatch.setattr("handful.experts.layer.available", lambda: False)
     model, ids_BS = build("Mixtral"), tokens()
     model.set_experts_implementation("eager")
     theirs, their_grads = model(ids_BS).logits, gradients(model, ids_BS)

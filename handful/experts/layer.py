@@ -27,7 +27,17 @@ from handful.experts.at_once import (
     norm_of,
 )
 from handful.experts.grouped import grouped
-from handful.experts.native import DTYPES, available, few, linear, linears, native, plain_inference, takes
+from handful.experts.native import (
+    DTYPES,
+    available,
+    few,
+    linear,
+    linears,
+    native,
+    needs_gradients,
+    plain_inference,
+    takes,
+)
 from handful.experts.reference import activate, reference
 from handful.machine import warn_if_slow
 from handful.routing import Routing
@@ -40,9 +50,8 @@ def auto(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     `reference`, which is as quick there, and has the bits that stored experts have (handful/experts/stored.py)."""
     if available() and takes(x_TD, experts.gate_up, experts.down):
         return native(x_TD, routing, experts)
-    given = x_TD, routing.weights_TK, *experts.parameters()
-    gradients = torch.is_grad_enabled() and any(value.requires_grad for value in given)
-    return (grouped if gradients or not x_TD.is_cpu else reference)(x_TD, routing, experts)
+    elsewhere = needs_gradients(x_TD, routing, experts) or not x_TD.is_cpu
+    return (grouped if elsewhere else reference)(x_TD, routing, experts)
 
 
 BACKENDS: dict[str, Callable[[Tensor, Routing, Experts], Tensor]] = {

@@ -45,6 +45,7 @@ __all__ = [
     "linear",
     "linears",
     "native",
+    "needs_gradients",
     "plain_inference",
     "quantized_experts",
     "rms_norm",
@@ -109,6 +110,12 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
     return x.device.type == "cpu" and all(dtype in DTYPES for dtype in dtypes)
 
 
+def needs_gradients(x_TD: Tensor, routing: Routing, experts: Experts) -> bool:
+    """Whether autograd will ask for a gradient of anything that the experts are applied to or made of."""
+    inputs = (x_TD, routing.weights_TK, experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+
+
 def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Apply the experts by the kernels. HandfulError where they are not there, or for a dtype they do not take."""
     if not available():
@@ -118,7 +125,6 @@ def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
             f"experts backend 'native' was given x of {_name(x_TD)} and weights of {_name(experts.gate_up)}: "
             "it takes float32 and bfloat16 on cpu"
         )
-    inputs = (x_TD, routing.weights_TK, experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
     arguments = (
         *_tokens(x_TD, routing),
         experts.gate_up.contiguous(),
@@ -130,7 +136,7 @@ def native(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     )
     y_TD: Tensor
     try:
-        if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs):
+        if needs_gradients(x_TD, routing, experts):
             y_TD, _ = torch.ops.handful.experts_forward(*arguments)
         else:
             y_TD = torch.ops.handful.experts(*arguments)
