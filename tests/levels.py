@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 
@@ -33,6 +34,8 @@ def summary(ran: Iterable[str]) -> list[str]:
 def _why(level: str) -> str:
     if level in here():
         return "not asked for in this run"
+    if forced := os.environ.get("HANDFUL_ISA"):
+        return f"switched off by HANDFUL_ISA = {forced!r}"
     if level == "none":
         return "not in this run; make test-torch"
     return "cannot run here" + {
