@@ -412,8 +412,8 @@ class StoredExperts(nn.Module):
     backend   "auto": the native kernels where they are (float32 and bfloat16), else the plain loop. "native": those
               kernels or an error. "grouped" and "reference": the plain loop.
 
-    The bits are those of `Experts`, or of `QuantizedExperts` of the same bits and group, with the backend "native", or
-    with "reference" where the plain loop runs.
+    The bits are those of `Experts`, or of `QuantizedExperts` of the same bits and group, with the same backend; where
+    the plain loop runs, of "reference", which "auto" is there too.
     """
 
     def __init__(self, store: Store, layer: int, *, activation: str, backend: str = "auto") -> None:
