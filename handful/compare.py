@@ -68,7 +68,7 @@ def twins(moe: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
     or holds, its router included, rounded up to a multiple of 8: a twin is never the smaller one.
     """
     if moe.router is None:
-        raise ConfigError("model.router = None: a comparison starts from an MoE")
+        raise ConfigError("model.router = None (router = 'none'): a comparison starts from an MoE, and makes its dense twins itself")
     bare = replace(
         moe, router=None, expert_width=0, shared_width=0, shared_gate=False, expert_bias=False, dense_first=0,
         moe_every=1, dense_layers=(), ffn=8,

@@ -437,7 +437,7 @@ def test_upcycle_mistakes(handful: Call, at_home: Path, dense_run: Path, tmp_pat
         return result.err.splitlines()[-1].removeprefix("error ")
 
     # Before any text is read: one line.
-    assert mistake(handful("upcycle", "run", out)) == "upcycle model = 'an MoE': a dense model is needed"
+    assert mistake(handful("upcycle", "run", out)) == "upcycle model: it is an MoE already; a dense model is needed"
     assert mistake(handful("upcycle", "dense", out, "--top-k", "9")) == "upcycle top_k = 9: from 1 to experts = 8"
     assert mistake(handful("train", "--from", "dense", "--only", "routers", "--out", out)).startswith(
         "only = 'routers'"

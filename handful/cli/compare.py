@@ -59,6 +59,7 @@ def run(
     from handful.finding import finding
     from handful.runs import read_asked
     from handful.settings import training_settings
+    from handful.text import SMALLEST_VOCAB
     from handful.width import show
 
     if tokens is not None and minutes is not None:
@@ -84,8 +85,8 @@ def run(
                 screen.print(f"{called} has the balance {kind} as it is")
             else:
                 asked.setdefault(f"{called}-{kind}", other)
-    first = next(iter(asked.values()))
-    text = first.load_data(screen.print)
+    _entrants(asked, SMALLEST_VOCAB, steps=None)  # what is wrong is said before any text is read
+    text = next(iter(asked.values())).load_data(screen.print)
     entrants = _entrants(asked, text.tokenizer.vocab_size, steps=None)
     if minutes is not None:
         # Timing is never twice the same: what was begun before says how long it goes on.
