@@ -335,7 +335,14 @@ def cost_sentence(price: Cost) -> str:
 
     if price.active == price.total:
         return f"a dense model of {billions(price.total)} parameters: every token uses all of them"
-    return f"computes like a {billions(price.active)} dense model, holds like a {billions(price.total)} one"
+    active, total = (f"{_article(words)} {words}" for words in (billions(price.active), billions(price.total)))
+    return f"computes like {active} dense model, holds like {total} one"
+
+
+def _article(number: str) -> str:
+    """ "an" before eight, eleven and eighteen."""
+    whole = number.split()[0].partition(".")[0]
+    return "an" if whole[0] == "8" or whole in ("11", "18") else "a"
 
 
 def scores_table(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -346,10 +353,10 @@ def scores_table(models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Ta
     table.add_column("file")
     table.add_column("bytes", justify="right")
     for letter in letters:
-        for what in ("nats a token", "bits a byte"):
+        for what in ("nats\na token", "bits\na byte"):
             table.add_column(f"{letter}\n{what}".strip(), justify="right")
     if len(models) > 1:
-        table.add_column("B − A,\nbits a byte", justify="right")
+        table.add_column("B − A,\nbits\na byte", justify="right")
     shown = list(rows)
     if len(shown) > MANY_FILES:  # the largest of them, in their order, and the last row, which is all of them
         largest = sorted(shown[:-1], key=lambda row: -int(row["bytes"]))[: MANY_FILES - 1]

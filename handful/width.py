@@ -13,7 +13,7 @@ from rich.text import Text
 
 __all__ = ["show"]
 
-LONG_WORD = 16  # letters: a word of a table that is longer, such as a path, may be cut in two
+LONG_WORD = 20  # letters: a word of a table that is longer, such as a path, may be cut in two
 WIDE = 10_000  # columns: a terminal that sets no limit
 
 
@@ -63,7 +63,7 @@ def _lines(table: Table) -> list[Text]:
     """A table as lines. Rows that have names are told column by column; others row by row, under their headings."""
     title = _text(table.title)
     lines = [title, Text()] if title.plain else []
-    headings = [_text(column.header) for column in table.columns]
+    headings = [Text(" ").join(_text(column.header).split()) for column in table.columns]
     cells = [[_text(cell) for cell in column.cells] for column in table.columns]
     if not table.show_header:  # names and values
         for name, value in zip(*cells, strict=True):

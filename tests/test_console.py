@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,20 @@ def test_a_table_is_cut_between_its_columns(
     assert "Team 2" in "".join(printed(monkeypatch, capsys, 20, table))
 
 
+def test_two_models_stand_side_by_side_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = [{"loss": 7.7810, "bits_per_byte": 3.3512}] * 2
+    row = {"file": "held out of txt", "bytes": 27_669, "models": scores}
+    table = scores_table(["one", "two"], [{**row, "difference": {"bits_per_byte": 0.0015, "error": 0.0076}}])
+    lines = printed(monkeypatch, capsys, 80, table)
+    (values,) = [line.split() for line in lines if line.startswith("held out of txt")]
+    assert values[4:] == ["27,669", "7.7810", "3.3512", "7.7810", "3.3512", "+0.0015", "±", "0.0076"]
+    # Line by line, a heading of several lines is one.
+    lines = printed(monkeypatch, capsys, 40, table)
+    assert "  B nats a token  7.7810" in [line.rstrip() for line in lines]
+
+
 def test_a_log_is_told_of_every_minute(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("handful.console.time.monotonic", lambda: clock[0])
@@ -244,6 +259,9 @@ def test_cost_says_first_what_people_want_to_hear() -> None:
     assert mixtral is not None
     assert cost_sentence(cost(mixtral)) == "computes like a 12.9 B dense model, holds like a 46.7 B one"
     assert cost_sentence(cost(small_model(2048))) == "computes like a 230 k dense model, holds like a 1.37 M one"
+    olmoe = PRESETS["olmoe"].model
+    assert olmoe is not None
+    assert cost_sentence(cost(replace(olmoe, layers=20))).endswith(", holds like an 8.6 B one")
     dense = ModelConfig(vocab=11, width=8, layers=2, heads=2, ffn=13)
     assert "every token uses all of them" in cost_sentence(cost(dense))
 

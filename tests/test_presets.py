@@ -99,7 +99,9 @@ def test_small_models_of_any_depth_have_an_moe_layer(name: str, layers: int) -> 
         (3, 2, 1, 1, "max"),  # no two groups of two
     ],
 )
-def test_groups_follow_the_number_of_experts(experts: int, top_k: int, groups: int, top_groups: int, score: str) -> None:
+def test_groups_follow_the_number_of_experts(
+    experts: int, top_k: int, groups: int, top_groups: int, score: str
+) -> None:
     router = small_model(50, PRESETS["deepseek-v3"], experts=experts, top_k=top_k).router
     assert router is not None
     assert (router.groups, router.top_groups, router.group_score) == (groups, top_groups, score)

@@ -35,7 +35,8 @@ def run(
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time of all runs together.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often each team is trained.")] = 1,
     router: Annotated[
-        list[str] | None, typer.Option("--router", help="A published router, such as mixtral; again for another team.")
+        list[str] | None,
+        typer.Option("--router", help="A published router, such as mixtral (handful presets); again for another team."),
     ] = None,
     balance: Annotated[
         list[str] | None,

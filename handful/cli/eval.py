@@ -81,7 +81,7 @@ def run(
                 results[-1].append(score(each, documents, context=context, progress=told(f"{name}: {file}")))
                 bar.advance(task)
             if not screen.is_terminal:
-                screen.print(f"{name}: {len(files):,} files")
+                screen.print(f"{name}: {len(files):,} {'file' if len(files) == 1 else 'files'} read")
     sizes = [[len(document) for document in documents] for _, documents in files]
     rows: list[dict[str, Any]] = []
     everything = [together(column_of) for column_of in results]
@@ -110,6 +110,6 @@ def _sentence(names: list[str], apart: dict[str, Any]) -> str:
     """Which of two is better, if that can be said."""
     gap, error = apart["bits_per_byte"], apart["error"]
     if error is None or abs(gap) <= 2 * error:
-        return f"no difference is seen: {gap:+.4f} bits a byte" + ("" if error is None else f" ± {error:.4f}")
+        return f"no difference is seen: {gap:+.4f}" + ("" if error is None else f" ± {error:.4f}") + " bits a byte"
     better, worse = (names[1], names[0]) if gap < 0 else (names[0], names[1])
     return f"{better} predicts this text better than {worse}, by {abs(gap):.4f} ± {error:.4f} bits a byte"
