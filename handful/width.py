@@ -23,7 +23,7 @@ def show(*tables: Table) -> None:
     console = Console()
     for table in tables:
         for column in table.columns:
-            lines = [line for cell in (column.header, *column.cells) for line in _text(cell).plain.splitlines()]
+            lines = _lines_of(column)
             # Numbers stay whole; words may go on in the next line, and a long one is folded.
             whole = column.justify == "right" or column.no_wrap
             words = lines if whole else [word[:LONG_WORD] for line in lines for word in line.split()]
@@ -35,7 +35,7 @@ def show(*tables: Table) -> None:
             return console.measure(part, options=console.options.update(width=WIDE)).minimum <= console.width
 
         if fits(table):
-            console.print(table)
+            _print(console, table)
             continue
         names, *others = table.columns
         named = table.show_header and not _text(names.header).plain
@@ -44,11 +44,31 @@ def show(*tables: Table) -> None:
                 count = len(others)
                 while not fits(_part(table, [names, *others[:count]])):
                     count -= 1
-                console.print(_part(table, [names, *others[:count]]))
+                _print(console, _part(table, [names, *others[:count]]))
                 others = others[count:]
             continue
         for line in _lines(table):
             console.print(line, markup=False, highlight=False, overflow="fold")
+
+
+def _print(console: Console, table: Table) -> None:
+    """A table that fits. Where not all of its lines do, its widest columns are made narrower: rich would shrink them
+    below their least widths, take those after all, and cut off what is then too wide."""
+    bare = _part(table, table.columns)  # without a width of its own
+    least = [column.min_width or 1 for column in table.columns]
+    lines = console.measure(bare, options=console.options.update(width=WIDE)).minimum - sum(least)
+    widths = [max(map(cell_len, _lines_of(column)), default=1) for column in table.columns]
+    if sum(widths) + lines > console.width:
+        while sum(widths) + lines > console.width:
+            widest = max((width, place) for place, width in enumerate(widths) if width > least[place])[1]
+            widths[widest] -= 1
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+    console.print(table)
+
+
+def _lines_of(column: Column) -> list[str]:
+    return [line for cell in (column.header, *column.cells) for line in _text(cell).plain.splitlines()]
 
 
 def _part(table: Table, columns: Sequence[Column]) -> Table:

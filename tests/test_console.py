@@ -24,6 +24,7 @@ from handful.console import (
     cost_tables,
     duration,
     facts,
+    presets_table,
     scores_table,
 )
 from handful.cost import cost
@@ -221,6 +222,21 @@ def test_a_table_is_cut_between_its_columns(
     assert sum("held-out bits" in line for line in parts) == 2
     # Too narrow for any column: line by line.
     assert "Team 2" in "".join(printed(monkeypatch, capsys, 20, table))
+
+
+@pytest.mark.parametrize("width", range(40, 181, 4))
+def test_at_any_width_no_letter_is_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def letters(lines: list[str]) -> Counter[str]:
+        return Counter("".join("".join(lines).split()))
+
+    def make() -> Table:
+        return presets_table(PRESETS, dict.fromkeys(PRESETS))
+
+    wide, narrow = printed(monkeypatch, capsys, 300, make()), printed(monkeypatch, capsys, width, make())
+    assert max(map(len, narrow)) <= width
+    assert letters(wide) - letters(narrow) == Counter()
 
 
 def test_two_models_stand_side_by_side_in_80_columns(
