@@ -250,7 +250,7 @@ def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> Model
     return ModelConfig(**(values | changes))
 
 
-def _groups(like: RouterConfig, experts: int | None = None, top_k: int | None = None) -> dict[str, int | str]:
+def _groups(like: RouterConfig, experts: int | None = None, top_k: int | None = None) -> dict[str, Any]:
     """The groups of a router with other numbers of experts: as many of the published ones as leave two experts in each,
     and the published share of them, or what top_k experts take up."""
     experts, top_k = experts or like.experts, top_k or like.top_k

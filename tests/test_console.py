@@ -18,19 +18,18 @@ from tiny import Event, moe, of_kind, tiny_data, training
 
 from handful.config import ModelConfig
 from handful.console import (
-    RunProgress,
     comparison_table,
     cost_sentence,
     cost_tables,
-    duration,
     facts,
     presets_table,
     scores_table,
 )
 from handful.cost import cost
 from handful.presets import PRESETS, small_model
+from handful.progress import RunProgress
 from handful.train import train
-from handful.units import si, size
+from handful.units import duration, si, size
 from handful.width import show
 
 
@@ -255,7 +254,7 @@ def test_two_models_stand_side_by_side_in_80_columns(
 
 def test_a_log_is_told_of_every_minute(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("handful.console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("handful.progress.time.monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), width=120)
     step = {"event": "step", "seconds": 20.0, "loss": 5.4321, "tokens_per_second": 12345.6}
     with RunProgress(console) as progress:
@@ -384,7 +383,7 @@ def test_a_terminal_shows_loss_rate_and_time_left(events: list[Event], monkeypat
     step = {"event": "step", "step": 1, "seconds": 5.0, "loss": 5.4321, "tokens_per_second": 12345.6}
     clock = iter([0.0, 0.0, 20.0])  # 15 of the 20 seconds were another run's turn
     with monkeypatch.context() as patch:
-        patch.setattr("handful.console.time.monotonic", lambda: next(clock, 20.0))
+        patch.setattr("handful.progress.time.monotonic", lambda: next(clock, 20.0))
         text = fed("moe", [events[0], step], terminal=True)
     assert "loss 5.432   12,346 tokens/s  1:00 left" in text  # three steps are to come
     assert "waiting" in fed("moe", [], terminal=True)

@@ -56,8 +56,9 @@ def run(
 ) -> None:
     """Train mixtures of experts beside dense twins: a small one of their active size, a big one of their total size."""
     from handful.compare import compare, steps_within
-    from handful.console import RunProgress, comparison_table
+    from handful.console import comparison_table
     from handful.finding import finding
+    from handful.progress import RunProgress
     from handful.runs import read_asked
     from handful.settings import training_settings
     from handful.text import SMALLEST_VOCAB

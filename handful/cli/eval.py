@@ -32,10 +32,11 @@ def run(
     from rich.markup import escape
     from rich.progress import Progress
 
-    from handful.console import LoadProgress, Pulse, scores_table
+    from handful.console import scores_table
     from handful.documents import heldout_of, left_out, read_files
     from handful.families.io import find_folder, load
     from handful.model import Decoder
+    from handful.progress import LoadProgress, Pulse
     from handful.runs import text_behind
     from handful.scores import Scored, difference, score, together
     from handful.width import show
