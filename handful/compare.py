@@ -32,7 +32,7 @@ from handful.errors import ConfigError, TrainingError
 from handful.families.io import load_decoder
 from handful.machine import machine
 from handful.model import Decoder
-from handful.runs import Run, read_events
+from handful.runs import Run, check_folder, read_events
 from handful.train import Event, interrupts, train
 
 __all__ = ["LABELS", "Team", "compare", "line_up", "steps_within", "teams", "twins"]
@@ -68,7 +68,9 @@ def twins(moe: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
     or holds, its router included, rounded up to a multiple of 8: a twin is never the smaller one.
     """
     if moe.router is None:
-        raise ConfigError("model.router = None: a comparison starts from an MoE")
+        raise ConfigError(
+            "model.router = None (router = 'none'): a comparison starts from an MoE, and makes its dense twins itself"
+        )
     bare = replace(
         moe, router=None, expert_width=0, shared_width=0, shared_gate=False, expert_bias=False, dense_first=0,
         moe_every=1, dense_layers=(), ffn=8,
@@ -197,7 +199,8 @@ def _folder(out: Path, team: Team, seed: int) -> Path:
 
 
 def _check_out(out: Path, entrants: Iterable[Team], seeds: int, data: Data) -> None:
-    """ConfigError if OUT holds what is not this comparison's."""
+    """ConfigError if OUT holds what is not this comparison's, or is a file."""
+    check_folder(out)
     if (out / "run.json").exists():
         raise ConfigError(f"out = {str(out)!r}: holds a run of one model; name another folder by --out")
     for seed in range(seeds):

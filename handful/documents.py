@@ -34,7 +34,7 @@ __all__ = [
     "split_documents",
 ]
 
-REASONS = 6  # that a message counts
+REASONS = 4  # that a message counts
 
 HELD_OUT = 0.04  # the share of the bytes that is held out …
 HELD_OUT_LIMIT = 0.05  # … and what it never exceeds, a text of a few documents aside
@@ -127,7 +127,8 @@ def read_files(
 def left_out(skipped: Counter[str]) -> str:
     """What was left out, in words: "skipped 5 (4 empty, 1 binary)"."""
     shown = [f"{count:,} {reason}" for reason, count in skipped.most_common(REASONS)]
-    more = [f"{len(skipped) - REASONS} other reasons"] if len(skipped) > REASONS else []
+    others = len(skipped) - len(shown)
+    more = [f"{others} other {'reason' if others == 1 else 'reasons'}"] if others else []
     return f"skipped {skipped.total():,} ({', '.join(shown + more)})" if skipped else "skipped none"
 
 

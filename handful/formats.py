@@ -37,7 +37,7 @@ __all__ = ["UnreadableError", "choose_column", "is_json", "texts"]
 USUAL_COLUMNS = ("text", "content")
 SAMPLE = 100  # rows that are looked at to choose a column
 SEPARATORS = ",;\t|"  # of a table in text
-NAMED = 8  # columns that a message names at most
+NAMED = 4  # columns that a message names at most
 
 
 class UnreadableError(Exception):

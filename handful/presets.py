@@ -221,12 +221,12 @@ def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> Model
     """A small MoE with a preset's router, balance bias, shared experts and activation (None: `64x2`).
 
     An expert's width makes the active width about the same for every preset. `changes` are ModelConfig fields, and
-    `experts` and `top_k` of the router; the expert width follows them unless it is given too. Where `top_k` becomes 1
+    `experts` and `top_k` of the router; expert width and groups of experts follow them. Where `top_k` becomes 1
     its weight is not normalised: it would be 1 whatever the router says, and the router would learn nothing.
     """
     like = like or PRESETS["64x2"]
     routed = {name: changes.pop(name) for name in ("experts", "top_k") if name in changes}
-    router = replace(like.router, **routed)
+    router = replace(like.router, **_groups(like.router, **routed), **routed)
     if router.top_k == 1 < router.experts:
         router = replace(router, normalize=False)
     layers = changes.get("layers", 3)
@@ -248,6 +248,19 @@ def small_model(vocab: int, like: Preset | None = None, **changes: Any) -> Model
         "context": 128,
     }
     return ModelConfig(**(values | changes))
+
+
+def _groups(like: RouterConfig, experts: int | None = None, top_k: int | None = None) -> dict[str, Any]:
+    """The groups of a router with other numbers of experts: as many of the published ones as leave two experts in each,
+    and the published share of them, or what top_k experts take up."""
+    experts, top_k = experts or like.experts, top_k or like.top_k
+    if like.groups == 1:
+        return {}
+    groups = max(g for g in range(1, like.groups + 1) if g == 1 or (experts % g == 0 and experts // g >= 2))
+    if groups == 1:
+        return {"groups": 1, "top_groups": 1, "group_score": "max"}
+    share = -(-like.top_groups * groups // like.groups)
+    return {"groups": groups, "top_groups": min(groups, max(share, -(-top_k * groups // experts)))}
 
 
 def evaluate_every(steps: int) -> int:

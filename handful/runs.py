@@ -33,7 +33,7 @@ from handful.model import Decoder
 from handful.origin import read_origin
 from handful.text import Tokenizer
 
-__all__ = ["NOTE", "Run", "check_free", "read_asked", "read_events", "text_behind"]
+__all__ = ["NOTE", "Run", "check_folder", "check_free", "read_asked", "read_events", "text_behind"]
 
 KEPT = 2
 NOTE = "handful.json"  # in a checkpoint that no run made: where it is from
@@ -42,8 +42,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ASKED = {"model": (), "train": ("dtype", "steps"), "data": ("origin", "fingerprint")}  # what every run.json has
 
 
+def check_folder(folder: Path) -> None:
+    """ConfigError for a file in the place of a folder to write to."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out = {str(folder)!r}: a file; name a folder by --out")
+
+
 def check_free(folder: Path) -> None:
-    """ConfigError if the folder holds a run."""
+    """ConfigError if the folder holds a run, or is a file."""
+    check_folder(folder)
     if (folder / "run.json").exists():
         raise ConfigError(f"out = {str(folder)!r}: holds a run; go on with it by --resume, or name another by --out")
 

@@ -32,6 +32,7 @@ from handful.families import config_from_hf
 from handful.families.io import find_folder
 from handful.presets import ACTIVE_WIDTH, PRESETS, Preset, evaluate_every, preset, small_model, small_training
 from handful.runs import read_asked, text_behind
+from handful.text import SMALLEST_VOCAB
 from handful.tokenizer_files import has_tokenizer
 
 __all__ = [
@@ -186,10 +187,12 @@ def training_settings(
     settings = _train(train, like, balance_of(kind, like) if kind else None, dense)
     needs_bias = bool(settings.balance.bias_rate)
     context = max(settings.context, _typed("model.context", model.get("context", 0), int))
-    return Asked(
-        origin=origin, model=lambda vocab: _model(vocab, {**model, "context": context}, like, dense, needs_bias),
-        train=settings, only=trained, said=frozenset(train),
-    )  # fmt: skip
+
+    def of(vocab: int) -> ModelConfig:
+        return _model(vocab, {**model, "context": context}, like, dense, needs_bias)
+
+    of(SMALLEST_VOCAB)  # what is wrong is said before any text is read
+    return Asked(origin=origin, model=of, train=settings, only=trained, said=frozenset(train))
 
 
 def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: str, only: Only) -> Asked:

@@ -1,4 +1,4 @@
-"""Sizes as people write them, "4GB", "3.5GiB", "500M", and as they are shown to people: 4.00 GB."""
+"""Sizes as people write them, "4GB", "3.5GiB", "500M", and as they are shown to people: 4.00 GB, and 3:05 of a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from handful.errors import ConfigError
 
-__all__ = ["PREFIXES", "parse_bytes", "si", "size"]
+__all__ = ["PREFIXES", "duration", "parse_bytes", "si", "size"]
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?([KMGT]?)(I?)(B?)", re.ASCII)
@@ -51,3 +51,14 @@ def si(value: float, unit: str = "", *, short: bool = False) -> str:
 def size(count: float, *, short: bool = False) -> str:
     """Bytes, as `si` shows them: 93.4 GB."""
     return si(count, "B", short=short)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 7 s, 3:05 or 2:10:00."""
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

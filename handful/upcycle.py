@@ -147,7 +147,8 @@ def check_asked(
         if not ok:
             raise ConfigError(f"upcycle {name} = {value!r}: {right}")
 
-    need(dense.router is None, "model", "an MoE", "a dense model is needed")
+    if dense.router is not None:
+        raise ConfigError("upcycle model: it is an MoE already; a dense model is needed")
     need(method in get_args(Method), "method", method, f"one of {', '.join(get_args(Method))}")
     need(experts >= 2, "experts", experts, "at least 2")
     if top_k is None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 __all__ = ["show"]
 
-LONG_WORD = 16  # letters: a word of a table that is longer, such as a path, may be cut in two
+LONG_WORD = 20  # letters: a word of a table that is longer, such as a path, may be cut in two
 WIDE = 10_000  # columns: a terminal that sets no limit
 
 
@@ -23,7 +23,7 @@ def show(*tables: Table) -> None:
     console = Console()
     for table in tables:
         for column in table.columns:
-            lines = [line for cell in (column.header, *column.cells) for line in _text(cell).plain.splitlines()]
+            lines = _lines_of(column)
             # Numbers stay whole; words may go on in the next line, and a long one is folded.
             whole = column.justify == "right" or column.no_wrap
             words = lines if whole else [word[:LONG_WORD] for line in lines for word in line.split()]
@@ -35,7 +35,7 @@ def show(*tables: Table) -> None:
             return console.measure(part, options=console.options.update(width=WIDE)).minimum <= console.width
 
         if fits(table):
-            console.print(table)
+            _print(console, table)
             continue
         names, *others = table.columns
         named = table.show_header and not _text(names.header).plain
@@ -44,11 +44,31 @@ def show(*tables: Table) -> None:
                 count = len(others)
                 while not fits(_part(table, [names, *others[:count]])):
                     count -= 1
-                console.print(_part(table, [names, *others[:count]]))
+                _print(console, _part(table, [names, *others[:count]]))
                 others = others[count:]
             continue
         for line in _lines(table):
             console.print(line, markup=False, highlight=False, overflow="fold")
+
+
+def _print(console: Console, table: Table) -> None:
+    """A table that fits. Where not all of its lines do, its widest columns are made narrower: rich would shrink them
+    below their least widths, take those after all, and cut off what is then too wide."""
+    bare = _part(table, table.columns)  # without a width of its own
+    least = [column.min_width or 1 for column in table.columns]
+    lines = console.measure(bare, options=console.options.update(width=WIDE)).minimum - sum(least)
+    widths = [max(map(cell_len, _lines_of(column)), default=1) for column in table.columns]
+    if sum(widths) + lines > console.width:
+        while sum(widths) + lines > console.width:
+            widest = max((width, place) for place, width in enumerate(widths) if width > least[place])[1]
+            widths[widest] -= 1
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+    console.print(table)
+
+
+def _lines_of(column: Column) -> list[str]:
+    return [line for cell in (column.header, *column.cells) for line in _text(cell).plain.splitlines()]
 
 
 def _part(table: Table, columns: Sequence[Column]) -> Table:
@@ -63,7 +83,7 @@ def _lines(table: Table) -> list[Text]:
     """A table as lines. Rows that have names are told column by column; others row by row, under their headings."""
     title = _text(table.title)
     lines = [title, Text()] if title.plain else []
-    headings = [_text(column.header) for column in table.columns]
+    headings = [Text(" ").join(_text(column.header).split()) for column in table.columns]
     cells = [[_text(cell) for cell in column.cells] for column in table.columns]
     if not table.show_header:  # names and values
         for name, value in zip(*cells, strict=True):

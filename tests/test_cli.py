@@ -437,7 +437,7 @@ def test_upcycle_mistakes(handful: Call, at_home: Path, dense_run: Path, tmp_pat
         return result.err.splitlines()[-1].removeprefix("error ")
 
     # Before any text is read: one line.
-    assert mistake(handful("upcycle", "run", out)) == "upcycle model = 'an MoE': a dense model is needed"
+    assert mistake(handful("upcycle", "run", out)) == "upcycle model: it is an MoE already; a dense model is needed"
     assert mistake(handful("upcycle", "dense", out, "--top-k", "9")) == "upcycle top_k = 9: from 1 to experts = 8"
     assert mistake(handful("train", "--from", "dense", "--only", "routers", "--out", out)).startswith(
         "only = 'routers'"
@@ -502,7 +502,7 @@ def test_eval_of_one_model_and_of_two(handful: Call, at_home: Path, dense_run: P
     assert apart["error"] > 0
     # A model beside itself is no better.
     same = handful("eval", "run", "run/model", *text)
-    assert "no difference is seen: +0.0000 bits a byte ± 0.0000" in same.err
+    assert "no difference is seen: +0.0000 ± 0.0000 bits a byte" in same.err
 
 
 def test_eval_of_what_a_run_held_out(handful: Call, at_home: Path) -> None:
@@ -916,6 +916,10 @@ def test_compare_reuses_what_is_finished(handful: Call, at_home: Path, tmp_path:
     inside = mistake(handful("eval", tmp_path / "three", "--text", "text"))
     assert inside.startswith(f"{tmp_path / 'three'}: holds a comparison; name one of its runs: ")
     assert str(tmp_path / "three/moe/seed-0") in inside
+    assert "holds runs; name one of its runs: " in mistake(handful("generate", at_home, "x"))
+    (tmp_path / "file").write_text("")
+    to_a_file = mistake_after(handful(*command[:-1], tmp_path / "file"))
+    assert to_a_file == f"out = '{tmp_path / 'file'}': a file; name a folder by --out"
 
 
 def mistake_after(result: Result) -> str:

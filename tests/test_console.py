@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ from tiny import Event, moe, of_kind, tiny_data, training
 
 from handful.config import ModelConfig
 from handful.console import (
-    RunProgress,
     comparison_table,
     cost_sentence,
     cost_tables,
-    duration,
     facts,
+    presets_table,
     scores_table,
 )
 from handful.cost import cost
 from handful.presets import PRESETS, small_model
+from handful.progress import RunProgress
 from handful.train import train
-from handful.units import si, size
+from handful.units import duration, si, size
 from handful.width import show
 
 
@@ -222,9 +223,38 @@ def test_a_table_is_cut_between_its_columns(
     assert "Team 2" in "".join(printed(monkeypatch, capsys, 20, table))
 
 
+@pytest.mark.parametrize("width", range(40, 181, 4))
+def test_at_any_width_no_letter_is_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def letters(lines: list[str]) -> Counter[str]:
+        return Counter("".join("".join(lines).split()))
+
+    def make() -> Table:
+        return presets_table(PRESETS, dict.fromkeys(PRESETS))
+
+    wide, narrow = printed(monkeypatch, capsys, 300, make()), printed(monkeypatch, capsys, width, make())
+    assert max(map(len, narrow)) <= width
+    assert letters(wide) - letters(narrow) == Counter()
+
+
+def test_two_models_stand_side_by_side_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = [{"loss": 7.7810, "bits_per_byte": 3.3512}] * 2
+    row = {"file": "held out of txt", "bytes": 27_669, "models": scores}
+    table = scores_table(["one", "two"], [{**row, "difference": {"bits_per_byte": 0.0015, "error": 0.0076}}])
+    lines = printed(monkeypatch, capsys, 80, table)
+    (values,) = [line.split() for line in lines if line.startswith("held out of txt")]
+    assert values[4:] == ["27,669", "7.7810", "3.3512", "7.7810", "3.3512", "+0.0015", "±", "0.0076"]
+    # Line by line, a heading of several lines is one.
+    lines = printed(monkeypatch, capsys, 40, table)
+    assert "  B nats a token  7.7810" in [line.rstrip() for line in lines]
+
+
 def test_a_log_is_told_of_every_minute(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("handful.console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("handful.progress.time.monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), width=120)
     step = {"event": "step", "seconds": 20.0, "loss": 5.4321, "tokens_per_second": 12345.6}
     with RunProgress(console) as progress:
@@ -244,6 +274,9 @@ def test_cost_says_first_what_people_want_to_hear() -> None:
     assert mixtral is not None
     assert cost_sentence(cost(mixtral)) == "computes like a 12.9 B dense model, holds like a 46.7 B one"
     assert cost_sentence(cost(small_model(2048))) == "computes like a 230 k dense model, holds like a 1.37 M one"
+    olmoe = PRESETS["olmoe"].model
+    assert olmoe is not None
+    assert cost_sentence(cost(replace(olmoe, layers=20))).endswith(", holds like an 8.6 B one")
     dense = ModelConfig(vocab=11, width=8, layers=2, heads=2, ffn=13)
     assert "every token uses all of them" in cost_sentence(cost(dense))
 
@@ -350,7 +383,7 @@ def test_a_terminal_shows_loss_rate_and_time_left(events: list[Event], monkeypat
     step = {"event": "step", "step": 1, "seconds": 5.0, "loss": 5.4321, "tokens_per_second": 12345.6}
     clock = iter([0.0, 0.0, 20.0])  # 15 of the 20 seconds were another run's turn
     with monkeypatch.context() as patch:
-        patch.setattr("handful.console.time.monotonic", lambda: next(clock, 20.0))
+        patch.setattr("handful.progress.time.monotonic", lambda: next(clock, 20.0))
         text = fed("moe", [events[0], step], terminal=True)
     assert "loss 5.432   12,346 tokens/s  1:00 left" in text  # three steps are to come
     assert "waiting" in fed("moe", [], terminal=True)

@@ -132,7 +132,7 @@ def test_a_column_by_name() -> None:
         with pytest.raises(UnreadableError, match=r"^without a column 'body' among text, answer$"):
             list(texts(name, content, "body"))
     many = [{f"c{i}": "a" for i in range(9)}]
-    with pytest.raises(UnreadableError, match=r"^without a column 'text' among c0, c1, c2, c3, c4, c5, c6, c7, …$"):
+    with pytest.raises(UnreadableError, match=r"^without a column 'text' among c0, c1, c2, c3, …$"):
         list(texts("a.jsonl", lines(many)))
 
 

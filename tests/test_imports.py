@@ -56,7 +56,7 @@ TIERS = [
         "verify",
     ],
     ["compare", "server"],
-    ["width", "console", "cli"],
+    ["width", "progress", "console", "cli"],
     ["__main__"],
 ]
 ORDER = [module for tier in TIERS for module in tier]

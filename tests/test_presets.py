@@ -88,6 +88,26 @@ def test_small_models_of_any_depth_have_an_moe_layer(name: str, layers: int) -> 
     assert any(model.is_moe(i) for i in range(layers))
 
 
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups", "top_groups", "score"),
+    [
+        (256, 8, 8, 4, "top2"),  # as published
+        (16, 8, 8, 4, "top2"),
+        (8, 2, 4, 2, "top2"),
+        (8, 5, 4, 3, "top2"),  # five experts do not stand in two groups of two
+        (12, 2, 6, 3, "top2"),
+        (3, 2, 1, 1, "max"),  # no two groups of two
+    ],
+)
+def test_groups_follow_the_number_of_experts(
+    experts: int, top_k: int, groups: int, top_groups: int, score: str
+) -> None:
+    router = small_model(50, PRESETS["deepseek-v3"], experts=experts, top_k=top_k).router
+    assert router is not None
+    assert (router.groups, router.top_groups, router.group_score) == (groups, top_groups, score)
+    assert small_model(50, experts=experts, top_k=top_k).router == RouterConfig(experts=experts, top_k=top_k)
+
+
 def test_changes_win() -> None:
     model = small_model(50, experts=6, top_k=3, width=32, expert_width=5, tied=False)
     assert model.router == RouterConfig(experts=6, top_k=3)

@@ -83,9 +83,9 @@ def test_opening_errors(tmp_path: Path, data: Data) -> None:
         Run.open(tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").write_text("")
-    for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory")):
-        with pytest.raises(ConfigError, match=f"^out = '{re.escape(str(path))}': {why}$"):
-            Run.open(path, resume=False)
+    for path, why in (("file", "a file; name a folder by --out"), ("file/run", "Not a directory")):
+        with pytest.raises(ConfigError, match=f"^out = '{re.escape(str(tmp_path / path))}': {why}$"):
+            Run.open(tmp_path / path, resume=False)
 
 
 def test_a_run_that_reached_no_checkpoint_begins_again(tmp_path: Path, data: Data) -> None:

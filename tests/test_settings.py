@@ -277,6 +277,9 @@ def test_a_wrong_option_and_a_missing_file(tmp_path: Path) -> None:
     assert refused(tmp_path, train={"tokens": 5, "steps": 5}) == "train.tokens, train.steps: give one of them"
     assert refused(tmp_path, train={"batch": 0}) == "train.batch = 0: at least 1"
     assert refused(tmp_path, router="gpt-4").startswith("router preset 'gpt-4': one of switch, ")
+    # Before any text is read, whose tokenizer decides the vocabulary.
+    with pytest.raises(ConfigError, match=r"^router\.top_k = 65: from 1 to experts = 64$"):
+        asked(tmp_path, model={"top_k": 65})
     with pytest.raises(ConfigError, match=r"^config '.*none\.toml': no such file$"):
         training_settings(tmp_path / "none.toml", None, None, {})
 

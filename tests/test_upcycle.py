@@ -368,7 +368,7 @@ def test_a_quantised_model_is_refused() -> None:
 
 
 def test_an_moe_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^upcycle model = 'an MoE': a dense model is needed$"):
+    with pytest.raises(ConfigError, match=r"^upcycle model: it is an MoE already; a dense model is needed$"):
         upcycle(Decoder(moe()))
 
 

@@ -62,9 +62,9 @@ def open_model(
     model: str, quant: str | None, memory: str | None, pack: Path | None
 ) -> tuple[Decoder | EncoderDecoder, Store | None]:
     """The model that a name means, and with a memory budget the store of its experts, to be closed."""
-    from handful.console import LoadProgress
     from handful.families.io import load
     from handful.memory import load as load_within
+    from handful.progress import LoadProgress
     from handful.units import parse_bytes
 
     bits = {None: None, "int8": 8, "int4": 4}

@@ -35,7 +35,8 @@ def run(
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time of all runs together.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often each team is trained.")] = 1,
     router: Annotated[
-        list[str] | None, typer.Option("--router", help="A published router, such as mixtral; again for another team.")
+        list[str] | None,
+        typer.Option("--router", help="A published router, such as mixtral (handful presets); again for another team."),
     ] = None,
     balance: Annotated[
         list[str] | None,
@@ -55,10 +56,12 @@ def run(
 ) -> None:
     """Train mixtures of experts beside dense twins: a small one of their active size, a big one of their total size."""
     from handful.compare import compare, steps_within
-    from handful.console import RunProgress, comparison_table
+    from handful.console import comparison_table
     from handful.finding import finding
+    from handful.progress import RunProgress
     from handful.runs import read_asked
     from handful.settings import training_settings
+    from handful.text import SMALLEST_VOCAB
     from handful.width import show
 
     if tokens is not None and minutes is not None:
@@ -84,8 +87,8 @@ def run(
                 screen.print(f"{called} has the balance {kind} as it is")
             else:
                 asked.setdefault(f"{called}-{kind}", other)
-    first = next(iter(asked.values()))
-    text = first.load_data(screen.print)
+    _entrants(asked, SMALLEST_VOCAB, steps=None)  # what is wrong is said before any text is read
+    text = next(iter(asked.values())).load_data(screen.print)
     entrants = _entrants(asked, text.tokenizer.vocab_size, steps=None)
     if minutes is not None:
         # Timing is never twice the same: what was begun before says how long it goes on.

@@ -32,10 +32,11 @@ def run(
     from rich.markup import escape
     from rich.progress import Progress
 
-    from handful.console import LoadProgress, Pulse, scores_table
+    from handful.console import scores_table
     from handful.documents import heldout_of, left_out, read_files
     from handful.families.io import find_folder, load
     from handful.model import Decoder
+    from handful.progress import LoadProgress, Pulse
     from handful.runs import text_behind
     from handful.scores import Scored, difference, score, together
     from handful.width import show
@@ -81,7 +82,7 @@ def run(
                 results[-1].append(score(each, documents, context=context, progress=told(f"{name}: {file}")))
                 bar.advance(task)
             if not screen.is_terminal:
-                screen.print(f"{name}: {len(files):,} files")
+                screen.print(f"{name}: {len(files):,} {'file' if len(files) == 1 else 'files'} read")
     sizes = [[len(document) for document in documents] for _, documents in files]
     rows: list[dict[str, Any]] = []
     everything = [together(column_of) for column_of in results]
@@ -110,6 +111,6 @@ def _sentence(names: list[str], apart: dict[str, Any]) -> str:
     """Which of two is better, if that can be said."""
     gap, error = apart["bits_per_byte"], apart["error"]
     if error is None or abs(gap) <= 2 * error:
-        return f"no difference is seen: {gap:+.4f} bits a byte" + ("" if error is None else f" ± {error:.4f}")
+        return f"no difference is seen: {gap:+.4f}" + ("" if error is None else f" ± {error:.4f}") + " bits a byte"
     better, worse = (names[1], names[0]) if gap < 0 else (names[0], names[1])
     return f"{better} predicts this text better than {worse}, by {abs(gap):.4f} ± {error:.4f} bits a byte"

@@ -22,14 +22,25 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", help="A file, a folder, a glob or hf:name. Default: the Python standard library."),
+    typer.Option(
+        "--data",
+        help="A file, a folder, a glob or hf:name. Default: the text of the model that is begun with, or else the "
+        "Python standard library.",
+    ),
 ]
 ColumnOption = Annotated[
     str | None,
-    typer.Option("--column", help="That of rows which holds the text. Default: text, content, the only one."),
+    typer.Option(
+        "--column", help="The column that holds the text. Default: text, or content, or the only one with text."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
-RouterOption = Annotated[str | None, typer.Option("--router", help="A published router, such as mixtral or olmoe.")]
+RouterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--router", help="A published router, such as mixtral or olmoe (handful presets); none: a dense model."
+    ),
+]
 
 
 class Interrupted(KeyboardInterrupt):

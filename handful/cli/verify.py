@@ -19,7 +19,8 @@ def run(
     """Prove on this computer that every experts backend computes what the plain loop does in float64."""
     from rich.progress import Progress
 
-    from handful.console import duration, verification_table
+    from handful.console import verification_table
+    from handful.units import duration
     from handful.verify.run import verify
     from handful.width import show
 

@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+LISTED = 6  # runs that a message names at most
+
+
 def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
     """The checkpoint folder of a run folder, a checkpoint folder, `org/name` or `org/name@revision`, which is
     downloaded if it is not local (or `only` one file of it). What huggingface_hub's cache holds is not fetched again,
@@ -54,12 +57,11 @@ def find_folder(path_or_repo: str | Path, only: str | None = None) -> Path:
     for folder in (path / "model", path):
         if (folder / "config.json").exists():
             return folder
-    runs = sorted(str(run.parent.relative_to(path)) for run in path.glob("*/seed-*/run.json"))
-    if runs:
-        raise CheckpointError(
-            f"{path}: holds a comparison; name one of its runs: {', '.join(str(path / run) for run in runs[:6])}"
-            + (", …" if len(runs) > 6 else "")
-        )
+    for pattern, what in (("*/seed-*/run.json", "a comparison"), ("*/run.json", "runs")):
+        runs = [str(run.parent) for run in sorted(path.glob(pattern))]
+        if runs:
+            more = ", …" if len(runs) > LISTED else ""
+            raise CheckpointError(f"{path}: holds {what}; name one of its runs: {', '.join(runs[:LISTED])}{more}")
     if path.exists():
         raise CheckpointError(f"{path}: holds no checkpoint (config.json), nor a run that has reached one")
     wanted = (only,) if only else (*TOKENIZER_FILES, *WEIGHTS)
