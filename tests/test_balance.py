@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from hypothesis import given
@@ -239,19 +238,10 @@ dist.destroy_process_group()
 
 def test_step_load_over_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        )
+        fresh.Process("-c", RANK, str(rank), tmp_path / "meet", env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
         for rank in range(2)
     ]
-    try:
-        printed = [rank.communicate(timeout=100)[0].strip() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    printed = [rank.wait(100).stdout.strip() for rank in ranks]
     scores_TE = torch.ones(4, 4)
     layer = routing_of(scores_TE, [[0, 1], [0, 2], [2, 0], [0, 1]])  # both ranks' tokens
     want = step_load([[layer, layer], [layer, layer]])

@@ -10,12 +10,11 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import tokenizers
@@ -219,22 +218,15 @@ print(load_data(sys.argv[1], vocab=300, cache=Path(sys.argv[2])).fingerprint)
 """
 
 
-def start(folder: Path, cache: Path, how: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(folder), str(cache), how], stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_killed_writers_and_writers_at_once(folder: Path, cache: Path) -> None:
-    dying = start(folder, cache, "die")
-    dying.communicate()
-    assert dying.returncode == -signal.SIGKILL
+    assert fresh.python("-c", LOAD, folder, cache, "die").returncode == -signal.SIGKILL
     (left,) = (cache / "tokens").iterdir()  # what it wrote, under a name that nobody reads
     assert left.suffix == ".tmp"
 
-    writers = [start(folder, cache, "live") for _ in range(2)]
-    fingerprints = {writer.communicate()[0].strip() for writer in writers}
-    assert [writer.returncode for writer in writers] == [0, 0]
+    writers = [fresh.Process("-c", LOAD, folder, cache, "live") for _ in range(2)]
+    ends = [writer.wait() for writer in writers]
+    assert [end.returncode for end in ends] == [0, 0]
+    fingerprints = {end.stdout.strip() for end in ends}
     lines: list[str] = []
     data = load_data(str(folder), vocab=300, cache=cache, progress=lines.append)
     assert fingerprints == {data.fingerprint}

@@ -6,12 +6,11 @@ Legend: B batch · S tokens · H heads · J key-value heads · d head width
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from hypothesis import given, settings
@@ -406,7 +405,7 @@ print(torch.ops.handful.isa())
 @pytest.mark.parametrize("level", ["avx2", "avx512f", "avx512"])
 def test_every_level(level: str) -> None:
     environment = {**os.environ, "HANDFUL_ISA": level}
-    child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment)
+    child = fresh.python("-c", CHILD, env=environment)
     if "does not have" in child.stderr or "HANDFUL_ISA" in child.stderr:
         pytest.skip(f"this computer has no {level}")
     assert child.returncode == 0, child.stderr

@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fresh
 import pytest
 from tiny import moe
 
@@ -138,9 +139,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def child(environment: dict[str, str], name: str = "org/name") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, name], env=environment, capture_output=True, text=True, timeout=120
-    )
+    return fresh.python("-c", CHILD, name, env=environment)
 
 
 def test_what_is_needed_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
@@ -184,11 +183,12 @@ def test_a_killed_download_keeps_its_whole_files(hub: Hub, tmp_path: Path) -> No
     assert len(shards) == 4
     hub.stall = ("model-00003-of-00004.safetensors", 100)
     environment = hub.environment(tmp_path / "cache", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    with subprocess.Popen([sys.executable, "-c", CHILD, "org/name"], env=environment) as first:
-        while len(list((tmp_path / "cache").rglob("snapshots/*/*"))) < 5 or not hub.stalled.is_set():
-            assert first.poll() is None
-            time.sleep(0.02)
-        first.kill()
+    first = fresh.Process("-c", CHILD, "org/name", env=environment)
+    while len(list((tmp_path / "cache").rglob("snapshots/*/*"))) < 5 or not hub.stalled.is_set():
+        assert first.poll() is None, first.wait()
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait().returncode == -signal.SIGKILL
     hub.stall = None
     hub.asked.clear()
     run = child(environment)

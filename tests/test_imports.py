@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 from tiny import moe
 
@@ -174,7 +175,7 @@ def test_loading_a_model_does_not_import_the_compiler(tmp_path: Path) -> None:
         f"import sys, handful; handful.load({str(tmp_path / 'model')!r}); handful.train; handful.generate\n"
         f"print([name for name in {names} if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
+    assert fresh.python("-c", code).stdout == "[]\n"
 
 
 def test_public_names_are_sorted_and_listed_once() -> None:

@@ -6,10 +6,10 @@ import itertools
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -152,9 +152,7 @@ for call in (
 
 
 def run_python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
-    )
+    done = fresh.python("-c", code, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,10 +5,10 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -46,8 +46,7 @@ def granted_features() -> dict[str, set[str]]:
 
 def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own: HANDFUL_ISA is read once."""
-    env = {**os.environ, "HANDFUL_ISA": isa}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    return fresh.python("-c", code, env={**os.environ, "HANDFUL_ISA": isa})
 
 
 @pytest.fixture

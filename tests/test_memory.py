@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import tokenizers
 import torch
@@ -235,7 +236,6 @@ import sys, handful, torch
 from handful import memory
 from test_memory import read
 torch.set_num_threads(1)
-sys.stdin.readline()
 model, store = memory.load(sys.argv[1], 10**9)
 with store:
     print(float(torch.stack([x.double().sum() for x in read(model)]).sum()))
@@ -246,21 +246,10 @@ def test_processes_that_pack_at_once(tmp_path: Path) -> None:
     """All of them get the model, one of them packs, and what a killed one left behind goes."""
     folder = made(tmp_path / "model", moe({"experts": 32, "top_k": 3}, layers=3, width=64, expert_width=64))
     (folder / ".new-experts-float32.pack-1-ab").write_bytes(b"x" * 1000)
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACE, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONPATH": path},
-        )
-        for _ in range(3)
-    ]  # fmt: skip
-    for job in jobs:
-        assert job.stdin is not None
-        job.stdin.write("go\n")
-        job.stdin.flush()
-    ends = [job.communicate() for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], ends
-    assert len({out for out, _ in ends}) == 1
+    jobs = [fresh.Process("-c", RACE, folder) for _ in range(3)]
+    ends = [job.wait() for job in jobs]
+    assert [end.returncode for end in ends] == [0, 0, 0], ends
+    assert len({end.stdout for end in ends}) == 1
     assert [file.name for file in folder.glob("*pack*")] == ["experts-float32.pack"]
 
 

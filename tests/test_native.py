@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import fresh
 import levels
 import pytest
 import torch
@@ -785,8 +785,7 @@ def test_linears_refuse_what_does_not_fit() -> None:
 
 
 def python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HANDFUL_ISA": isa}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, check=False)
+    return fresh.python(*arguments, env={**os.environ, "HANDFUL_ISA": isa})
 
 
 @pytest.mark.parametrize("level", LEVELS[:-1])

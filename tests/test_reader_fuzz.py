@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -211,7 +211,7 @@ assert time.perf_counter() - began < 20
 
 
 def bombed(path: Path, memory: int) -> str:
-    run = subprocess.run([sys.executable, "-c", CHILD, str(path), str(memory)], capture_output=True, text=True)
+    run = fresh.python("-c", CHILD, path, str(memory))
     assert run.returncode == 0, run.stderr[-500:]
     assert run.stdout.count("\n") == 1
     return run.stdout

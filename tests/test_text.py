@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import huggingface_hub
 import pytest
 import tokenizers
@@ -264,4 +263,4 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_the_hub_is_imported_only_when_asked_for() -> None:
     code = "import sys, handful.text; sys.exit('huggingface_hub' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert fresh.python("-c", code).returncode == 0

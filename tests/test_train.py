@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -762,8 +762,8 @@ def test_sigkill_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The command itself, killed while a checkpoint is written, and at an odd moment; then it ends."""
     run, text = tmp_path / "run", write_text(tmp_path / "text")
     (tmp_path / "config.toml").write_text(CONFIG.format(text=str(text)))
-    environment = os.environ | {"HANDFUL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "handful", "train"]
+    environment = os.environ | {"HANDFUL_CACHE": str(tmp_path / "cache")}
+    command = ["-m", "handful", "train"]
     begin = [*command, str(tmp_path / "config.toml"), "--out", str(run)]
     resume = [*command, "--resume", "--out", str(run)]
     folder = run / "checkpoints"
@@ -774,15 +774,14 @@ def test_sigkill_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     reached = 0
     for number, moment in enumerate(moments):
-        process = subprocess.Popen(resume if number else begin, env=environment, stderr=subprocess.PIPE)
+        process = fresh.Process(*(resume if number else begin), env=environment)
         limit = time.monotonic() + 300
         while not moment():
-            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert process.poll() is None, process.wait()
             assert time.monotonic() < limit
-            time.sleep(0.0005 if folder.exists() else 0.02)  # it takes seconds to begin
+            time.sleep(0.0005)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait().returncode == -signal.SIGKILL
         assert reached < steps_done(run) < 40
         reached = steps_done(run)
     monkeypatch.setenv("HANDFUL_CACHE", environment["HANDFUL_CACHE"])
@@ -987,18 +986,16 @@ def test_sigkill_of_a_run_from_a_model(tmp_path: Path, monkeypatch: pytest.Monke
     data = load_data(str(text), vocab=300, cache=tmp_path / "cache")
     save(mixture(data), start)
     (tmp_path / "from.toml").write_text(FROM.format(text=str(text)))
-    environment = os.environ | {"HANDFUL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "handful", "train"]
-    begin = [*command, str(tmp_path / "from.toml"), "--from", str(start), "--only", "experts", "--out", str(run)]
-    process = subprocess.Popen(begin, env=environment, stderr=subprocess.PIPE)
+    environment = os.environ | {"HANDFUL_CACHE": str(tmp_path / "cache")}
+    begin = ["-m", "handful", "train", tmp_path / "from.toml", "--from", start, "--only", "experts", "--out", run]
+    process = fresh.Process(*begin, env=environment)
     limit = time.monotonic() + 300
     while not (run / "run.json").exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.wait()
         assert time.monotonic() < limit
         time.sleep(0.0005)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait().returncode == -signal.SIGKILL
     assert steps_done(run) < 40
     start.rename(tmp_path / "elsewhere")
     monkeypatch.setenv("HANDFUL_CACHE", environment["HANDFUL_CACHE"])
