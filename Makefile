@@ -20,7 +20,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1
 SANITIZED := build/sanitize/handful/_native.abi3.so
 
-.PHONY: help demo test check sanitize emulate compilers wheel wheel-test bench browser-test clean
+.PHONY: help demo test test-torch check sanitize emulate compilers wheel wheel-test bench browser-test clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -31,6 +31,10 @@ demo: $(RUNTIME) ## train the three teams on the default text, then show the tab
 
 test: $(DEV) ## run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/browser
+
+# As on ARM and macOS: everything through torch.
+test-torch: $(DEV) ## run the tests of models, experts, memory and training without the kernels
+	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_{attention,balance,batching,choice,engine,experts,machine,memory,model,moe,padding,quantized,replay,stored,transformers,verify}.py
 
 check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ Tensors part(const Tensors& all, size_t first, size_t end) {
 template <class... Given>
 Tensor torchs(const char* name, const char* overload, const Given&... given) {
   std::array<StableIValue, sizeof...(given)> stack{from(given)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 

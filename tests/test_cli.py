@@ -294,7 +294,7 @@ def test_doctor(handful: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["dtype"], row["picked"]) for row in found["timed"]] == [
         (dtype, found["experts"][dtype]["backend"]) for dtype in ("float32", "bfloat16")
     ]
-    assert found["experts"]["float16"]["backend"] == "grouped"
+    assert found["experts"]["float16"]["backend"] == "reference"
     assert (found["handful"], found["measured"]) == (__version__, vars(rates))
     assert found["machine"]["cores"] >= 1
     result = handful("doctor")

@@ -987,7 +987,18 @@ def test_sigkill_of_a_run_from_a_model(tmp_path: Path, monkeypatch: pytest.Monke
     save(mixture(data), start)
     (tmp_path / "from.toml").write_text(FROM.format(text=str(text)))
     environment = os.environ | {"HANDFUL_CACHE": str(tmp_path / "cache")}
-    begin = ["-m", "handful", "train", tmp_path / "from.toml", "--from", start, "--only", "experts", "--out", run]
+    begin: list[str | Path] = [
+        "-m",
+        "handful",
+        "train",
+        tmp_path / "from.toml",
+        "--from",
+        start,
+        "--only",
+        "experts",
+        "--out",
+        run,
+    ]
     process = fresh.Process(*begin, env=environment)
     limit = time.monotonic() + 300
     while not (run / "run.json").exists():
