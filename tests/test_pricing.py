@@ -395,11 +395,11 @@ def test_a_field_that_is_missing_is_named(name: str) -> None:
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_name(values: dict[str, Any], message: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=message) as caught:
         count_from_hf(values)
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 STARTS = [{"model_type": name, **shape} for name, shape in SHAPES] + [NOVEL, *CONFIGS.values()]

@@ -201,12 +201,12 @@ from handful.checkpoint import read_tensors
 from handful.errors import CheckpointError
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]), held + int(sys.argv[2])))
-began = time.perf_counter()
+began = time.process_time()
 try:
     print(len(read_tensors(sys.argv[1])))
 except CheckpointError as error:
     print(error)
-assert time.perf_counter() - began < 20
+assert time.process_time() - began < 20
 """
 
 
@@ -248,9 +248,9 @@ def test_many_tensors(tmp_path: Path) -> None:
     entry = ',"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     header = "".join(entry % i for i in range(50_000)).replace(",", "{", 1) + "}"
     (tmp_path / "many.safetensors").write_bytes(assemble(header.encode()))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(read_tensors(tmp_path / "many.safetensors")) == 50_000
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,9 +328,9 @@ def test_sizes_that_no_file_has(tmp_path: Path, router: dict[str, Any], bad: int
             table = table[name]
         table[key] = bad
         (folder / "config.json").write_text(json.dumps(values))
-        began = time.perf_counter()
+        began = time.process_time()
         refused += said(lambda: load(folder), limit=1500) != ""
-        assert time.perf_counter() - began < 5, place
+        assert time.process_time() - began < 5, place
     assert refused > 6  # token ids and the context may be anything
 
 
