@@ -12,8 +12,8 @@
 #include <cstring>
 #include <vector>
 
-#include "experts.h"
-#include "layer.h"
+#include "experts_call.h"
+#include "operations.h"
 
 namespace handful {
 namespace {

@@ -8,7 +8,7 @@
 //   panel   unit u of column c       at panel[u * kPanel + c]
 //   tile    row r of column c        at tile[r * kPanel + c], float32
 //
-// Codes may be multiplied as bytes instead, with panels of another form: see kernels_avx512_bytes.cpp.
+// Codes may be multiplied as bytes instead, with panels of another form: see gemm_avx512_vnni.cpp.
 //
 // Tokens are columns, so weights are the left matrix as they lie in memory: nothing is transposed in a forward pass
 // but the tokens, which are few.
@@ -24,7 +24,7 @@ constexpr int kLeftStride = kDepth + 16;  // units; not a power of two, which wo
 constexpr int kRows = 96;               // rows of a left block
 constexpr int kUnitGrid = 16;           // panels and left rows are zero up to a multiple of so many units
 
-// Panels of bytes (kernels_avx512_bytes.cpp): for every kByteDepth values a row of 32 units, which says what groups
+// Panels of bytes (gemm_avx512_vnni.cpp): for every kByteDepth values a row of 32 units, which says what groups
 // come a second time, and room for each group twice.
 constexpr int kByteDepth = 512;           // values that are multiplied at once
 constexpr int kByteGroup = 32;            // that share a scale

@@ -1,4 +1,4 @@
-// The kernels of every level that is compiled in; kernels.cpp chooses among those that the CPU has.
+// The kernels of every level that is compiled in; levels.cpp chooses among those that the CPU has.
 //
 // A level's file lies between BEGIN_LEVEL, which switches its instructions on, and END_LEVEL, and has an unnamed
 // namespace for all of its functions: one that another file could be given instead of its own copy, or that runs before

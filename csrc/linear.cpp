@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "experts.h"
-#include "layer.h"
+#include "experts_call.h"
+#include "operations.h"
 
 namespace handful {
 namespace {

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bandwidth.h"
-#include "experts.h"
 #include "isa.h"
 #include "levels.h"
+#include "operations.h"
 
 namespace {
 

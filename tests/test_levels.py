@@ -24,8 +24,10 @@ pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_er
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
-# Files that may hold instructions beyond the baseline; bandwidth.cpp by functions of its own with a target each.
-LEVEL_FILES = {path.name for path in CSRC.glob("kernels_*.cpp")} | {"bandwidth.cpp"}
+# Files of one level each. Beside them only bandwidth.cpp may hold instructions beyond the baseline, by functions of its
+# own with a target each.
+LEVELS = sorted([*CSRC.glob("gemm_*.cpp"), *CSRC.glob("gemv_*.cpp")])
+LEVEL_FILES = {path.name for path in LEVELS} | {"bandwidth.cpp"}
 # First bytes of instructions of AVX and later, in 64-bit code: VEX and EVEX. Before them only a segment or an address
 # size may stand.
 VEX, EVEX, BEFORE = {"c4", "c5"}, {"62"}, {"2e", "36", "3e", "26", "64", "65", "67"}
@@ -74,7 +76,7 @@ def misplaced(library: Path) -> tuple[list[str], set[str]]:
             files.add(file)
             if binding != "LOCAL" or file not in LEVEL_FILES or name.startswith("_GLOBAL__sub_I"):
                 wrong.append(f"{name} ({binding}, {file or 'of no file'})")
-            elif file == "kernels_avx2.cpp" and firsts & EVEX:
+            elif file.endswith("_avx2.cpp") and firsts & EVEX:
                 wrong.append(f"{name}: AVX-512 in {file}")
     return wrong, files
 
@@ -88,7 +90,7 @@ def test_instructions_of_a_level_are_in_local_functions_of_its_file() -> None:
     assert files == LEVEL_FILES  # all of them were looked at
 
 
-@pytest.mark.parametrize("file", sorted(CSRC.glob("kernels_*.cpp")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", LEVELS, ids=lambda file: file.name)
 def test_a_level_needs_what_it_is_compiled_for(file: Path) -> None:
     text = file.read_text()
     compiled = re.search(r'BEGIN_LEVEL\("(.*)"\)', text)

@@ -1,6 +1,6 @@
 """Experts by our own C++ kernels, on CPU: one operation, no Python per expert, no copy of a weight.
 
-csrc/experts.cpp and csrc/experts_backward.cpp say how; they choose among AVX2, AVX-512 and AMX at run time and use
+csrc/experts_*.cpp say how; they choose among AVX2, AVX-512 and AMX at run time and use
 torch's threads. Products are in float32, or in bfloat16 with float32 sums; the same bits come out for any number of
 threads. Quantised weights (handful/quantize.py) have a forward pass only.
 
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
-FEW = 16  # tokens up to which they read a quantised matrix as a stream (few in csrc/kernels.cpp)
+FEW = 16  # tokens up to which they read a quantised matrix as a stream (few in csrc/levels.cpp)
 # Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16,
 # and of others.
 AMX, PAIRED, SINGLE = 16, 128, 4

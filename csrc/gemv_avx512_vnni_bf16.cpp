@@ -27,9 +27,9 @@ INLINE F multiply_floats(F sums, U a, U b) {
 }
 
 #define PAIRS
-#define CODES "codes_bytes.inc"
-#include "stream.inc"
-#include "attend.inc"
+#define CODES "gemv_codes_bytes.inc"
+#include "gemv.inc"
+#include "attention_decode.inc"
 
 }  // namespace
 

@@ -20,9 +20,9 @@ constexpr int W = 16;
 
 #include "vectors.inc"
 
-#define CODES "codes_bytes.inc"
-#include "stream.inc"
-#include "attend.inc"
+#define CODES "gemv_codes_bytes.inc"
+#include "gemv.inc"
+#include "attention_decode.inc"
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// The kernels with 8 lanes, for CPUs that have AVX2, FMA and F16C.
+// The kernels with 16 lanes, for CPUs that have AVX-512 (F, BW, DQ and VL).
 #include <immintrin.h>
 
 #include <cmath>
@@ -9,15 +9,15 @@
 
 #include "levels.h"
 
-BEGIN_LEVEL("avx2,fma,f16c")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 namespace handful {
 namespace {
 
-constexpr uint32_t kNeeds = kAvx2;
+constexpr uint32_t kNeeds = kAvx2 | kAvx512;
 
 constexpr Type kOwn = Type::kFloat32;
-constexpr int W = 8, VALUES = 1, LEFT_ROWS = 6, ACROSS = 2;
+constexpr int W = 16, VALUES = 1, LEFT_ROWS = 6, ACROSS = 4;
 
 #include "vectors.inc"
 
@@ -26,31 +26,31 @@ INLINE Sums multiply_add(Sums tile, Units left, Units right) {
   return tile + bits<Sums>(left) * bits<Sums>(right);
 }
 
-#include "dequantize.inc"
-#include "products.inc"
+#include "gemm_float32.inc"
+#include "gemm.inc"
 
 typedef int16_t S __attribute__((vector_size(4 * W)));
 
 INLINE I multiply_pairs(I sums, S a, S b) {
-  return sums + bits<I>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+  return sums + bits<I>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
 }
 
-INLINE S signed_bytes(const char* from) { return bits<S>(_mm256_cvtepi8_epi16(load<__m128i>(from))); }
-INLINE S unsigned_bytes(const char* from) { return bits<S>(_mm256_cvtepu8_epi16(load<__m128i>(from))); }
+INLINE S signed_bytes(const char* from) { return bits<S>(_mm512_cvtepi8_epi16(load<__m256i>(from))); }
+INLINE S unsigned_bytes(const char* from) { return bits<S>(_mm512_cvtepu8_epi16(load<__m256i>(from))); }
 
-#define CODES "codes_pairs.inc"
-#include "stream.inc"
-#include "attend.inc"
+#define CODES "gemv_codes_int16.inc"
+#include "gemv.inc"
+#include "attention_decode.inc"
 
 void nothing() {}
 
 }  // namespace
 
-constexpr Kernels kAvx2Kernels = {"AVX2", kNeeds, VALUES, true, nothing, nothing,
+constexpr Kernels kAvx512Kernels = {"AVX-512", kNeeds, VALUES, true, nothing, nothing,
                                   pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
                                   activate, activate_backward, soften, scale_columns,
                                   store_transposed, store_rows};
-constexpr Stream kAvx2Stream = loops("AVX2");
+constexpr Stream kAvx512Stream = loops("AVX-512");
 
 }  // namespace handful
 

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "plan.h"
+#include "expert_sort.h"
+#include "runtime.h"
 #include "weights.h"
-#include "work.h"
 
 namespace handful {
 

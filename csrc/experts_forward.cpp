@@ -1,12 +1,12 @@
 // The forward pass. Experts with many tokens multiply tiles (kernels.h), those with few stream their weights once.
-#include "experts.h"
+#include "operations.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "layer.h"
+#include "experts_call.h"
 
 namespace handful {
 namespace {

@@ -1,4 +1,4 @@
-#include "work.h"
+#include "runtime.h"
 
 #include <sys/mman.h>
 

@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "experts.h"
-#include "layer.h"
-#include "work.h"
+#include "experts_call.h"
+#include "operations.h"
+#include "runtime.h"
 
 namespace handful {
 namespace {

@@ -61,7 +61,7 @@ INLINE int dequantize(char* to, const Matrix& m, int64_t row, int64_t k0, int co
   return whole;
 }
 
-#include "products.inc"
+#include "gemm.inc"
 
 void nothing() {}
 

@@ -10,8 +10,8 @@
 #include <limits>
 #include <vector>
 
-#include "layer.h"
-#include "work.h"
+#include "experts_call.h"
+#include "runtime.h"
 
 namespace handful {
 namespace {

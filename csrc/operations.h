@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
 std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
                             std::vector<Tensor> biases, int64_t bits, int64_t group);
 
-// What decoding does beside them: decode.cpp and route.cpp say what is given.
+// What decoding does beside them: attention_decode.cpp and router.cpp say what is given.
 Tensor rms_norm(Tensor x, Tensor weight, double eps);
 Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
                   Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "expert_sort.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "layer.h"
+#include "experts_call.h"
 
 #include <algorithm>
 

@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "experts.h"
-#include "layer.h"
+#include "experts_call.h"
+#include "operations.h"
 
 namespace handful {
 namespace {
