@@ -72,9 +72,9 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
     const Buffer buffer(width * 4);
     float* row = buffer.as<float>();
     for (int64_t r = i * some; r < std::min(rows, (i + 1) * some); ++r) {
-      stream().to_float(row, from + r * bytes, type, width);
-      stream().normalize(row, row, scale, weight_type, static_cast<float>(eps), width);
-      stream().from_float(to + r * bytes, row, type, width);
+      gemv().to_float(row, from + r * bytes, type, width);
+      gemv().normalize(row, row, scale, weight_type, static_cast<float>(eps), width);
+      gemv().from_float(to + r * bytes, row, type, width);
     }
   });
   return y;
@@ -90,7 +90,7 @@ int64_t likeliest(Tensor logits) {
   float best = 0;
   for (int64_t first = 0; first < logits.size(0); first += kSome) {
     const int64_t count = std::min(kSome, logits.size(0) - first), whole = (count + 15) / 16 * 16;
-    stream().to_float(some, data_of(logits) + first * bytes_of(type), type, count);
+    gemv().to_float(some, data_of(logits) + first * bytes_of(type), type, count);
     std::fill(some + count, some + whole, some[0]);
     __m128 most[4] = {_mm_load_ps(some), _mm_load_ps(some), _mm_load_ps(some), _mm_load_ps(some)};
     __m128 strange = _mm_cmpunord_ps(most[0], most[0]);
@@ -163,7 +163,7 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
   const Buffer sink_buffer(H * 4);
   if (sinks.has_value()) {
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == H && sinks->is_contiguous(), "sinks are not one for each head");
-    stream().to_float(sink_buffer.as<float>(), data_of(*sinks), float_type(*sinks, "sinks"), H);
+    gemv().to_float(sink_buffer.as<float>(), data_of(*sinks), float_type(*sinks, "sinks"), H);
   }
 
   Tensor out = torch::stable::empty_like(q);
@@ -177,24 +177,24 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
     float *row = row_buffer.as<float>(), *scratch = row + J * d;
     const auto normed = [&](float* rows, int64_t heads, const char* weight, Type of) {
       if (weight != nullptr && whole_norm) {
-        stream().normalize(rows, rows, weight, of, static_cast<float>(eps), heads * d);
+        gemv().normalize(rows, rows, weight, of, static_cast<float>(eps), heads * d);
       }
       for (int64_t h = 0; h < heads; ++h) {
         float* head = rows + h * d;
-        if (weight != nullptr && !whole_norm) stream().normalize(head, head, weight, of, static_cast<float>(eps), d);
+        if (weight != nullptr && !whole_norm) gemv().normalize(head, head, weight, of, static_cast<float>(eps), d);
         rotation.turn(head, scratch);
       }
     };
     const auto hold = [&](char* to) {
-      for (int64_t j = 0; j < J; ++j) stream().from_float(to + (j * past.room + past.length) * bytes, row + j * d, held, d);
+      for (int64_t j = 0; j < J; ++j) gemv().from_float(to + (j * past.room + past.length) * bytes, row + j * d, held, d);
     };
     float* queries = q_buffer.as<float>() + b * H * d;
-    stream().to_float(queries, data_of(q) + b * H * d * bytes_of(type), type, H * d);
+    gemv().to_float(queries, data_of(q) + b * H * d * bytes_of(type), type, H * d);
     normed(queries, H, q_scale, q_type);
-    stream().to_float(row, data_of(k) + b * J * d * bytes_of(type), type, J * d);
+    gemv().to_float(row, data_of(k) + b * J * d * bytes_of(type), type, J * d);
     normed(row, J, k_scale, k_type);
     hold(past.keys);
-    stream().to_float(row, data_of(v) + b * J * d * bytes_of(type), type, J * d);
+    gemv().to_float(row, data_of(v) + b * J * d * bytes_of(type), type, J * d);
     hold(past.values);
   });
   char* to = static_cast<char*>(out.mutable_data_ptr());
@@ -207,9 +207,9 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
     const Buffer scores(group * count * 4);
     float* answers = out_buffer.as<float>() + heads * d;
     const float* sink = sinks.has_value() ? sink_buffer.as<float>() + i % J * group : nullptr;
-    stream().attend({q_buffer.as<float>() + heads * d, group, d, d, past.keys + from, past.values + from, held, bytes,
+    gemv().attend({q_buffer.as<float>() + heads * d, group, d, d, past.keys + from, past.values + from, held, bytes,
                      bytes, count, static_cast<float>(scale), sink, scores.as<float>(), answers});
-    stream().from_float(to + heads * d * bytes_of(type), answers, type, group * d);
+    gemv().from_float(to + heads * d * bytes_of(type), answers, type, group * d);
   });
   return out;
 }

@@ -49,7 +49,7 @@ struct Job {
   float scale;
   int64_t window;  // 0: none
   char* y;         // (B, S, H, width of v)
-  const Kernels& kernels;
+  const Gemm& gemm;
 
   int64_t group() const { return q.heads / k.heads; }  // queries of a token that share its key
   int64_t past() const { return k.tokens - q.tokens; }
@@ -61,8 +61,8 @@ struct Job {
 void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   const int64_t G = group(), d = k.width, dv = v.width;
   const auto panels = static_cast<int>((end - first + kPanel - 1) / kPanel);
-  const int64_t q_units = panel_units(d, kernels.values) * kPanel;
-  const int64_t p_units = panel_units(kRows, kernels.values) * kPanel;
+  const int64_t q_units = panel_units(d, gemm.values) * kPanel;
+  const int64_t p_units = panel_units(kRows, gemm.values) * kPanel;
   const int64_t row_blocks = (dv + kRows - 1) / kRows, tile = int64_t{kRows} * kPanel;
   const Buffer buffer((panels * (q_units + p_units + row_blocks * tile + 3 * kPanel)) * 4);
   uint32_t* queries = buffer.as<uint32_t>();
@@ -88,12 +88,12 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
       largest[p * kPanel + c] = sinks == nullptr ? kNothing : sinks[head(column)];
       sums[p * kPanel + c] = sinks == nullptr ? 0.0f : 1.0f;
     }
-    kernels.pack_tokens(queries + p * q_units, rows, count(p), type, d);
+    gemm.pack_tokens(queries + p * q_units, rows, count(p), type, d);
   }
 
   const Workspace& w = Workspace::mine();
   const Matrix keys = k.matrix(b, j, type), values = v.matrix(b, j, type);
-  kernels.begin();
+  gemm.begin();
   // From a multiple of kRows on, so that a chunk of a prompt does not change how its sums are cut.
   for (int64_t k0 = oldest(token(first)) / kRows * kRows; k0 <= own(token(end - 1)); k0 += kRows) {
     const auto some = static_cast<int>(std::min<int64_t>(kRows, k.tokens - k0));
@@ -102,7 +102,7 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
     while (to > from && oldest(token(at(to - 1, 0))) >= k0 + some) --to;
     if (from == to) continue;
     const int last = count(to - 1);
-    multiply_matrix(kernels, w, {keys, some, 1, {k0}}, {queries + from * q_units, q_units, to - from, last}, d, false);
+    multiply_matrix(gemm, w, {keys, some, 1, {k0}}, {queries + from * q_units, q_units, to - from, last}, d, false);
     for (int p = from; p < to; ++p) {
       int firsts[kPanel], ends[kPanel];
       bool all = true;
@@ -113,11 +113,11 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
         all = all && firsts[c] == 0 && ends[c] == some;
       }
       float* factor = factors + p * kPanel;
-      if (kernels.soften({w.tile(p - from), some, scale, firsts, ends, all, largest + p * kPanel, sums + p * kPanel,
-                          factor, shares + p * p_units})) {
+      if (gemm.online_softmax({w.tile(p - from), some, scale, firsts, ends, all, largest + p * kPanel,
+                               sums + p * kPanel, factor, shares + p * p_units})) {
         for (int64_t i = 0; i < row_blocks; ++i) {
           const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
-          kernels.scale_columns(results + (i * panels + p) * tile, rows, factor);
+          gemm.scale_columns(results + (i * panels + p) * tile, rows, factor);
         }
       }
     }
@@ -125,13 +125,13 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
       const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
       Matrix block = values;
       block.data = values.row(k0);
-      kernels.pack_columns(w.left, block, i * kRows, rows, 0, some);
-      kernels.multiply({results + (i * panels + from) * tile, reinterpret_cast<const char*>(w.left), kLeftStride * 4,
-                        rows, shares + from * p_units, p_units, (to - from - 1) * kPanel + last,
-                        (some + kernels.values - 1) / kernels.values, true});
+      gemm.pack_columns(w.left, block, i * kRows, rows, 0, some);
+      gemm.multiply({results + (i * panels + from) * tile, reinterpret_cast<const char*>(w.left), kLeftStride * 4,
+                     rows, shares + from * p_units, p_units, (to - from - 1) * kPanel + last,
+                     (some + gemm.values - 1) / gemm.values, true});
     }
   }
-  kernels.end();
+  gemm.end();
   for (int p = 0; p < panels; ++p) {
     char* out[kPanel];
     for (int c = 0; c < count(p); ++c) {
@@ -141,8 +141,8 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
     for (int64_t i = 0; i < row_blocks; ++i) {
       const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
       float* result = results + (i * panels + p) * tile;
-      kernels.scale_columns(result, rows, factors);
-      kernels.store_transposed(out, i * kRows, type, result, rows, count(p));
+      gemm.scale_columns(result, rows, factors);
+      gemm.store_transposed(out, i * kRows, type, result, rows, count(p));
     }
   }
 }
@@ -173,7 +173,7 @@ Tensor attend_many(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, do
                 static_cast<float>(scale),
                 window,
                 static_cast<char*>(y.mutable_data_ptr()),
-                kernels(type == Type::kBFloat16)};
+                gemm_for(type == Type::kBFloat16)};
   const int64_t columns = S * job.group(), some = kPanels * kPanel, blocks = (columns + some - 1) / some;
   const double cost = 0.01 * static_cast<double>(some * keys.tokens * (keys.width + values.width));
   each(B * J * blocks, cost, [&](int64_t i) {

@@ -15,10 +15,10 @@ using torch::stable::Tensor;
 struct Panel {
   int expert;
   int count;
-  int64_t first;  // of them, in Plan::order
+  int64_t first;  // of them, in ExpertSort::order
 };
 
-struct Plan {
+struct ExpertSort {
   int64_t tokens, top_k;
   std::vector<int64_t> order;      // assignments (token · top_k + slot) that are computed, by expert, earlier tokens first
   std::vector<int64_t> tokens_of;  // of each in `order`
@@ -36,7 +36,7 @@ struct Plan {
 int64_t most_panels(int64_t assignments, int64_t experts);
 
 // Of tokens `first` up to `end`, which the plan counts from 0. Throws for an expert that does not exist.
-Plan make_plan(const Tensor& experts, const std::optional<Tensor>& dropped, int64_t first, int64_t end,
-               int64_t expert_count);
+ExpertSort sort_by_expert(const Tensor& experts, const std::optional<Tensor>& dropped, int64_t first, int64_t end,
+                          int64_t expert_count);
 
 }  // namespace handful

@@ -19,9 +19,10 @@ void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights,
                   "dropped is not a contiguous matrix of experts' shape of type bool");
 }
 
-Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, const std::optional<Tensor>& dropped,
-               const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
-               const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16) {
+ExpertsCall make_call(const Tensor& x, const Tensor& experts, const Tensor* weights,
+                      const std::optional<Tensor>& dropped, const WeightTensors& gate_up, const WeightTensors& down,
+                      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
+                      const std::string& activation, int64_t hidden, bool bf16) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
   STD_TORCH_CHECK(gate_up.codes.dim() == 3 && down.codes.dim() == 3,
                   "gate_up and down are not (experts, rows, columns)");
@@ -34,7 +35,7 @@ Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, co
   Stack first = make_stack(gate_up, gate_up_bias, "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width);
   Stack second = make_stack(down, down_bias, "down", count, width, hidden);
   for (Matrix* m : {&first.first, &second.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
-  return {&kernels(bf16, first.first.type),
+  return {&gemm_for(bf16, first.first.type),
           count,
           width,
           hidden,
@@ -58,44 +59,47 @@ void fill_with_bias(const Workspace& w, int panels, const Stack& stack, int64_t 
   }
 }
 
-void store_assignments(const Call& call, const Plan& plan, const Item& item, const Workspace& w, float* rows_ND) {
+void store_assignments(const ExpertsCall& call, const ExpertSort& sorted, const GemmItem& item, const Workspace& w,
+                       float* rows_ND) {
   for (int p = 0; p < item.panels; ++p) {
-    const Panel& panel = plan.panels[item.panel + p];
+    const Panel& panel = sorted.panels[item.panel + p];
     char* out[kPanel];
     for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(rows_ND + (panel.first + c) * call.width);
-    call.kernels->store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
+    call.gemm->store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
   }
 }
 
-void pack_right(const Kernels& kernels, uint32_t* to, const char* const* rows, int count, Type type, int64_t width) {
-  if (kernels.quantize == nullptr) return kernels.pack_tokens(to, rows, count, type, width);
-  const Buffer buffer(panel_units(width, kernels.values) * kPanel * 4);
-  kernels.pack_tokens(buffer.as<uint32_t>(), rows, count, type, width);
-  kernels.quantize(to, buffer.as<float>(), width, kInputLimit);
+void pack_right(const Gemm& gemm, uint32_t* to, const char* const* rows, int count, Type type, int64_t width) {
+  if (gemm.quantize == nullptr) return gemm.pack_tokens(to, rows, count, type, width);
+  const Buffer buffer(panel_units(width, gemm.values) * kPanel * 4);
+  gemm.pack_tokens(buffer.as<uint32_t>(), rows, count, type, width);
+  gemm.quantize(to, buffer.as<float>(), width, kInputLimit);
 }
 
-void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to) {
-  const Panel& p = plan.panels[panel];
+void pack_panel(const ExpertsCall& call, const ExpertSort& sorted, int64_t panel, const char* x, Type type,
+                uint32_t* to) {
+  const Panel& p = sorted.panels[panel];
   const char* rows[kPanel];
   for (int c = 0; c < p.count; ++c) {
-    rows[c] = x + (call.first_token + plan.token(p.first + c)) * call.width * bytes_of(type);
+    rows[c] = x + (call.first_token + sorted.token(p.first + c)) * call.width * bytes_of(type);
   }
-  pack_right(*call.kernels, to, rows, p.count, type, call.width);
+  pack_right(*call.gemm, to, rows, p.count, type, call.width);
 }
 
-void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type) {
-  const int64_t K = plan.top_k, D = width;
+void sum_rows(int64_t width, const ExpertSort& sorted, const float* rows_ND, const float* weights_TK, char* y,
+              Type type) {
+  const int64_t K = sorted.top_k, D = width;
   const std::vector<float> ones(K, 1.0f);
   constexpr int64_t kTokens = 16;  // of an item
-  each((plan.tokens + kTokens - 1) / kTokens, 0.2 * static_cast<double>(kTokens * K * D), [&](int64_t i) {
+  each((sorted.tokens + kTokens - 1) / kTokens, 0.2 * static_cast<double>(kTokens * K * D), [&](int64_t i) {
     std::vector<const float*> rows(K);
-    for (int64_t t = i * kTokens; t < std::min(plan.tokens, (i + 1) * kTokens); ++t) {
+    for (int64_t t = i * kTokens; t < std::min(sorted.tokens, (i + 1) * kTokens); ++t) {
       for (int64_t k = 0; k < K; ++k) {
-        const int64_t n = plan.place[t * K + k];
+        const int64_t n = sorted.place[t * K + k];
         rows[k] = n < 0 ? nullptr : rows_ND + n * D;
       }
       const float* weights = weights_TK == nullptr ? ones.data() : weights_TK + t * K;
-      stream().combine(y + t * D * bytes_of(type), type, rows.data(), weights, static_cast<int>(K), D);
+      gemv().combine(y + t * D * bytes_of(type), type, rows.data(), weights, static_cast<int>(K), D);
     }
   });
 }
@@ -103,11 +107,11 @@ void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float
 void Prepared::fill(int64_t i, const char* x, Type type) const {
   if (type == Type::kFloat32) return fill(i, reinterpret_cast<const float*>(x), type);
   std::vector<float> wide(width_);
-  stream().to_float(wide.data(), x, type, width_);
+  gemv().to_float(wide.data(), x, type, width_);
   fill(i, wide.data(), Type::kFloat32);
 }
 
-void add_stream_items(std::vector<StreamItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
+void add_gemv_items(std::vector<GemvItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
                       int64_t first, int count) {
   // About 32 turns in all, but no item so short that it does not pay and none so long that the last one is waited for.
   const int64_t bytes = std::clamp<int64_t>(matrices * stack.bytes() / 32, 32 << 10, 512 << 10);

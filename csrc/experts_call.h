@@ -13,8 +13,8 @@
 namespace handful {
 
 // One call of the operation, its arguments checked.
-struct Call {
-  const Kernels* kernels;
+struct ExpertsCall {
+  const Gemm* gemm;
   int64_t experts, width, hidden;  // E, D, F
   Activation kind;
   bool bf16;
@@ -35,24 +35,25 @@ struct Call {
 void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped);
 
 // `experts` and `dropped` must outlive the call. `weights` null: nothing is weighted and summed in it.
-Call make_call(const Tensor& x, const Tensor& experts, const Tensor* weights, const std::optional<Tensor>& dropped,
-               const Given& gate_up, const Given& down, const std::optional<Tensor>& gate_up_bias,
-               const std::optional<Tensor>& down_bias, const std::string& activation, int64_t hidden, bool bf16);
+ExpertsCall make_call(const Tensor& x, const Tensor& experts, const Tensor* weights,
+                      const std::optional<Tensor>& dropped, const WeightTensors& gate_up, const WeightTensors& down,
+                      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
+                      const std::string& activation, int64_t hidden, bool bf16);
 
 // A block of one matrix's rows, and the panels that meet it.
-struct Item {
+struct GemmItem {
   int expert, rows, panels;
   int64_t row, panel;
 };
 
 // Items for `rows` rows in blocks of `block`, for every expert that `wanted` names.
 template <class Wanted>
-std::vector<Item> items_of(const Plan& plan, int64_t rows, int64_t block, const Wanted& wanted) {
-  std::vector<Item> items;
-  for (int64_t e = 0; e + 1 < static_cast<int64_t>(plan.first_panel.size()); ++e) {
+std::vector<GemmItem> gemm_items(const ExpertSort& sorted, int64_t rows, int64_t block, const Wanted& wanted) {
+  std::vector<GemmItem> items;
+  for (int64_t e = 0; e + 1 < static_cast<int64_t>(sorted.first_panel.size()); ++e) {
     if (!wanted(e)) continue;
-    for (int64_t p = plan.first_panel[e]; p < plan.first_panel[e + 1]; p += Workspace::kGroup) {
-      const int64_t panels = std::min<int64_t>(Workspace::kGroup, plan.first_panel[e + 1] - p);
+    for (int64_t p = sorted.first_panel[e]; p < sorted.first_panel[e + 1]; p += Workspace::kGroup) {
+      const int64_t panels = std::min<int64_t>(Workspace::kGroup, sorted.first_panel[e + 1] - p);
       for (int64_t r = 0; r < rows; r += block) {
         items.push_back(
             {static_cast<int>(e), static_cast<int>(std::min(block, rows - r)), static_cast<int>(panels), r, p});
@@ -69,20 +70,23 @@ constexpr double kItemCost = 0.01 * kRows * kPanel;
 void fill_with_bias(const Workspace& w, int panels, const Stack& stack, int64_t matrix, int64_t row, int at, int rows);
 
 // Writes an item's tiles, transposed, to the rows that its assignments have in rows_ND.
-void store_assignments(const Call& call, const Plan& plan, const Item& item, const Workspace& w, float* rows_ND);
+void store_assignments(const ExpertsCall& call, const ExpertSort& sorted, const GemmItem& item, const Workspace& w,
+                       float* rows_ND);
 
 // Makes a panel of `count` rows of `width` values.
-void pack_right(const Kernels& kernels, uint32_t* to, const char* const* rows, int count, Type type, int64_t width);
+void pack_right(const Gemm& gemm, uint32_t* to, const char* const* rows, int count, Type type, int64_t width);
 
 // Makes a panel of the rows that its assignments' tokens have in `x`.
-void pack_panel(const Call& call, const Plan& plan, int64_t panel, const char* x, Type type, uint32_t* to);
+void pack_panel(const ExpertsCall& call, const ExpertSort& sorted, int64_t panel, const char* x, Type type,
+                uint32_t* to);
 
-inline Right panels_of(const Plan& plan, int64_t first, int panels, const uint32_t* all, int64_t stride) {
-  return {all + first * stride, stride, panels, plan.panels[first + panels - 1].count};
+inline Right panels_of(const ExpertSort& sorted, int64_t first, int panels, const uint32_t* all, int64_t stride) {
+  return {all + first * stride, stride, panels, sorted.panels[first + panels - 1].count};
 }
 
 // y[t] = sum over a token's assignments n of weights_TK[t][k] · rows_ND[n], in the order of k; `weights_TK` null: 1.
-void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float* weights_TK, char* y, Type type);
+void sum_rows(int64_t width, const ExpertSort& sorted, const float* rows_ND, const float* weights_TK, char* y,
+              Type type);
 
 // -------------------------------------------------------------------------------------------------------------------
 // Streaming.
@@ -91,11 +95,11 @@ void sum_rows(int64_t width, const Plan& plan, const float* rows_ND, const float
 class Prepared {
  public:
   Prepared(int64_t count, int64_t width, const Matrix& m)
-      : m_(m), width_(width), bytes_((stream().prepared_bytes(width, m) + 63) / 64 * 64), memory_(count * bytes_) {}
+      : m_(m), width_(width), bytes_((gemv().prepared_bytes(width, m) + 63) / 64 * 64), memory_(count * bytes_) {}
 
   char* row(int64_t i) const { return memory_.as<char>() + i * bytes_; }
   void fill(int64_t i, const char* x, Type type) const;
-  void fill(int64_t i, const float* x, Type) const { stream().prepare(row(i), x, width_, m_); }
+  void fill(int64_t i, const float* x, Type) const { gemv().prepare(row(i), x, width_, m_); }
 
  private:
   Matrix m_;
@@ -104,23 +108,23 @@ class Prepared {
 };
 
 // Rows of one matrix, and the vectors `first` to `first + count` that meet them.
-struct StreamItem {
+struct GemvItem {
   int matrix, count;
   int64_t first, row, rows;
 };
 
 // Cuts a matrix into items that are worth a thread's turn, of `matrices` like it that are read together. Long ones:
 // memory is slow at the beginning of each.
-void add_stream_items(std::vector<StreamItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
+void add_gemv_items(std::vector<GemvItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
                       int64_t first, int count);
 
 // out(n)[row] = stack[matrix][row] · vector(n) + bias; out(n) are `stride` floats apart.
 template <class Vector, class Out>
-void run_stream_item(const Stack& stack, const StreamItem& item, const Vector& vector, const Out& out, int64_t stride) {
+void run_gemv_item(const Stack& stack, const GemvItem& item, const Vector& vector, const Out& out, int64_t stride) {
   std::vector<const char*> vectors(item.count);
   for (int v = 0; v < item.count; ++v) vectors[v] = vector(item.first + v);
   float* to = out(item.first) + item.row;
-  stream().multiply(to, stride, stack[item.matrix], item.row, item.rows, vectors.data(), item.count, stack.width);
+  gemv().multiply(to, stride, stack[item.matrix], item.row, item.rows, vectors.data(), item.count, stack.width);
   if (stack.bias == nullptr) return;
   std::vector<float> bias(item.rows);
   stack.copy_bias(bias.data(), item.matrix, item.row, item.rows);
@@ -130,16 +134,16 @@ void run_stream_item(const Stack& stack, const StreamItem& item, const Vector& v
 }
 
 // The cost of an item like the given one, for `each`.
-inline double stream_cost(const Stack& stack, const StreamItem& item) {
+inline double gemv_cost(const Stack& stack, const GemvItem& item) {
   return 0.05 * static_cast<double>(item.rows * stack.first.stride);
 }
 
 template <class Vector, class Out>
-void run_stream_items(const Stack& stack, const std::vector<StreamItem>& items, const Vector& vector, const Out& out,
+void run_gemv_items(const Stack& stack, const std::vector<GemvItem>& items, const Vector& vector, const Out& out,
                       int64_t stride) {
-  const double cost = items.empty() ? 0 : stream_cost(stack, items[0]);
+  const double cost = items.empty() ? 0 : gemv_cost(stack, items[0]);
   each(static_cast<int64_t>(items.size()), cost,
-       [&](int64_t i) { run_stream_item(stack, items[i], vector, out, stride); });
+       [&](int64_t i) { run_gemv_item(stack, items[i], vector, out, stride); });
 }
 
 }  // namespace handful

@@ -17,45 +17,46 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kAtOnce = 16384, kLoad = 256;
 
 // Experts with many tokens: out_ND gets the rows of their assignments.
-void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many, float* out_ND, void* kept) {
-  const Kernels& kernels = *call.kernels;
-  const int values = kernels.values;
+void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& many, float* out_ND,
+              void* kept) {
+  const Gemm& gemm = *call.gemm;
+  const int values = gemm.values;
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
-  const int64_t x_units = right_units(kernels, D), a_units = panel_units(F, values) * kPanel;
-  const auto panels = static_cast<int64_t>(plan.panels.size());
+  const int64_t x_units = right_units(gemm, D), a_units = panel_units(F, values) * kPanel;
+  const auto panels = static_cast<int64_t>(sorted.panels.size());
   const auto wanted = [&](int64_t e) { return many[e] != 0; };
   const Buffer x_buffer(panels * x_units * 4), a_buffer(panels * a_units * 4);
   uint32_t* x_panels = x_buffer.as<uint32_t>();
   uint32_t* a_panels = a_buffer.as<uint32_t>();
 
   each(panels, 0.5 * D * kPanel, [&](int64_t p) {
-    if (wanted(plan.panels[p].expert)) pack_panel(call, plan, p, call.x, call.x_type, x_panels + p * x_units);
+    if (wanted(sorted.panels[p].expert)) pack_panel(call, sorted, p, call.x, call.x_type, x_panels + p * x_units);
   });
 
   const bool gate = is_gated(call.kind);
-  const std::vector<Item> first = items_of(plan, F, gate ? kRows / 2 : kRows, wanted);
+  const std::vector<GemmItem> first = gemm_items(sorted, F, gate ? kRows / 2 : kRows, wanted);
   each(static_cast<int64_t>(first.size()), kItemCost * D, [&](int64_t i) {
-    const Item& item = first[i];
+    const GemmItem& item = first[i];
     const Workspace& w = Workspace::mine();
     const Matrix m = call.gate_up[item.expert];
-    const Right right = panels_of(plan, item.panel, item.panels, x_panels, x_units);
+    const Right right = panels_of(sorted, item.panel, item.panels, x_panels, x_units);
     const bool bias = call.gate_up.bias != nullptr;
     if (bias) {
       fill_with_bias(w, item.panels, call.gate_up, item.expert, item.row, 0, item.rows);
       if (gate) fill_with_bias(w, item.panels, call.gate_up, item.expert, F + item.row, item.rows, item.rows);
     }
-    kernels.begin();
-    multiply_matrix(kernels, w, {m, item.rows, gate ? 2 : 1, {item.row, F + item.row}}, right, D, bias);
-    kernels.end();
+    gemm.begin();
+    multiply_matrix(gemm, w, {m, item.rows, gate ? 2 : 1, {item.row, F + item.row}}, right, D, bias);
+    gemm.end();
     const int64_t kept_row = kPanel * bytes_of(call.type());
     for (int p = 0; p < item.panels; ++p) {
       const auto keep = [&](int64_t row) {
         return kept == nullptr ? nullptr : static_cast<char*>(kept) + ((item.panel + p) * G + row) * kept_row;
       };
       uint32_t* to = a_panels + (item.panel + p) * a_units;
-      const int columns = kernels.quantize == nullptr ? right.columns(p) : kPanel;
-      kernels.activate({call.kind, item.rows, columns, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
-                        to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, call.type()});
+      const int columns = gemm.quantize == nullptr ? right.columns(p) : kPanel;
+      gemm.activate({call.kind, item.rows, columns, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
+                     to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, call.type()});
       if (item.row + item.rows == F) {
         const int64_t end = (F + values - 1) / values * kPanel;
         std::fill(to + end, to + a_units, 0u);
@@ -63,54 +64,54 @@ void run_tiles(const Call& call, const Plan& plan, const std::vector<char>& many
     }
   });
 
-  const bool quantize = kernels.quantize != nullptr;
-  const int64_t right_a_units = right_units(kernels, F);
+  const bool quantize = gemm.quantize != nullptr;
+  const int64_t right_a_units = right_units(gemm, F);
   const Buffer right_buffer(quantize ? panels * right_a_units * 4 : 0);
   uint32_t* right_a_panels = quantize ? right_buffer.as<uint32_t>() : a_panels;
   each(quantize ? panels : 0, 0.5 * F * kPanel, [&](int64_t p) {
-    if (!wanted(plan.panels[p].expert)) return;
+    if (!wanted(sorted.panels[p].expert)) return;
     const auto* a = reinterpret_cast<const float*>(a_panels + p * a_units);
-    kernels.quantize(right_a_panels + p * right_a_units, a, F, kHiddenLimit);
+    gemm.quantize(right_a_panels + p * right_a_units, a, F, kHiddenLimit);
   });
 
-  const std::vector<Item> second = items_of(plan, D, kRows, wanted);
+  const std::vector<GemmItem> second = gemm_items(sorted, D, kRows, wanted);
   each(static_cast<int64_t>(second.size()), kItemCost * F, [&](int64_t i) {
-    const Item& item = second[i];
+    const GemmItem& item = second[i];
     const Workspace& w = Workspace::mine();
     const Matrix m = call.down[item.expert];
-    const Right right = panels_of(plan, item.panel, item.panels, right_a_panels, right_a_units);
+    const Right right = panels_of(sorted, item.panel, item.panels, right_a_panels, right_a_units);
     const bool bias = call.down.bias != nullptr;
     if (bias) fill_with_bias(w, item.panels, call.down, item.expert, item.row, 0, item.rows);
-    kernels.begin();
-    multiply_matrix(kernels, w, {m, item.rows, 1, {item.row}}, right, F, bias);
-    kernels.end();
-    store_assignments(call, plan, item, w, out_ND);
+    gemm.begin();
+    multiply_matrix(gemm, w, {m, item.rows, 1, {item.row}}, right, F, bias);
+    gemm.end();
+    store_assignments(call, sorted, item, w, out_ND);
   });
 }
 
 // Experts with few tokens: the same.
-void run_stream(const Call& call, const Plan& plan, const std::vector<char>& few, float* out_ND) {
+void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& few, float* out_ND) {
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
-  std::vector<StreamItem> items;
+  std::vector<GemvItem> items;
   std::vector<int64_t> theirs;  // their assignments' places
   for (int64_t e = 0; e < call.experts; ++e) {
-    for (int64_t n = plan.offsets[e]; few[e] && n < plan.offsets[e + 1]; ++n) theirs.push_back(n);
+    for (int64_t n = sorted.offsets[e]; few[e] && n < sorted.offsets[e + 1]; ++n) theirs.push_back(n);
   }
   if (theirs.empty()) return;
   const auto count = static_cast<int64_t>(theirs.size());
-  std::vector<int64_t> slot(plan.size(), -1);
+  std::vector<int64_t> slot(sorted.size(), -1);
   for (int64_t i = 0; i < count; ++i) slot[theirs[i]] = i;
   const auto for_each_expert = [&](const auto& work) {
     for (int64_t e = 0; e < call.experts; ++e) {
-      if (few[e]) work(e, plan.offsets[e], static_cast<int>(plan.load(e)));
+      if (few[e]) work(e, sorted.offsets[e], static_cast<int>(sorted.load(e)));
     }
   };
 
   // The tokens, once each however many experts chose them.
-  std::vector<char> used(plan.tokens, 0);
-  for (const int64_t n : theirs) used[plan.token(n)] = 1;
-  const Prepared x(plan.tokens, D, call.gate_up.first);
-  each(plan.tokens, 1.0 * D, [&](int64_t t) {
+  std::vector<char> used(sorted.tokens, 0);
+  for (const int64_t n : theirs) used[sorted.token(n)] = 1;
+  const Prepared x(sorted.tokens, D, call.gate_up.first);
+  each(sorted.tokens, 1.0 * D, [&](int64_t t) {
     if (used[t]) x.fill(t, call.x_row(t), call.x_type);
   });
 
@@ -119,55 +120,55 @@ void run_stream(const Call& call, const Plan& plan, const std::vector<char>& few
   int64_t matrices = 0;
   for_each_expert([&](int64_t, int64_t, int) { ++matrices; });
   for_each_expert([&](int64_t e, int64_t first, int load) {
-    add_stream_items(items, call.gate_up, matrices, e, first, load);
+    add_gemv_items(items, call.gate_up, matrices, e, first, load);
   });
-  run_stream_items(call.gate_up, items, [&](int64_t n) { return x.row(plan.token(n)); },
+  run_gemv_items(call.gate_up, items, [&](int64_t n) { return x.row(sorted.token(n)); },
                    [&](int64_t n) { return h_nG + slot[n] * G; }, G);
 
   const Prepared a(count, F, call.down.first);
   const bool gate = is_gated(call.kind);
   each(count, 2.0 * F, [&](int64_t i) {
     float* h = h_nG + i * G;
-    stream().activate(h, h, gate ? h + F : nullptr, call.kind, F);
+    gemv().activate(h, h, gate ? h + F : nullptr, call.kind, F);
     a.fill(i, h, Type::kFloat32);
   });
 
   items.clear();
   for_each_expert([&](int64_t e, int64_t first, int load) {
-    add_stream_items(items, call.down, matrices, e, first, load);
+    add_gemv_items(items, call.down, matrices, e, first, load);
   });
-  run_stream_items(call.down, items, [&](int64_t n) { return a.row(slot[n]); },
+  run_gemv_items(call.down, items, [&](int64_t n) { return a.row(slot[n]); },
                    [&](int64_t n) { return out_ND + n * D; }, D);
 }
 
 // out_ND gets the rows of the assignments of those experts that `here` names.
-void run_few_and_many(const Call& call, const Plan& plan, const std::vector<char>& here, float* out_ND) {
+void run_few_and_many(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& here, float* out_ND) {
   std::vector<char> few(call.experts), many(call.experts);
   for (int64_t e = 0; e < call.experts; ++e) {
-    const int64_t load = here[e] ? plan.load(e) : 0;
-    few[e] = load > 0 && load <= handful::few(call.gate_up.first);
+    const int64_t load = here[e] ? sorted.load(e) : 0;
+    few[e] = load > 0 && load <= gemv_max_tokens(call.gate_up.first);
     many[e] = load > 0 && !few[e];
   }
-  run_stream(call, plan, few, out_ND);
-  if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_tiles(call, plan, many, out_ND, nullptr);
+  run_gemv(call, sorted, few, out_ND);
+  if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_gemm(call, sorted, many, out_ND, nullptr);
 }
 
 // Tokens `first` up to `end`; `kept` null: nothing is kept.
-void run(const Call& all, int64_t first, int64_t end, char* y, void* kept) {
-  Call call = all;
+void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, void* kept) {
+  ExpertsCall call = all;
   call.first_token = first;
-  const Plan plan = make_plan(call.chosen, call.dropped, first, end, call.experts);
-  const Buffer out_buffer(plan.size() * call.width * 4);
+  const ExpertSort sorted = sort_by_expert(call.chosen, call.dropped, first, end, call.experts);
+  const Buffer out_buffer(sorted.size() * call.width * 4);
   float* out_ND = out_buffer.as<float>();
 
   const std::vector<char> all_of_them(call.experts, 1);
   if (kept == nullptr) {
-    run_few_and_many(call, plan, all_of_them, out_ND);
+    run_few_and_many(call, sorted, all_of_them, out_ND);
   } else {
-    run_tiles(call, plan, all_of_them, out_ND, kept);  // the backward pass wants tiles
+    run_gemm(call, sorted, all_of_them, out_ND, kept);  // the backward pass wants tiles
   }
   char* to = y + first * call.width * bytes_of(call.type());
-  sum_rows(call.width, plan, out_ND, call.weights + first * plan.top_k, to, call.type());
+  sum_rows(call.width, sorted, out_ND, call.weights + first * sorted.top_k, to, call.type());
 }
 
 void check_rows(const Tensor& rows, int64_t assignments, int64_t width) {
@@ -176,11 +177,11 @@ void check_rows(const Tensor& rows, int64_t assignments, int64_t width) {
                   "rows is not a contiguous matrix (", assignments, ", ", width, ") of type float32");
 }
 
-ScalarType type_of(const Call& call) { return call.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
+ScalarType type_of(const ExpertsCall& call) { return call.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
 
 int64_t hidden_of(const Tensor& down) { return down.dim() == 3 ? down.size(2) : 0; }
 
-Tensor infer(const Call& call, const Tensor& x) {
+Tensor infer(const ExpertsCall& call, const Tensor& x) {
   const int64_t tokens = x.size(0), top_k = call.chosen.size(1);
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
   char* out = static_cast<char*>(y.mutable_data_ptr());
@@ -207,7 +208,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weig
                                            Tensor gate_up, Tensor down, MaybeTensor gate_up_bias,
                                            MaybeTensor down_bias, std::string activation, bool bf16) {
   const MaybeTensor none;
-  const Call call = make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
+  const ExpertsCall call = make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
                               activation, hidden_of(down), bf16);
   const int64_t tokens = x.size(0), panels = most_panels(experts.size(0) * experts.size(1), call.experts);
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
@@ -231,7 +232,7 @@ int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped,
                      MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
                      MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
                      bool bf16) {
-  Call call = make_call(x, experts, nullptr, dropped, {gate_up, gate_up_scales, bits, group},
+  ExpertsCall call = make_call(x, experts, nullptr, dropped, {gate_up, gate_up_scales, bits, group},
                         {down, down_scales, bits, group}, gate_up_bias, down_bias, activation, hidden, bf16);
   STD_TORCH_CHECK(places.dim() == 1 && places.is_contiguous() && places.scalar_type() == ScalarType::Long,
                   "places is not a contiguous vector of type int64");
@@ -244,23 +245,23 @@ int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped,
     STD_TORCH_CHECK(place[e] < slots, "places names matrix ", place[e], ": there are ", slots, ", counted from 0");
     here[e] = place[e] >= 0;
   }
-  const Plan plan = make_plan(call.chosen, call.dropped, 0, x.size(0), call.experts);
-  check_rows(rows, plan.size(), call.width);
-  run_few_and_many(call, plan, here, static_cast<float*>(rows.mutable_data_ptr()));
+  const ExpertSort sorted = sort_by_expert(call.chosen, call.dropped, 0, x.size(0), call.experts);
+  check_rows(rows, sorted.size(), call.width);
+  run_few_and_many(call, sorted, here, static_cast<float*>(rows.mutable_data_ptr()));
   int64_t done = 0;
-  for (int64_t e = 0; e < call.experts; ++e) done += here[e] ? plan.load(e) : 0;
+  for (int64_t e = 0; e < call.experts; ++e) done += here[e] ? sorted.load(e) : 0;
   return done;
 }
 
 Tensor experts_sum(Tensor rows, Tensor experts, Tensor weights, MaybeTensor dropped, int64_t count, bool bf16) {
   STD_TORCH_CHECK(rows.dim() == 2 && count >= 1, "rows is not a matrix (assignments, width)");
   check_choices(experts, experts.dim() == 2 ? experts.size(0) : 0, &weights, dropped);
-  const Plan plan = make_plan(experts, dropped, 0, experts.size(0), count);
-  check_rows(rows, plan.size(), rows.size(1));
+  const ExpertSort sorted = sort_by_expert(experts, dropped, 0, experts.size(0), count);
+  check_rows(rows, sorted.size(), rows.size(1));
   const Type type = bf16 ? Type::kBFloat16 : Type::kFloat32;
   Tensor y = torch::stable::new_empty(rows, {experts.size(0), rows.size(1)},
                                       bf16 ? ScalarType::BFloat16 : ScalarType::Float);
-  sum_rows(rows.size(1), plan, static_cast<const float*>(rows.const_data_ptr()), weights.const_data_ptr<float>(),
+  sum_rows(rows.size(1), sorted, static_cast<const float*>(rows.const_data_ptr()), weights.const_data_ptr<float>(),
            static_cast<char*>(y.mutable_data_ptr()), type);
   return y;
 }

@@ -65,15 +65,15 @@ Tensor added(const Tensor& x, const Tensor& y, double scale) {
     const int64_t count = std::min(kSome, x.numel() - i * kSome), at = i * kSome * bytes_of(type);
     const Buffer buffer(2 * kSome * 4);
     float *sum = buffer.as<float>(), *more = sum + kSome;
-    stream().to_float(more, right + at, type, count);
+    gemv().to_float(more, right + at, type, count);
     if (scale != 1) {
       for (int64_t n = 0; n < count; ++n) more[n] *= static_cast<float>(scale);
-      stream().from_float(sums + at, more, type, count);
-      stream().to_float(more, sums + at, type, count);
+      gemv().from_float(sums + at, more, type, count);
+      gemv().to_float(more, sums + at, type, count);
     }
-    stream().to_float(sum, left + at, type, count);
+    gemv().to_float(sum, left + at, type, count);
     for (int64_t n = 0; n < count; ++n) sum[n] += more[n];
-    stream().from_float(sums + at, sum, type, count);
+    gemv().from_float(sums + at, sum, type, count);
   });
   return out;
 }

@@ -157,7 +157,7 @@ void multiply(const Product& job) {
 
 }  // namespace
 
-constexpr Tiles kAmxTiles = {kNeeds, begin, end, multiply};
+constexpr AmxGemm kAmxGemm = {kNeeds, begin, end, multiply};
 
 }  // namespace handful
 

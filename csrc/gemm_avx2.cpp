@@ -46,11 +46,11 @@ void nothing() {}
 
 }  // namespace
 
-constexpr Kernels kAvx2Kernels = {"AVX2", kNeeds, VALUES, true, nothing, nothing,
+constexpr Gemm kAvx2Gemm = {"AVX2", kNeeds, VALUES, true, nothing, nothing,
                                   pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
-                                  activate, activate_backward, soften, scale_columns,
+                                  activate, activate_backward, online_softmax, scale_columns,
                                   store_transposed, store_rows};
-constexpr Stream kAvx2Stream = loops("AVX2");
+constexpr Gemv kAvx2Gemv = loops("AVX2");
 
 }  // namespace handful
 

@@ -46,11 +46,11 @@ void nothing() {}
 
 }  // namespace
 
-constexpr Kernels kAvx512Kernels = {"AVX-512", kNeeds, VALUES, true, nothing, nothing,
+constexpr Gemm kAvx512Gemm = {"AVX-512", kNeeds, VALUES, true, nothing, nothing,
                                   pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
-                                  activate, activate_backward, soften, scale_columns,
+                                  activate, activate_backward, online_softmax, scale_columns,
                                   store_transposed, store_rows};
-constexpr Stream kAvx512Stream = loops("AVX-512");
+constexpr Gemv kAvx512Gemv = loops("AVX-512");
 
 }  // namespace handful
 

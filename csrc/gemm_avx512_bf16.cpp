@@ -67,9 +67,9 @@ void nothing() {}
 
 }  // namespace
 
-constexpr Kernels kAvx512Bf16Kernels = {"AVX-512 BF16", kNeeds, VALUES, true, nothing, nothing,
+constexpr Gemm kAvx512Bf16Gemm = {"AVX-512 BF16", kNeeds, VALUES, true, nothing, nothing,
                                   pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
-                                  activate, activate_backward, soften, scale_columns,
+                                  activate, activate_backward, online_softmax, scale_columns,
                                   store_transposed, store_rows};
 
 }  // namespace handful

@@ -324,7 +324,7 @@ void multiply(const Product& job) {
 
 }  // namespace
 
-constexpr Bytes kAvx512VnniBytes = {kNeeds, pack_rows, multiply, quantize};
+constexpr VnniGemm kAvx512VnniGemm = {kNeeds, pack_rows, multiply, quantize};
 
 }  // namespace handful
 

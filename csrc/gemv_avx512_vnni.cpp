@@ -26,7 +26,7 @@ constexpr int W = 16;
 
 }  // namespace
 
-constexpr Stream kAvx512VnniStream = loops("AVX-512 VNNI");
+constexpr Gemv kAvx512VnniGemv = loops("AVX-512 VNNI");
 
 }  // namespace handful
 

@@ -33,7 +33,7 @@ INLINE F multiply_floats(F sums, U a, U b) {
 
 }  // namespace
 
-constexpr Stream kAvx512PairsStream = loops("AVX-512 VNNI and BF16");
+constexpr Gemv kAvx512VnniBf16Gemv = loops("AVX-512 VNNI and BF16");
 
 }  // namespace handful
 

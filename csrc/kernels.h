@@ -121,7 +121,7 @@ struct Product {
 
 // A block of scores, keys in rows and queries in columns, and what is known of the keys before it: of each of 32 columns
 // the largest score and the sum of e^(score - largest).
-struct Soften {
+struct OnlineSoftmax {
   float* scores;  // a tile
   int rows;
   float scale;      // of the scores
@@ -134,7 +134,8 @@ struct Soften {
   uint32_t* out;   // e^(score - largest) as panel units, zero up to the grid
 };
 
-struct Kernels {
+// The kernels of many tokens: products of tiles, and what is done to panels and tiles between them.
+struct Gemm {
   const char* name;  // of the level, for people
   uint32_t needs;    // features of the CPU (isa.h)
   int values;  // in a unit
@@ -160,7 +161,7 @@ struct Kernels {
   void (*activate_backward)(const ActivateBackward& job);
 
   // Whether any factor is not 1.
-  bool (*soften)(const Soften& job);
+  bool (*online_softmax)(const OnlineSoftmax& job);
   // tile[r][c] *= factors[c]
   void (*scale_columns)(float* tile, int rows, const float* factors);
 
@@ -187,8 +188,8 @@ struct Attend {
   float* out;          // rows of `value_width`
 };
 
-// A matrix times a few vectors, read once from memory. `x` is what `prepare` made of each vector.
-struct Stream {
+// The kernels of few tokens: a matrix times a few vectors, read once from memory, and what is done to single vectors.
+struct Gemv {
   const char* name;
   uint32_t needs;
   bool pairs;  // whether bfloat16 weights that allow it are multiplied as pairs
@@ -212,13 +213,11 @@ struct Stream {
   void (*score)(float* out, const float* logits, bool sigmoids, int64_t count);
 };
 
-// The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them. All of these throw
-// std::runtime_error where there is none: a CPU without AVX2, or HANDFUL_ISA=none.
-const Kernels& kernels(bool bf16);
-// The same for products with weights of a type: those of codes may be in bytes where those of bfloat16 would do.
-const Kernels& kernels(bool bf16, Type weights);
-const Stream& stream();
-// Tokens up to which they meet a matrix as a stream; more are packed into tiles.
-int64_t few(const Matrix& m);
+// The best tables of this process. They throw std::runtime_error where there is none: a CPU without AVX2, or
+// HANDFUL_ISA=none. `bf16`: products may be of bfloat16 pairs, and those with codes of bytes.
+const Gemm& gemm_for(bool bf16, Type weights = Type::kFloat32);
+const Gemv& gemv();
+// Tokens up to which a matrix is multiplied by `gemv`; more are packed into panels.
+int64_t gemv_max_tokens(const Matrix& m);
 
 }  // namespace handful

@@ -8,28 +8,28 @@
 namespace handful {
 namespace {
 
-const Kernels& amx() {
-  static const Kernels all = [] {
-    Kernels table = kAvx512Bf16Kernels;
+const Gemm& amx() {
+  static const Gemm all = [] {
+    Gemm table = kAvx512Bf16Gemm;
     table.name = "AMX";
-    table.needs |= kAmxTiles.needs;
+    table.needs |= kAmxGemm.needs;
     table.in_place = false;  // a left block may have rows beyond the last one
-    table.begin = kAmxTiles.begin;
-    table.end = kAmxTiles.end;
-    table.multiply = kAmxTiles.multiply;
+    table.begin = kAmxGemm.begin;
+    table.end = kAmxGemm.end;
+    table.multiply = kAmxGemm.multiply;
     return table;
   }();
   return all;
 }
 
-const Kernels& bytes() {
-  static const Kernels all = [] {
-    Kernels table = kAvx512Kernels;
+const Gemm& bytes() {
+  static const Gemm all = [] {
+    Gemm table = kAvx512Gemm;
     table.name = "AVX-512 VNNI";
-    table.needs |= kAvx512VnniBytes.needs;
-    table.pack_rows = kAvx512VnniBytes.pack_rows;
-    table.multiply = kAvx512VnniBytes.multiply;
-    table.quantize = kAvx512VnniBytes.quantize;
+    table.needs |= kAvx512VnniGemm.needs;
+    table.pack_rows = kAvx512VnniGemm.pack_rows;
+    table.multiply = kAvx512VnniGemm.multiply;
+    table.quantize = kAvx512VnniGemm.quantize;
     return table;
   }();
   return all;
@@ -51,21 +51,19 @@ const Chosen& chosen() {
 }  // namespace
 
 Chosen choose(uint32_t features) {
-  return {first(features, kAvx512Kernels, kAvx2Kernels),
-          first(features, amx(), kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels),
-          first(features, amx(), bytes(), kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels),
-          first(features, kAvx512PairsStream, kAvx512VnniStream, kAvx512Stream, kAvx2Stream)};
+  return {first(features, kAvx512Gemm, kAvx2Gemm),
+          first(features, amx(), kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
+          first(features, amx(), bytes(), kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
+          first(features, kAvx512VnniBf16Gemv, kAvx512VnniGemv, kAvx512Gemv, kAvx2Gemv)};
 }
 
-const Kernels& kernels(bool bf16) { return bf16 ? *chosen().bfloat16 : *chosen().float32; }
-
-const Kernels& kernels(bool bf16, Type weights) {
+const Gemm& gemm_for(bool bf16, Type weights) {
   const bool codes = weights == Type::kInt8 || weights == Type::kInt4;
-  return codes && bf16 ? *chosen().codes : kernels(bf16);
+  return *(!bf16 ? chosen().float32 : codes ? chosen().codes : chosen().bfloat16);
 }
 
-const Stream& stream() { return *chosen().stream; }
+const Gemv& gemv() { return *chosen().gemv; }
 
-int64_t few(const Matrix& m) { return (m.pairs && stream().pairs) || m.group > 0 ? 16 : 8; }
+int64_t gemv_max_tokens(const Matrix& m) { return (m.pairs && gemv().pairs) || m.group > 0 ? 16 : 8; }
 
 }  // namespace handful

@@ -25,34 +25,33 @@
 
 namespace handful {
 
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-extern const Stream kAvx2Stream, kAvx512Stream, kAvx512VnniStream, kAvx512PairsStream;
+extern const Gemm kAvx2Gemm, kAvx512Gemm, kAvx512Bf16Gemm;
+extern const Gemv kAvx2Gemv, kAvx512Gemv, kAvx512VnniGemv, kAvx512VnniBf16Gemv;
 
-// What AMX does otherwise than kAvx512Bf16Kernels.
-struct Tiles {
+// What differs from kAvx512Bf16Gemm with AMX.
+struct AmxGemm {
   uint32_t needs;
   void (*begin)();
   void (*end)();
   void (*multiply)(const Product& job);
 };
-extern const Tiles kAmxTiles;
+extern const AmxGemm kAmxGemm;
 
-// What codes that are multiplied as bytes have otherwise than kAvx512Kernels.
-struct Bytes {
+// What differs from kAvx512Gemm where codes are multiplied as bytes.
+struct VnniGemm {
   uint32_t needs;
   void (*pack_rows)(uint32_t* left, const Matrix& m, int64_t row, int rows, int64_t k0, int count);
   void (*multiply)(const Product& job);
   void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
 };
-extern const Bytes kAvx512VnniBytes;
+extern const VnniGemm kAvx512VnniGemm;
 
-// What is multiplied with: one or few tokens by `stream`, others by `kernels` for float32, bfloat16, and codes with
-// bfloat16 tokens.
+// A CPU's tables: GEMM for float32, for bfloat16, and for codes with bfloat16 tokens; GEMV for all.
 struct Chosen {
-  const Kernels* float32;
-  const Kernels* bfloat16;
-  const Kernels* codes;
-  const Stream* stream;
+  const Gemm* float32;
+  const Gemm* bfloat16;
+  const Gemm* codes;
+  const Gemv* gemv;
 };
 
 // The best that the features cover. Throws std::runtime_error where no level is.

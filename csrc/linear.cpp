@@ -1,4 +1,4 @@
-// Matrices that all tokens meet, by the experts' kernels.
+// Matrices that all tokens meet, by the experts' gemm.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace handful {
 namespace {
 
 // The matrices are of one type and width.
-void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+void gemv_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                    const std::vector<char*>& y) {
   const Stack& like = stacks[0];
   const int64_t I = like.width;
@@ -21,19 +21,19 @@ void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, i
   for (const Stack& stack : stacks) rows += stack.rows;
   const Buffer out_buffer(tokens * rows * 4);
   std::vector<float*> out(stacks.size());
-  std::vector<StreamItem> items;
+  std::vector<GemvItem> items;
   std::vector<size_t> matrix;  // of each item
   for (size_t m = 0; m < stacks.size(); ++m) {
     out[m] = m == 0 ? out_buffer.as<float>() : out[m - 1] + tokens * stacks[m - 1].rows;
     if (stacks[m].rows > 0) {
-      add_stream_items(items, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
+      add_gemv_items(items, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
     }
     matrix.resize(items.size(), m);
   }
   if (items.empty()) return;
-  each(static_cast<int64_t>(items.size()), stream_cost(like, items[0]), [&](int64_t i) {
+  each(static_cast<int64_t>(items.size()), gemv_cost(like, items[0]), [&](int64_t i) {
     const Stack& stack = stacks[matrix[i]];
-    run_stream_item(stack, items[i], [&](int64_t t) { return prepared.row(t); },
+    run_gemv_item(stack, items[i], [&](int64_t t) { return prepared.row(t); },
                     [&](int64_t t) { return out[matrix[i]] + t * stack.rows; }, stack.rows);
   });
   const float one = 1;
@@ -41,16 +41,16 @@ void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, i
     const int64_t O = stacks[m].rows;
     for (int64_t t = 0; t < tokens; ++t) {
       const float* row = out[m] + t * O;
-      stream().combine(y[m] + t * O * bytes_of(type), type, &row, &one, 1, O);
+      gemv().combine(y[m] + t * O * bytes_of(type), type, &row, &one, 1, O);
     }
   }
 }
 
 // Many tokens: they are packed once for all the matrices.
-void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+void gemm_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                      const std::vector<char*>& y) {
-  const Kernels& k = kernels(type == Type::kBFloat16, stacks[0].first.type);
-  const int64_t I = stacks[0].width, units = right_units(k, I);
+  const Gemm& gemm = gemm_for(type == Type::kBFloat16, stacks[0].first.type);
+  const int64_t I = stacks[0].width, units = right_units(gemm, I);
   const int64_t panels = (tokens + kPanel - 1) / kPanel;
   const Buffer x_buffer(panels * units * 4);
   uint32_t* x_panels = x_buffer.as<uint32_t>();
@@ -58,7 +58,7 @@ void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type,
   each(panels, 0.5 * I * kPanel, [&](int64_t p) {
     const char* rows[kPanel];
     for (int c = 0; c < columns(p); ++c) rows[c] = x + (p * kPanel + c) * I * bytes_of(type);
-    pack_right(k, x_panels + p * units, rows, columns(p), type, I);
+    pack_right(gemm, x_panels + p * units, rows, columns(p), type, I);
   });
 
   struct Block {
@@ -80,13 +80,13 @@ void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type,
     const Workspace& w = Workspace::mine();
     const Right right = {x_panels + first * units, units, some_panels, columns(first + some_panels - 1)};
     if (stack.bias != nullptr) fill_with_bias(w, some_panels, stack, 0, row, 0, rows);
-    k.begin();
-    multiply_matrix(k, w, {stack.first, rows, 1, {row}}, right, I, stack.bias != nullptr);
-    k.end();
+    gemm.begin();
+    multiply_matrix(gemm, w, {stack.first, rows, 1, {row}}, right, I, stack.bias != nullptr);
+    gemm.end();
     for (int p = 0; p < some_panels; ++p) {
       char* out[kPanel];
       for (int c = 0; c < columns(first + p); ++c) out[c] = y[m] + ((first + p) * kPanel + c) * O * bytes_of(type);
-      k.store_transposed(out, row, type, w.tile(p), rows, columns(first + p));
+      gemm.store_transposed(out, row, type, w.tile(p), rows, columns(first + p));
     }
   });
 }
@@ -119,10 +119,10 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<T
   STD_TORCH_CHECK(alike, "weights are not of one dtype");
   if (tokens == 0) return results;
   const char* from = static_cast<const char*>(x.const_data_ptr());
-  if (tokens <= few(stacks[0].first)) {
-    stream_tokens(stacks, from, type, tokens, y);
+  if (tokens <= gemv_max_tokens(stacks[0].first)) {
+    gemv_tokens(stacks, from, type, tokens, y);
   } else {
-    multiply_tokens(stacks, from, type, tokens, y);
+    gemm_tokens(stacks, from, type, tokens, y);
   }
   return results;
 }

@@ -18,7 +18,7 @@ std::string levels(std::string features) {
     return std::string(use) + ": " + table->name + ": " + handful::names_of(table->needs) + "\n";
   };
   return line("float32", chosen.float32) + line("bfloat16", chosen.bfloat16) + line("codes", chosen.codes) +
-         line("few tokens", chosen.stream);
+         line("few tokens", chosen.gemv);
 }
 
 }  // namespace

@@ -91,14 +91,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
   const Prepared prepared(T, D, stack.first);
   const char* rows = static_cast<const char*>(x.const_data_ptr());
   for (int64_t t = 0; t < T; ++t) prepared.fill(t, rows + t * D * bytes_of(type), type);
-  std::vector<StreamItem> items;
-  add_stream_items(items, stack, 1, 0, 0, static_cast<int>(T));
-  run_stream_items(stack, items, [&](int64_t t) { return prepared.row(t); }, [&](int64_t t) { return logit + t * E; }, E);
+  std::vector<GemvItem> items;
+  add_gemv_items(items, stack, 1, 0, 0, static_cast<int>(T));
+  run_gemv_items(stack, items, [&](int64_t t) { return prepared.row(t); }, [&](int64_t t) { return logit + t * E; }, E);
 
   const int64_t* given = chosen.has_value() ? chosen->const_data_ptr<int64_t>() : nullptr;
   std::vector<float> select(E);
   for (int64_t t = 0; t < T; ++t, score += E, expert += K, share += K) {
-    stream().score(score, logit + t * E, sigmoids, E);
+    gemv().score(score, logit + t * E, sigmoids, E);
     if (given != nullptr) {
       std::copy_n(given + t * K, K, expert);
       for (int64_t k = 0; k < K; ++k) {

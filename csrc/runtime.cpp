@@ -109,10 +109,10 @@ Workspace& Workspace::mine() {
 namespace {
 
 // Where they lie. Each panel's units that are multiplied at once stay in the level 2 cache for all rows.
-void multiply_in_place(const Kernels& kernels, const Workspace& w, const LeftRows& left, const Right& right,
+void multiply_in_place(const Gemm& gemm, const Workspace& w, const LeftRows& left, const Right& right,
                        int64_t count, bool add) {
   constexpr int64_t kCached = 512 << 10;
-  const int64_t units = count / kernels.values, most = kCached / (right.panels * kPanel * 4);
+  const int64_t units = count / gemm.values, most = kCached / (right.panels * kPanel * 4);
   const int64_t blocks = (units + most - 1) / most;
   const int64_t depth = (units + blocks * kUnitGrid - 1) / (blocks * kUnitGrid) * kUnitGrid;
   for (int64_t u = 0; u < units; u += depth) {
@@ -120,7 +120,7 @@ void multiply_in_place(const Kernels& kernels, const Workspace& w, const LeftRow
     for (int part = 0; part < left.parts; ++part) {
       const bool last = part + 1 == left.parts;
       const int64_t next = last ? u + depth : u;
-      kernels.multiply({w.tiles + part * left.rows * kPanel, left.m.row(left.first[part]) + 4 * u, left.m.stride,
+      gemm.multiply({w.tiles + part * left.rows * kPanel, left.m.row(left.first[part]) + 4 * u, left.m.stride,
                         left.rows, right.first + u * kPanel, right.stride, right.columns(), some, add || u > 0,
                         next < units ? left.m.row(left.first[last ? 0 : part + 1]) + 4 * next : nullptr});
     }
@@ -129,15 +129,15 @@ void multiply_in_place(const Kernels& kernels, const Workspace& w, const LeftRow
 
 }  // namespace
 
-void multiply_matrix(const Kernels& kernels, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
+void multiply_matrix(const Gemm& gemm, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
                      bool add) {
-  const Type own = kernels.values == 1 ? Type::kFloat32 : Type::kBFloat16;
-  if (kernels.in_place && left.m.type == own && count % (kUnitGrid * kernels.values) == 0) {
-    return multiply_in_place(kernels, w, left, right, count, add);
+  const Type own = gemm.values == 1 ? Type::kFloat32 : Type::kBFloat16;
+  if (gemm.in_place && left.m.type == own && count % (kUnitGrid * gemm.values) == 0) {
+    return multiply_in_place(gemm, w, left, right, count, add);
   }
-  multiply_block(kernels, w, left.rows * left.parts, right, count, add, [&](uint32_t* to, int64_t k0, int some) {
+  multiply_block(gemm, w, left.rows * left.parts, right, count, add, [&](uint32_t* to, int64_t k0, int some) {
     for (int part = 0; part < left.parts; ++part) {
-      kernels.pack_rows(to + part * left.rows * kLeftStride, left.m, left.first[part], left.rows, k0, some);
+      gemm.pack_rows(to + part * left.rows * kLeftStride, left.m, left.first[part], left.rows, k0, some);
     }
   });
 }

@@ -95,34 +95,34 @@ inline int64_t panel_units(int64_t width, int values) {
 }
 
 // Values of the sum that are multiplied at once.
-inline int64_t depth_of(const Kernels& kernels) {
-  return kernels.quantize == nullptr ? int64_t{kDepth} * kernels.values : kByteDepth;
+inline int64_t depth_of(const Gemm& gemm) {
+  return gemm.quantize == nullptr ? int64_t{kDepth} * gemm.values : kByteDepth;
 }
 
 // Units of all columns of a panel of `width` values, as `multiply` takes it: where value `width` begins, for a multiple
 // of the depth.
-inline int64_t right_units(const Kernels& kernels, int64_t width) {
-  if (kernels.quantize == nullptr) return panel_units(width, kernels.values) * kPanel;
+inline int64_t right_units(const Gemm& gemm, int64_t width) {
+  if (gemm.quantize == nullptr) return panel_units(width, gemm.values) * kPanel;
   return (width + kByteDepth - 1) / kByteDepth * kPanel + (width + kByteGroup - 1) / kByteGroup * 2 * kByteRecord;
 }
 
 // tiles (+)= left · right over `count` values of the sum; pack(left, k0, some) brings the left matrix's values k0 to
 // k0 + some. Between begin and end.
 template <class Pack>
-void multiply_block(const Kernels& kernels, const Workspace& w, int rows, const Right& right, int64_t count, bool add,
+void multiply_block(const Gemm& gemm, const Workspace& w, int rows, const Right& right, int64_t count, bool add,
                     const Pack& pack) {
-  const int64_t depth = depth_of(kernels);
+  const int64_t depth = depth_of(gemm);
   for (int64_t k0 = 0; k0 < count; k0 += depth) {
     const int some = static_cast<int>(count - k0 < depth ? count - k0 : depth);
     pack(w.left, k0, some);
-    kernels.multiply({w.tiles, reinterpret_cast<const char*>(w.left), kLeftStride * 4, rows,
-                      right.first + right_units(kernels, k0), right.stride, right.columns(),
-                      (some + kernels.values - 1) / kernels.values, add || k0 > 0});
+    gemm.multiply({w.tiles, reinterpret_cast<const char*>(w.left), kLeftStride * 4, rows,
+                      right.first + right_units(gemm, k0), right.stride, right.columns(),
+                      (some + gemm.values - 1) / gemm.values, add || k0 > 0});
   }
 }
 
 // The same for rows of a matrix, in the order in which they are in the tiles.
-void multiply_matrix(const Kernels& kernels, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
+void multiply_matrix(const Gemm& gemm, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
                      bool add);
 
 }  // namespace handful

@@ -85,7 +85,7 @@ int64_t stored_columns(int64_t width, int64_t group) {
   return (width + grid - 1) / grid * grid;
 }
 
-Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+Stack make_stack(const WeightTensors& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width) {
   Stack stack{{}, std::max<int64_t>(count, 1), rows, width, nullptr, Type::kFloat32};
   Matrix& m = stack.first;

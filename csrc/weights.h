@@ -14,7 +14,7 @@ namespace handful {
 using torch::stable::Tensor;
 
 // Float weights, or codes with their scales.
-struct Given {
+struct WeightTensors {
   const Tensor& codes;
   const std::optional<Tensor>& scales;
   int64_t bits = 0;   // 8 or 4; 0: float32 or bfloat16
@@ -44,7 +44,7 @@ Activation activation_of(const std::string& name);
 
 // Checks everything: type, shape (count, rows, width), that each matrix is contiguous, the scales' and the bias's too.
 // `count` 0: the tensor has no first dimension, and is one matrix.
-Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+Stack make_stack(const WeightTensors& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width);
 
 // Columns that a quantised row of `width` columns is stored in.

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
-FEW = 16  # tokens up to which they read a quantised matrix as a stream (few in csrc/levels.cpp)
+FEW = 16  # tokens up to which they read a quantised matrix as a stream (gemv_max_tokens in csrc/levels.cpp)
 # Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16,
 # and of others.
 AMX, PAIRED, SINGLE = 16, 128, 4
