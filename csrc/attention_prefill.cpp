@@ -10,8 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "experts_call.h"
-#include "runtime.h"
+#include "gemm.h"
 
 namespace handful {
 namespace {

@@ -6,6 +6,21 @@
 
 namespace handful {
 
+using torch::headeronly::ScalarType;
+
+void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped) {
+  STD_TORCH_CHECK(experts.dim() == 2 && experts.size(0) == tokens && experts.is_contiguous() &&
+                      experts.scalar_type() == ScalarType::Long,
+                  "experts is not a contiguous matrix (tokens, top_k) of type int64");
+  const auto like_experts = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == experts.size(0) && t.size(1) == experts.size(1) && t.is_contiguous();
+  };
+  STD_TORCH_CHECK(weights == nullptr || (like_experts(*weights) && weights->scalar_type() == ScalarType::Float),
+                  "weights is not a contiguous matrix of experts' shape of type float32");
+  STD_TORCH_CHECK(!dropped || (like_experts(*dropped) && dropped->scalar_type() == ScalarType::Bool),
+                  "dropped is not a contiguous matrix of experts' shape of type bool");
+}
+
 int64_t most_panels(int64_t assignments, int64_t experts) {
   // Every expert that has any may leave its last panel unfilled.
   return assignments / kPanel + std::min(assignments, experts);

@@ -32,6 +32,9 @@ struct ExpertSort {
   int64_t token(int64_t n) const { return tokens_of[n]; }
 };
 
+// Checks what `tokens` tokens chose, and the weights if there are any.
+void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped);
+
 // Panels that T·K assignments to E experts can need, whatever the routing.
 int64_t most_panels(int64_t assignments, int64_t experts);
 

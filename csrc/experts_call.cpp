@@ -4,21 +4,6 @@
 
 namespace handful {
 
-using torch::headeronly::ScalarType;
-
-void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped) {
-  STD_TORCH_CHECK(experts.dim() == 2 && experts.size(0) == tokens && experts.is_contiguous() &&
-                      experts.scalar_type() == ScalarType::Long,
-                  "experts is not a contiguous matrix (tokens, top_k) of type int64");
-  const auto like_experts = [&](const Tensor& t) {
-    return t.dim() == 2 && t.size(0) == experts.size(0) && t.size(1) == experts.size(1) && t.is_contiguous();
-  };
-  STD_TORCH_CHECK(weights == nullptr || (like_experts(*weights) && weights->scalar_type() == ScalarType::Float),
-                  "weights is not a contiguous matrix of experts' shape of type float32");
-  STD_TORCH_CHECK(!dropped || (like_experts(*dropped) && dropped->scalar_type() == ScalarType::Bool),
-                  "dropped is not a contiguous matrix of experts' shape of type bool");
-}
-
 ExpertsCall make_call(const Tensor& x, const Tensor& experts, const Tensor* weights,
                       const std::optional<Tensor>& dropped, const WeightTensors& gate_up, const WeightTensors& down,
                       const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
@@ -51,14 +36,6 @@ ExpertsCall make_call(const Tensor& x, const Tensor& experts, const Tensor* weig
           dropped};
 }
 
-void fill_with_bias(const Workspace& w, int panels, const Stack& stack, int64_t matrix, int64_t row, int at, int rows) {
-  float bias[kRows];
-  stack.copy_bias(bias, matrix, row, rows);
-  for (int p = 0; p < panels; ++p) {
-    for (int r = 0; r < rows; ++r) std::fill_n(w.tile(p) + (at + r) * kPanel, kPanel, bias[r]);
-  }
-}
-
 void store_assignments(const ExpertsCall& call, const ExpertSort& sorted, const GemmItem& item, const Workspace& w,
                        float* rows_ND) {
   for (int p = 0; p < item.panels; ++p) {
@@ -67,13 +44,6 @@ void store_assignments(const ExpertsCall& call, const ExpertSort& sorted, const 
     for (int c = 0; c < panel.count; ++c) out[c] = reinterpret_cast<char*>(rows_ND + (panel.first + c) * call.width);
     call.gemm->store_transposed(out, item.row, Type::kFloat32, w.tile(p), item.rows, panel.count);
   }
-}
-
-void pack_right(const Gemm& gemm, uint32_t* to, const char* const* rows, int count, Type type, int64_t width) {
-  if (gemm.quantize == nullptr) return gemm.pack_tokens(to, rows, count, type, width);
-  const Buffer buffer(panel_units(width, gemm.values) * kPanel * 4);
-  gemm.pack_tokens(buffer.as<uint32_t>(), rows, count, type, width);
-  gemm.quantize(to, buffer.as<float>(), width, kInputLimit);
 }
 
 void pack_panel(const ExpertsCall& call, const ExpertSort& sorted, int64_t panel, const char* x, Type type,
@@ -102,24 +72,6 @@ void sum_rows(int64_t width, const ExpertSort& sorted, const float* rows_ND, con
       gemv().combine(y + t * D * bytes_of(type), type, rows.data(), weights, static_cast<int>(K), D);
     }
   });
-}
-
-void Prepared::fill(int64_t i, const char* x, Type type) const {
-  if (type == Type::kFloat32) return fill(i, reinterpret_cast<const float*>(x), type);
-  std::vector<float> wide(width_);
-  gemv().to_float(wide.data(), x, type, width_);
-  fill(i, wide.data(), Type::kFloat32);
-}
-
-void add_gemv_items(std::vector<GemvItem>& items, const Stack& stack, int64_t matrices, int64_t matrix,
-                      int64_t first, int count) {
-  // About 32 turns in all, but no item so short that it does not pay and none so long that the last one is waited for.
-  const int64_t bytes = std::clamp<int64_t>(matrices * stack.bytes() / 32, 32 << 10, 512 << 10);
-  const int64_t row_bytes = stack.bytes() / stack.rows;
-  const int64_t some = std::max<int64_t>(bytes / row_bytes / 16 * 16, 16);
-  for (int64_t r = 0; r < stack.rows; r += some) {
-    items.push_back({static_cast<int>(matrix), count, first, r, std::min(some, stack.rows - r)});
-  }
 }
 
 }  // namespace handful

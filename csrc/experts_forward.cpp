@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "experts_call.h"
+#include "gemv.h"
 
 namespace handful {
 namespace {
@@ -130,7 +131,7 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   each(count, 2.0 * F, [&](int64_t i) {
     float* h = h_nG + i * G;
     gemv().activate(h, h, gate ? h + F : nullptr, call.kind, F);
-    a.fill(i, h, Type::kFloat32);
+    a.fill(i, h);
   });
 
   items.clear();

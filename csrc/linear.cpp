@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "experts_call.h"
+#include "gemm.h"
+#include "gemv.h"
 #include "operations.h"
 
 namespace handful {

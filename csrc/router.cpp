@@ -8,7 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "experts_call.h"
+#include "expert_sort.h"
+#include "gemv.h"
 #include "operations.h"
 
 namespace handful {
