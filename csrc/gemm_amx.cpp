@@ -2,10 +2,6 @@
 //
 // Built with HANDFUL_EMULATE_AMX, the tiles are arrays and the instructions loops: the same layout and the same counts,
 // on a CPU without AMX.
-#include <immintrin.h>
-
-#include <cstring>
-
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")

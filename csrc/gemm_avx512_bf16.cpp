@@ -1,12 +1,4 @@
-// The kernels with 16 lanes of bfloat16 pairs, for CPUs that have AVX-512 BF16.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-
+// GEMM in pairs of bfloat16 with 16 lanes, for CPUs that have AVX-512 BF16.
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
@@ -15,21 +7,11 @@ namespace handful {
 namespace {
 
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16;
-
 constexpr Type kOwn = Type::kBFloat16;
 constexpr int W = 16, VALUES = 2, LEFT_ROWS = 6, ACROSS = 4;
 
-#define NARROW
+#define BF16
 #include "vectors.inc"
-
-INLINE F multiply_add(F tile, U left, U right) {
-  return bits<F>(_mm512_dpbf16_ps(bits<__m512>(tile), bits<__m512bh>(left), bits<__m512bh>(right)));
-}
-
-template <class HalfF, class HalfU>
-INLINE HalfF multiply_add(HalfF tile, HalfU left, HalfU right) {
-  return bits<HalfF>(_mm256_dpbf16_ps(bits<__m256>(tile), bits<__m256bh>(left), bits<__m256bh>(right)));
-}
 
 // Codes into bfloat16. A group has 16 numbers in all at 4 bits, which a lookup picks from.
 template <Type type>
@@ -63,14 +45,9 @@ INLINE int dequantize(char* to, const Matrix& m, int64_t row, int64_t k0, int co
 
 #include "gemm.inc"
 
-void nothing() {}
-
 }  // namespace
 
-constexpr Gemm kAvx512Bf16Gemm = {"AVX-512 BF16", kNeeds, VALUES, true, nothing, nothing,
-                                  pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
-                                  activate, activate_backward, online_softmax, scale_columns,
-                                  store_transposed, store_rows};
+constexpr Gemm kAvx512Bf16Gemm = gemm_table("AVX-512 BF16");
 
 }  // namespace handful
 

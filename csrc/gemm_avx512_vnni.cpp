@@ -14,14 +14,6 @@
 //   Σ w · value = scale · (Σ w · q + rest · (w0 + 2 w1 + 4 w2 + 8 w3) / 16)
 //
 // Weights: int8's codes plus 128, int4's codes as stored times 16, whose bracket is a whole number.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
@@ -30,7 +22,6 @@ namespace handful {
 namespace {
 
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
-
 constexpr int W = 16;
 
 #include "vectors.inc"

@@ -1,12 +1,4 @@
-// The streaming kernels with 16 lanes, for CPUs that have AVX-512 VNNI.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-
+// GEMV with 16 lanes, for CPUs that have AVX-512 VNNI.
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
@@ -15,18 +7,16 @@ namespace handful {
 namespace {
 
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
-
 constexpr int W = 16;
 
 #include "vectors.inc"
 
 #define CODES "gemv_codes_bytes.inc"
 #include "gemv.inc"
-#include "attention_decode.inc"
 
 }  // namespace
 
-constexpr Gemv kAvx512VnniGemv = loops("AVX-512 VNNI");
+constexpr Gemv kAvx512VnniGemv = gemv_table("AVX-512 VNNI");
 
 }  // namespace handful
 

@@ -6,6 +6,15 @@
 // features that it needs.
 #pragma once
 
+// All that a level uses of the standard library: its templates must be compiled for the baseline.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
 #include "isa.h"
 #include "kernels.h"
 
