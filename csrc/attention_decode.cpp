@@ -214,8 +214,6 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
   return out;
 }
 
-}  // namespace handful
-
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("likeliest(Tensor logits) -> int");
@@ -226,7 +224,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&handful::rms_norm));
-  m.impl("likeliest", TORCH_BOX(&handful::likeliest));
-  m.impl("attend_one", TORCH_BOX(&handful::attend_one));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("likeliest", TORCH_BOX(&likeliest));
+  m.impl("attend_one", TORCH_BOX(&attend_one));
 }
+
+}  // namespace handful

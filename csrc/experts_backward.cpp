@@ -6,6 +6,7 @@
 //   grad W_down     = sum over n of grad y_t ⊗ (weight_n · a_n)
 //   grad W_gate_up  = sum over n of grad h_n ⊗ x_t
 //   grad x_t        = sum over the token's n of W_gate_upᵀ · grad h_n
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -365,5 +366,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   }
   return {grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
 }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def(
+      "experts_backward(Tensor grad_y, Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
+      "Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor kept, str activation, bool bf16, bool for_x, "
+      "bool for_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("experts_backward", TORCH_BOX(&experts_backward)); }
 
 }  // namespace handful

@@ -1,6 +1,7 @@
 // The forward pass. Experts with many tokens multiply tiles (kernels.h), those with few stream their weights once.
 #include "operations.h"
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -265,6 +266,35 @@ Tensor experts_sum(Tensor rows, Tensor experts, Tensor weights, MaybeTensor drop
   sum_rows(rows.size(1), sorted, static_cast<const float*>(rows.const_data_ptr()), weights.const_data_ptr<float>(),
            static_cast<char*>(y.mutable_data_ptr()), type);
   return y;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def(
+      "experts(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> Tensor");
+  m.def(
+      "experts_forward(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> (Tensor, Tensor)");
+  m.def(
+      "experts_quantized(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
+      "Tensor gate_up_scales, Tensor down, Tensor down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
+      "str activation, int hidden, int bits, int group, bool bf16) -> Tensor");
+  m.def(
+      "experts_rows(Tensor(a!) rows, Tensor x, Tensor experts, Tensor? dropped, Tensor places, Tensor gate_up, "
+      "Tensor? gate_up_scales, Tensor down, Tensor? down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
+      "str activation, int hidden, int bits, int group, bool bf16) -> int");
+  m.def("experts_sum(Tensor rows, Tensor experts, Tensor weights, Tensor? dropped, int count, bool bf16) -> Tensor");
+  m.def("experts_step(int count, int top_k) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) { m.impl("experts_step", TORCH_BOX(&experts_step)); }
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
+  m.impl("experts", TORCH_BOX(&experts));
+  m.impl("experts_forward", TORCH_BOX(&experts_forward));
+  m.impl("experts_quantized", TORCH_BOX(&experts_quantized));
+  m.impl("experts_rows", TORCH_BOX(&experts_rows));
+  m.impl("experts_sum", TORCH_BOX(&experts_sum));
 }
 
 }  // namespace handful

@@ -161,8 +161,6 @@ Tensor feed_forward_layer(Tensor x, Tensor norm, double norm_eps, Tensors weight
   return added(x, y, residual_scale);
 }
 
-}  // namespace handful
-
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(
       "attend_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, Tensor[] biases, "
@@ -182,7 +180,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
-  m.impl("attend_layer", TORCH_BOX(&handful::attend_layer));
-  m.impl("moe_layer", TORCH_BOX(&handful::moe_layer));
-  m.impl("feed_forward_layer", TORCH_BOX(&handful::feed_forward_layer));
+  m.impl("attend_layer", TORCH_BOX(&attend_layer));
+  m.impl("moe_layer", TORCH_BOX(&moe_layer));
+  m.impl("feed_forward_layer", TORCH_BOX(&feed_forward_layer));
 }
+
+}  // namespace handful

@@ -1,4 +1,5 @@
 // Matrices that all tokens meet, by the experts' gemm.
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -127,5 +128,11 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<T
   }
   return results;
 }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def("linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, int bits, int group) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("linears", TORCH_BOX(&linears)); }
 
 }  // namespace handful

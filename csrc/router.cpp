@@ -121,12 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
   return {logits, scores, experts, weights};
 }
 
-}  // namespace handful
-
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(
       "route(Tensor x, Tensor weight, Tensor? bias, Tensor? balance_bias, Tensor? chosen, bool sigmoids, int groups, "
       "int top_groups, bool two_best, int top_k, bool normalize, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("route", TORCH_BOX(&handful::route)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("route", TORCH_BOX(&route)); }
+
+}  // namespace handful
