@@ -81,7 +81,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 }
 
 // The place of the largest of a vector of logits (V): the first of equals; a NaN is above all numbers, as it is to torch.
-int64_t likeliest(Tensor logits) {
+int64_t argmax(Tensor logits) {
   STD_TORCH_CHECK(logits.dim() == 1 && logits.is_contiguous() && logits.size(0) >= 1, "logits is not a contiguous vector");
   const Type type = float_type(logits, "logits");
   constexpr int64_t kSome = 1024;
@@ -118,7 +118,7 @@ int64_t likeliest(Tensor logits) {
 // The next token of each of B sequences: q (B, H·d), k and v (B, J·d) before norm and rotation. The sequences lie in
 // several caches, in order: keys and values (b, J, C, d) of each, for b sequences that hold `lengths` tokens, and whose
 // new one is turned by its row of cos and sin (..., r/2). -> (B, H·d)
-Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
+Tensor decode_attention(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
                   Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,
                   std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks) {
   const auto caches = static_cast<int64_t>(keys.size());
@@ -216,17 +216,17 @@ Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("likeliest(Tensor logits) -> int");
+  m.def("argmax(Tensor logits) -> int");
   m.def(
-      "attend_one(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool whole_norm, Tensor cos, "
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, bool whole_norm, Tensor cos, "
       "Tensor sin, bool adjacent, Tensor(a!)[] keys, Tensor(b!)[] values, int[] lengths, int window, float scale, "
       "Tensor? sinks) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("likeliest", TORCH_BOX(&likeliest));
-  m.impl("attend_one", TORCH_BOX(&attend_one));
+  m.impl("argmax", TORCH_BOX(&argmax));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 
 }  // namespace handful

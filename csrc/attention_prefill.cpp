@@ -151,7 +151,7 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
 // q (B, H, S, d), k (B, J, P, d), v (B, J, P, v): the queries are the last S of P tokens, and each sees the tokens up
 // to its own, with a window the last so many of them. sinks (H), float32: a score that takes part in the softmax and gives
 // no value. -> (B, S, H · v)
-Tensor attend_many(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, double scale, int64_t window) {
+Tensor prefill_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, double scale, int64_t window) {
   const Type type = float_type(q, "q");
   const Heads queries(q, type, "q"), keys(k, type, "k"), values(v, type, "v");
   const int64_t B = queries.batch, H = queries.heads, S = queries.tokens, J = keys.heads;
@@ -183,9 +183,9 @@ Tensor attend_many(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, do
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
-  m.def("attend_many(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window) -> Tensor");
+  m.def("prefill_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("attend_many", TORCH_BOX(&attend_many)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("prefill_attention", TORCH_BOX(&prefill_attention)); }
 
 }  // namespace handful

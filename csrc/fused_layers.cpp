@@ -103,7 +103,7 @@ Tensor feed_forward(const Tensor& x, const Tensors& weights, const Tensors& scal
 }  // namespace
 
 // x (..., D) -> x + residual_scale · attention of the normed x, of one new token of each sequence: `linears` by the
-// weights of q, k and v, `attend_one`, and `linears` by that of o. `biases` are of q, k and v, or none.
+// weights of q, k and v, `decode_attention`, and `linears` by that of o. `biases` are of q, k and v, or none.
 Tensor attend_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Tensors scales, Tensors biases,
                     MaybeTensor o_bias, int64_t bits, int64_t group, MaybeTensor q_norm, MaybeTensor k_norm, double eps,
                     bool whole_norm, Tensor cos, Tensor sin, bool adjacent, Tensors keys, Tensors values,
@@ -113,7 +113,7 @@ Tensor attend_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Ten
   x = whole(x);
   const Tensors qkv = linears(normed(x, norm, norm_eps), whole(part(weights, 0, 3)), part(scales, 0, 3), whole(biases),
                               bits, group);
-  const Tensor answer = attend_one(qkv[0], qkv[1], qkv[2], q_norm, k_norm, eps, whole_norm, cos, sin, adjacent, keys,
+  const Tensor answer = decode_attention(qkv[0], qkv[1], qkv[2], q_norm, k_norm, eps, whole_norm, cos, sin, adjacent, keys,
                                    values, lengths, window, scale, sinks);
   const Tensor y = linears(answer, {whole(weights[3])}, part(scales, 3, 4), list_of(whole(o_bias)), bits, group)[0];
   return added(x, y, residual_scale);

@@ -63,7 +63,7 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<T
 
 // What decoding does beside them: attention_decode.cpp and router.cpp say what is given.
 Tensor rms_norm(Tensor x, Tensor weight, double eps);
-Tensor attend_one(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
+Tensor decode_attention(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
                   Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,
                   std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks);
 std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor balance_bias,
