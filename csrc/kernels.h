@@ -40,6 +40,10 @@ constexpr float kInputLimit = 0.0045f, kHiddenLimit = 0.0055f;
 constexpr int kPiece = 32;
 constexpr int kPieces = 16;  // of a whole block
 constexpr int kBlock = kPiece * kPieces;
+constexpr int kGrid = 64;  // a row is padded to a multiple of it, and of a group
+
+// Tokens up to which GEMV multiplies a matrix: of floats one by one; of codes, or of bfloat16 in pairs.
+constexpr int64_t kGemvMaxTokens = 8, kGemvMaxTokensPacked = 16;
 
 enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 

@@ -64,6 +64,8 @@ const Gemm& gemm_for(bool bf16, Type weights) {
 
 const Gemv& gemv() { return *chosen().gemv; }
 
-int64_t gemv_max_tokens(const Matrix& m) { return (m.pairs && gemv().pairs) || m.group > 0 ? 16 : 8; }
+int64_t gemv_max_tokens(const Matrix& m) {
+  return (m.pairs && gemv().pairs) || m.group > 0 ? kGemvMaxTokensPacked : kGemvMaxTokens;
+}
 
 }  // namespace handful

@@ -2,6 +2,8 @@
 // that one build serves torch 2.11 and later, and no Python symbol, so that it serves every Python.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "isa.h"
 #include "levels.h"
 
@@ -19,14 +21,24 @@ std::string levels(std::string features) {
          line("few tokens", chosen.gemv);
 }
 
+// The sizes that callers need to know, a line each.
+std::string limits() {
+  const auto line = [](const char* name, int64_t value) { return name + (": " + std::to_string(value)) + "\n"; };
+  return line("panel", handful::kPanel) + line("gemv_max_tokens", handful::kGemvMaxTokens) +
+         line("gemv_max_tokens_packed", handful::kGemvMaxTokensPacked) + line("code_piece", handful::kPiece) +
+         line("code_block", handful::kBlock) + line("code_grid", handful::kGrid);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(handful, m) {
   m.def("isa() -> str");
   m.def("levels(str features) -> str");
+  m.def("limits() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("levels", TORCH_BOX(&levels));
+  m.impl("limits", TORCH_BOX(&limits));
 }

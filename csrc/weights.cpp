@@ -81,7 +81,7 @@ Activation activation_of(const std::string& name) {
 }
 
 int64_t stored_columns(int64_t width, int64_t group) {
-  const int64_t grid = std::max<int64_t>(group, 64);
+  const int64_t grid = std::max<int64_t>(group, kGrid);
   return (width + grid - 1) / grid * grid;
 }
 

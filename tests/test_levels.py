@@ -19,6 +19,7 @@ from handful.experts.native import available, levels
 from handful.experts.quantized import quantize_model
 from handful.machine import CPUINFO_FLAGS, _native_library, native_error
 from handful.model import Decoder
+from handful.quantize import BLOCK, GRID, PIECE
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
 
@@ -125,6 +126,15 @@ def test_every_set_of_features_is_given_what_it_covers() -> None:
     best = levels(CPUINFO_FLAGS)
     assert {use: level.name for use, level in best.items()} == {
         "float32": "AVX-512", "bfloat16": "AMX", "codes": "AMX", "few tokens": "AVX-512 VNNI and BF16",
+    }  # fmt: skip
+
+
+def test_the_extension_says_its_limits() -> None:
+    """A line each; those of codes are the format's, which Python packs."""
+    limits = dict(line.split(": ") for line in torch.ops.handful.limits().splitlines())
+    assert {name: int(value) for name, value in limits.items()} == {
+        "panel": 32, "gemv_max_tokens": 8, "gemv_max_tokens_packed": 16,
+        "code_piece": PIECE, "code_block": BLOCK, "code_grid": GRID,
     }  # fmt: skip
 
 
