@@ -6,9 +6,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16 | kAmxBf16;
 
 constexpr int kTileRows = 16, kTileUnits = 16;
@@ -151,10 +148,4 @@ void multiply(const Product& job) {
   }
 }
 
-}  // namespace
-
-constexpr AmxGemm kAmxGemm = {kNeeds, begin, end, multiply};
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(AmxGemm kAmxGemm = {kNeeds, begin, end, multiply})

@@ -3,18 +3,9 @@
 
 BEGIN_LEVEL("avx2,fma,f16c")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2;
 constexpr int W = 8, ACROSS = 2;
 
 #include "gemm_float32.inc"
 
-}  // namespace
-
-constexpr Gemm kAvx2Gemm = gemm_table("AVX2");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemm kAvx2Gemm = gemm_table("AVX2"))

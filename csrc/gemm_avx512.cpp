@@ -3,18 +3,9 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512;
 constexpr int W = 16, ACROSS = 4;
 
 #include "gemm_float32.inc"
 
-}  // namespace
-
-constexpr Gemm kAvx512Gemm = gemm_table("AVX-512");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemm kAvx512Gemm = gemm_table("AVX-512"))

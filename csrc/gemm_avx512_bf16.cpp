@@ -3,9 +3,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16;
 constexpr Type kOwn = Type::kBFloat16;
 constexpr int W = 16, VALUES = 2, LEFT_ROWS = 6, ACROSS = 4;
@@ -45,10 +42,4 @@ INLINE int dequantize(char* to, const Matrix& m, int64_t row, int64_t k0, int co
 
 #include "gemm.inc"
 
-}  // namespace
-
-constexpr Gemm kAvx512Bf16Gemm = gemm_table("AVX-512 BF16");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemm kAvx512Bf16Gemm = gemm_table("AVX-512 BF16"))

@@ -18,9 +18,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
 constexpr int W = 16;
 
@@ -313,10 +310,4 @@ void multiply(const Product& job) {
   }
 }
 
-}  // namespace
-
-constexpr VnniGemm kAvx512VnniGemm = {kNeeds, pack_rows, multiply, quantize};
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(VnniGemm kAvx512VnniGemm = {kNeeds, pack_rows, multiply, quantize})

@@ -3,9 +3,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2;
 constexpr int W = 8;
 
@@ -23,10 +20,4 @@ INLINE S unsigned_bytes(const char* from) { return bits<S>(_mm256_cvtepu8_epi16(
 #define CODES "gemv_codes_int16.inc"
 #include "gemv.inc"
 
-}  // namespace
-
-constexpr Gemv kAvx2Gemv = gemv_table("AVX2");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemv kAvx2Gemv = gemv_table("AVX2"))

@@ -3,9 +3,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512;
 constexpr int W = 16;
 
@@ -23,10 +20,4 @@ INLINE S unsigned_bytes(const char* from) { return bits<S>(_mm512_cvtepu8_epi16(
 #define CODES "gemv_codes_int16.inc"
 #include "gemv.inc"
 
-}  // namespace
-
-constexpr Gemv kAvx512Gemv = gemv_table("AVX-512");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemv kAvx512Gemv = gemv_table("AVX-512"))

@@ -3,9 +3,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
 constexpr int W = 16;
 
@@ -14,10 +11,4 @@ constexpr int W = 16;
 #define CODES "gemv_codes_bytes.inc"
 #include "gemv.inc"
 
-}  // namespace
-
-constexpr Gemv kAvx512VnniGemv = gemv_table("AVX-512 VNNI");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemv kAvx512VnniGemv = gemv_table("AVX-512 VNNI"))

@@ -3,9 +3,6 @@
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni | kAvx512Bf16;
 constexpr int W = 16;
 
@@ -15,10 +12,4 @@ constexpr int W = 16;
 #define CODES "gemv_codes_bytes.inc"
 #include "gemv.inc"
 
-}  // namespace
-
-constexpr Gemv kAvx512VnniBf16Gemv = gemv_table("AVX-512 VNNI and BF16");
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemv kAvx512VnniBf16Gemv = gemv_table("AVX-512 VNNI and BF16"))

@@ -1,9 +1,8 @@
 // The kernels of every level that is compiled in; levels.cpp chooses among those that the CPU has.
 //
-// A level's file lies between BEGIN_LEVEL, which switches its instructions on, and END_LEVEL, and has an unnamed
-// namespace for all of its functions: one that another file could be given instead of its own copy, or that runs before
-// the CPU was asked, would be an illegal instruction elsewhere. What it gives away is tables of constants, each with the
-// features that it needs.
+// A level's file is BEGIN_LEVEL(instructions), functions, and END_LEVEL(table). The macros switch the instructions on, and
+// put the functions into an unnamed namespace and the table among the constants: a function that the linker may give to
+// another file, or a constructor that runs before the CPU was asked, would be an illegal instruction elsewhere.
 #pragma once
 
 // All that a level uses of the standard library: its templates must be compiled for the baseline.
@@ -20,17 +19,27 @@
 
 #define PRAGMA(TEXT) _Pragma(#TEXT)
 #ifdef __clang__
-#define BEGIN_LEVEL(INSTRUCTIONS) \
+#define PUSH_TARGET(INSTRUCTIONS) \
   PRAGMA(clang attribute push(__attribute__((target(INSTRUCTIONS))), apply_to = function))
-#define END_LEVEL PRAGMA(clang attribute pop)
+#define POP_TARGET PRAGMA(clang attribute pop)
 #else
 // gcc 12 warns of its own intrinsics' undefined operands.
-#define BEGIN_LEVEL(INSTRUCTIONS) \
+#define PUSH_TARGET(INSTRUCTIONS) \
   PRAGMA(GCC push_options) \
   PRAGMA(GCC target(INSTRUCTIONS)) \
   PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized")
-#define END_LEVEL PRAGMA(GCC pop_options)
+#define POP_TARGET PRAGMA(GCC pop_options)
 #endif
+
+#define BEGIN_LEVEL(INSTRUCTIONS) \
+  PUSH_TARGET(INSTRUCTIONS)       \
+  namespace handful {             \
+  namespace {
+#define END_LEVEL(...)   \
+  }                      \
+  constexpr __VA_ARGS__; \
+  }                      \
+  POP_TARGET
 
 namespace handful {
 
