@@ -3,19 +3,13 @@
 //
 // The queries of a key-value head's group are columns, as tokens are elsewhere (kernels.h): keys are the left matrix as
 // they lie, and the softmax's numerators are the panels that meet the transposed values.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "gemm.h"
 
 namespace handful {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 constexpr int kPanels = 8;  // panels of queries that meet a block of keys: the scores and results stay in the cache
 constexpr float kNothing = -1e30f;  // the largest score of no keys
@@ -26,8 +20,7 @@ struct Heads {
   int64_t batch, heads, tokens, width;
   int64_t strides[3];  // bytes
 
-  Heads(const Tensor& t, Type type, const char* name)
-      : data(static_cast<const char*>(t.const_data_ptr())) {
+  Heads(const Tensor& t, Type type, const char* name) : data(data_of(t)) {
     STD_TORCH_CHECK(t.dim() == 4 && t.size(3) >= 1 && (t.stride(3) == 1 || t.size(3) == 1), name,
                     " is not (batch, heads, tokens, width) with whole rows");
     STD_TORCH_CHECK(float_type(t, name) == type, name, " is not of q's dtype");
@@ -146,12 +139,10 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   }
 }
 
-}  // namespace
-
 // q (B, H, S, d), k (B, J, P, d), v (B, J, P, v): the queries are the last S of P tokens, and each sees the tokens up
 // to its own, with a window the last so many of them. sinks (H), float32: a score that takes part in the softmax and gives
 // no value. -> (B, S, H · v)
-Tensor prefill_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, double scale, int64_t window) {
+Tensor prefill_attention(Tensor q, Tensor k, Tensor v, MaybeTensor sinks, double scale, int64_t window) {
   const Type type = float_type(q, "q");
   const Heads queries(q, type, "q"), keys(k, type, "k"), values(v, type, "v");
   const int64_t B = queries.batch, H = queries.heads, S = queries.tokens, J = keys.heads;
@@ -164,15 +155,9 @@ Tensor prefill_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sin
                   "sinks are not ", H, " float32 numbers");
   STD_TORCH_CHECK(window >= 0, "window = ", window, ": it is at least 1, or 0 for none");
   Tensor y = torch::stable::new_empty(q, {B, S, H * values.width});
-  const Job job{queries,
-                keys,
-                values,
-                type,
-                sinks ? sinks->const_data_ptr<float>() : nullptr,
-                static_cast<float>(scale),
-                window,
-                static_cast<char*>(y.mutable_data_ptr()),
-                gemm_for(type == Type::kBFloat16)};
+  const float* of_heads = sinks ? sinks->const_data_ptr<float>() : nullptr;
+  const Job job = {queries, keys, values, type, of_heads, static_cast<float>(scale), window,
+                   static_cast<char*>(y.mutable_data_ptr()), gemm_for(type == Type::kBFloat16)};
   const int64_t columns = S * job.group(), some = kPanels * kPanel, blocks = (columns + some - 1) / some;
   const double cost = 0.01 * static_cast<double>(some * keys.tokens * (keys.width + values.width));
   each(B * J * blocks, cost, [&](int64_t i) {
@@ -181,6 +166,8 @@ Tensor prefill_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sin
   });
   return y;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def("prefill_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window) -> Tensor");

@@ -6,19 +6,18 @@
 
 namespace handful {
 
-using torch::headeronly::ScalarType;
-
-void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped) {
+void check_assignments(const Assignments& given, int64_t tokens) {
+  const Tensor& experts = given.experts;
   STD_TORCH_CHECK(experts.dim() == 2 && experts.size(0) == tokens && experts.is_contiguous() &&
                       experts.scalar_type() == ScalarType::Long,
                   "experts is not a contiguous matrix (tokens, top_k) of type int64");
-  const auto like_experts = [&](const Tensor& t) {
-    return t.dim() == 2 && t.size(0) == experts.size(0) && t.size(1) == experts.size(1) && t.is_contiguous();
+  const auto check = [&](const MaybeTensor& t, ScalarType type, const char* message) {
+    STD_TORCH_CHECK(!t || (t->dim() == 2 && t->size(0) == experts.size(0) && t->size(1) == experts.size(1) &&
+                           t->is_contiguous() && t->scalar_type() == type),
+                    message);
   };
-  STD_TORCH_CHECK(weights == nullptr || (like_experts(*weights) && weights->scalar_type() == ScalarType::Float),
-                  "weights is not a contiguous matrix of experts' shape of type float32");
-  STD_TORCH_CHECK(!dropped || (like_experts(*dropped) && dropped->scalar_type() == ScalarType::Bool),
-                  "dropped is not a contiguous matrix of experts' shape of type bool");
+  check(given.weights, ScalarType::Float, "weights is not a contiguous matrix of experts' shape of type float32");
+  check(given.dropped, ScalarType::Bool, "dropped is not a contiguous matrix of experts' shape of type bool");
 }
 
 int64_t most_panels(int64_t assignments, int64_t experts) {
@@ -26,24 +25,23 @@ int64_t most_panels(int64_t assignments, int64_t experts) {
   return assignments / kPanel + std::min(assignments, experts);
 }
 
-ExpertSort sort_by_expert(const Tensor& experts, const std::optional<Tensor>& dropped, int64_t first, int64_t end,
-                          int64_t expert_count) {
+ExpertSort sort_by_expert(const Assignments& given, int64_t first, int64_t end, int64_t experts) {
   ExpertSort sorted;
   sorted.tokens = end - first;
-  sorted.top_k = experts.size(1);
+  sorted.top_k = given.experts.size(1);
   const int64_t assignments = sorted.tokens * sorted.top_k;
-  const int64_t* chosen = experts.const_data_ptr<int64_t>() + first * sorted.top_k;
-  const bool* out = dropped ? dropped->const_data_ptr<bool>() + first * sorted.top_k : nullptr;
+  const int64_t* chosen = given.experts.const_data_ptr<int64_t>() + first * sorted.top_k;
+  const bool* out = given.dropped ? given.dropped->const_data_ptr<bool>() + first * sorted.top_k : nullptr;
 
-  sorted.offsets.assign(expert_count + 1, 0);
+  sorted.offsets.assign(experts + 1, 0);
   for (int64_t a = 0; a < assignments; ++a) {
-    STD_TORCH_CHECK(chosen[a] >= 0 && chosen[a] < expert_count, "routing names expert ", chosen[a], ": there are ",
-                    expert_count, ", counted from 0");
+    STD_TORCH_CHECK(chosen[a] >= 0 && chosen[a] < experts, "routing names expert ", chosen[a], ": there are ", experts,
+                    ", counted from 0");
     if (out == nullptr || !out[a]) ++sorted.offsets[chosen[a] + 1];
   }
-  for (int64_t e = 0; e < expert_count; ++e) sorted.offsets[e + 1] += sorted.offsets[e];
+  for (int64_t e = 0; e < experts; ++e) sorted.offsets[e + 1] += sorted.offsets[e];
 
-  sorted.order.resize(sorted.offsets[expert_count]);
+  sorted.order.resize(sorted.offsets[experts]);
   sorted.tokens_of.resize(sorted.order.size());
   sorted.place.resize(assignments);
   std::vector<int64_t> next(sorted.offsets.begin(), sorted.offsets.end() - 1);
@@ -57,12 +55,12 @@ ExpertSort sort_by_expert(const Tensor& experts, const std::optional<Tensor>& dr
     }
   }
 
-  sorted.first_panel.reserve(expert_count + 1);
-  for (int64_t e = 0; e < expert_count; ++e) {
+  sorted.first_panel.reserve(experts + 1);
+  for (int64_t e = 0; e < experts; ++e) {
     sorted.first_panel.push_back(static_cast<int64_t>(sorted.panels.size()));
-    for (int64_t first = sorted.offsets[e]; first < sorted.offsets[e + 1]; first += kPanel) {
-      const int count = static_cast<int>(std::min<int64_t>(kPanel, sorted.offsets[e + 1] - first));
-      sorted.panels.push_back({static_cast<int>(e), count, first});
+    for (int64_t n = sorted.offsets[e]; n < sorted.offsets[e + 1]; n += kPanel) {
+      const int count = static_cast<int>(std::min<int64_t>(kPanel, sorted.offsets[e + 1] - n));
+      sorted.panels.push_back({static_cast<int>(e), count, n});
     }
   }
   sorted.first_panel.push_back(static_cast<int64_t>(sorted.panels.size()));

@@ -1,15 +1,18 @@
-// A routing, sorted by expert.
+// What tokens chose, and the same sorted by expert: a panel is of one expert.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
-#include <vector>
+#include "tensors.h"
 
 namespace handful {
 
-using torch::stable::Tensor;
+struct Assignments {
+  Tensor experts;       // (T, K) int64: the experts that each token chose
+  MaybeTensor weights;  // (T, K) float32; none: nothing is weighted and summed
+  MaybeTensor dropped;  // (T, K) bool: those that are not computed
+};
+
+// Throws unless they are those of `tokens` tokens.
+void check_assignments(const Assignments& given, int64_t tokens);
 
 // Up to kPanel assignments of one expert.
 struct Panel {
@@ -20,7 +23,7 @@ struct Panel {
 
 struct ExpertSort {
   int64_t tokens, top_k;
-  std::vector<int64_t> order;      // assignments (token · top_k + slot) that are computed, by expert, earlier tokens first
+  std::vector<int64_t> order;      // computed assignments (token · top_k + slot) by expert, earlier tokens first
   std::vector<int64_t> tokens_of;  // of each in `order`
   std::vector<int64_t> place;      // of each assignment in `order`; -1: it is dropped
   std::vector<int64_t> offsets;    // expert e owns order[offsets[e]] up to order[offsets[e + 1]]
@@ -32,14 +35,11 @@ struct ExpertSort {
   int64_t token(int64_t n) const { return tokens_of[n]; }
 };
 
-// Checks what `tokens` tokens chose, and the weights if there are any.
-void check_choices(const Tensor& experts, int64_t tokens, const Tensor* weights, const std::optional<Tensor>& dropped);
-
 // Panels that T·K assignments to E experts can need, whatever the routing.
 int64_t most_panels(int64_t assignments, int64_t experts);
 
-// Of tokens `first` up to `end`, which the plan counts from 0. Throws for an expert that does not exist.
-ExpertSort sort_by_expert(const Tensor& experts, const std::optional<Tensor>& dropped, int64_t first, int64_t end,
-                          int64_t expert_count);
+// Sorts those of tokens `first` up to `end`, which the result counts from 0, among `experts` experts. Throws for an expert
+// that does not exist.
+ExpertSort sort_by_expert(const Assignments& given, int64_t first, int64_t end, int64_t experts);
 
 }  // namespace handful

@@ -6,20 +6,13 @@
 //   grad W_down     = sum over n of grad y_t ⊗ (weight_n · a_n)
 //   grad W_gate_up  = sum over n of grad h_n ⊗ x_t
 //   grad x_t        = sum over the token's n of W_gate_upᵀ · grad h_n
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "experts_call.h"
-#include "operations.h"
 
 namespace handful {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 // Rows of 32 assignments each, in the kernels' own type: panel p's row r at p · rows + r.
 struct Rows {
@@ -112,7 +105,7 @@ class Backward {
       : call_(call),
         gemm_(*call.gemm),
         values_(gemm_.values),
-        sorted_(sort_by_expert(call.chosen, call.dropped, 0, call.chosen.size(0), call.experts)),
+        sorted_(sort_by_expert(call.assignments, 0, call.assignments.experts.size(0), call.experts)),
         panels_(static_cast<int64_t>(sorted_.panels.size())),
         gate_(is_gated(call.kind)),
         half_units_(panel_units(call.hidden, values_)),
@@ -321,20 +314,19 @@ class Backward {
   const Buffer grad_h_units_;  // gate's and up's halves, each a panel; empty where rows are panels already
 };
 
-}  // namespace
-
+// Gradients of x, weights, gate_up, down, gate_up_bias and down_bias; those of weights and biases only `for_parameters`,
+// and of x only `for_x` (otherwise they are empty tensors).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    Tensor grad_y, Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
+    Tensor grad_y, Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
     MaybeTensor gate_up_bias, MaybeTensor down_bias, Tensor kept, std::string activation, bool bf16, bool for_x,
     bool for_parameters) {
-  const MaybeTensor none;
-  const int64_t hidden = down.dim() == 3 ? down.size(2) : 0;
-  const ExpertsCall call = make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
-                              activation, hidden, bf16);
+  const Assignments assignments = {chosen, weights, dropped};
+  const ExpertsWeights given = float_weights(gate_up, down, gate_up_bias, down_bias, activation);
+  const ExpertsCall call = make_call(x, assignments, given, bf16);
   STD_TORCH_CHECK(grad_y.dim() == 2 && grad_y.size(0) == x.size(0) && grad_y.size(1) == x.size(1) &&
                       grad_y.is_contiguous(),
                   "grad_y is not a contiguous matrix of x's shape");
-  STD_TORCH_CHECK(kept.dim() == 3 && kept.size(0) == most_panels(experts.size(0) * experts.size(1), call.experts) &&
+  STD_TORCH_CHECK(kept.dim() == 3 && kept.size(0) == most_panels(chosen.size(0) * chosen.size(1), call.experts) &&
                       kept.size(1) == call.gate_up.rows && kept.size(2) == kPanel && kept.is_contiguous() &&
                       float_type(kept, "kept") == call.type(),
                   "kept is not what the forward pass returned");
@@ -366,6 +358,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   }
   return {grad_x, grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(

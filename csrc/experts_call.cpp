@@ -4,36 +4,29 @@
 
 namespace handful {
 
-ExpertsCall make_call(const Tensor& x, const Tensor& experts, const Tensor* weights,
-                      const std::optional<Tensor>& dropped, const WeightTensors& gate_up, const WeightTensors& down,
-                      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
-                      const std::string& activation, int64_t hidden, bool bf16) {
+ExpertsWeights float_weights(const Tensor& gate_up, const Tensor& down, const MaybeTensor& gate_up_bias,
+                             const MaybeTensor& down_bias, const std::string& activation) {
+  const int64_t hidden = down.dim() == 3 ? down.size(2) : 0;
+  return {gate_up, {}, down, {}, gate_up_bias, down_bias, activation, hidden, 0, 0};
+}
+
+ExpertsCall make_call(const Tensor& x, const Assignments& assignments, const ExpertsWeights& given, bool bf16) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
-  STD_TORCH_CHECK(gate_up.codes.dim() == 3 && down.codes.dim() == 3,
-                  "gate_up and down are not (experts, rows, columns)");
-  check_choices(experts, x.size(0), weights, dropped);
-  const int64_t count = gate_up.codes.size(0), width = x.size(1);
+  STD_TORCH_CHECK(given.gate_up.dim() == 3 && given.down.dim() == 3, "gate_up and down are not (experts, rows, columns)");
+  check_assignments(assignments, x.size(0));
+  const int64_t count = given.gate_up.size(0), width = x.size(1), hidden = given.hidden;
   STD_TORCH_CHECK(count >= 1 && width >= 1 && hidden >= 1, "experts without experts, width or hidden values");
-  const Activation kind = activation_of(activation);
+  const Activation kind = activation_of(given.activation);
   // Two codes are a byte at most. Beyond that `hidden` could not be doubled.
-  STD_TORCH_CHECK(hidden / 2 <= down.codes.size(2), "down has rows of ", down.codes.size(2), ": hidden = ", hidden);
-  Stack first = make_stack(gate_up, gate_up_bias, "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width);
-  Stack second = make_stack(down, down_bias, "down", count, width, hidden);
-  for (Matrix* m : {&first.first, &second.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
-  return {&gemm_for(bf16, first.first.type),
-          count,
-          width,
-          hidden,
-          kind,
-          bf16,
-          first,
-          second,
-          static_cast<const char*>(x.const_data_ptr()),
-          float_type(x, "x"),
-          0,
-          weights == nullptr ? nullptr : weights->const_data_ptr<float>(),
-          experts,
-          dropped};
+  STD_TORCH_CHECK(hidden / 2 <= given.down.size(2), "down has rows of ", given.down.size(2), ": hidden = ", hidden);
+  Stack gate_up = make_stack({given.gate_up, given.gate_up_scales, given.bits, given.group}, given.gate_up_bias,
+                             "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width);
+  Stack down = make_stack({given.down, given.down_scales, given.bits, given.group}, given.down_bias, "down", count,
+                          width, hidden);
+  for (Matrix* m : {&gate_up.first, &down.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
+  const float* shares = assignments.weights ? assignments.weights->const_data_ptr<float>() : nullptr;
+  return {&gemm_for(bf16, gate_up.first.type), count, width, hidden, kind, bf16, gate_up, down, data_of(x),
+          float_type(x, "x"), assignments, shares};
 }
 
 void store_assignments(const ExpertsCall& call, const ExpertSort& sorted, const GemmItem& item, const Workspace& w,

@@ -2,12 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
-#include <string>
-#include <vector>
 
-#include "expert_sort.h"
 #include "gemm.h"
+#include "operations.h"
 
 namespace handful {
 
@@ -20,21 +17,21 @@ struct ExpertsCall {
   Stack gate_up, down;
   const char* x;
   Type x_type;
-  int64_t first_token = 0;  // that the plan's token 0 is
-  const float* weights;     // (T, K)
-  const Tensor& chosen;
-  const std::optional<Tensor>& dropped;
+  const Assignments& assignments;
+  const float* weights;     // (T, K); null: nothing is weighted and summed
+  int64_t first_token = 0;  // that is token 0 in the sort
 
   // Of y, of what is kept, and of the products.
   Type type() const { return bf16 ? Type::kBFloat16 : Type::kFloat32; }
   const char* x_row(int64_t token) const { return x + (first_token + token) * width * bytes_of(x_type); }
 };
 
-// `experts` and `dropped` must outlive the call. `weights` null: nothing is weighted and summed in it.
-ExpertsCall make_call(const Tensor& x, const Tensor& experts, const Tensor* weights,
-                      const std::optional<Tensor>& dropped, const WeightTensors& gate_up, const WeightTensors& down,
-                      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
-                      const std::string& activation, int64_t hidden, bool bf16);
+// Weights that are no codes.
+ExpertsWeights float_weights(const Tensor& gate_up, const Tensor& down, const MaybeTensor& gate_up_bias,
+                             const MaybeTensor& down_bias, const std::string& activation);
+
+// All that is given must outlive the call.
+ExpertsCall make_call(const Tensor& x, const Assignments& assignments, const ExpertsWeights& weights, bool bf16);
 
 // A block of one matrix's rows, and the panels that meet it.
 struct GemmItem {

@@ -1,11 +1,5 @@
 // The forward pass. Experts with many tokens multiply tiles (kernels.h), those with few stream their weights once.
-#include "operations.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <vector>
 
 #include "experts_call.h"
 #include "gemv.h"
@@ -13,9 +7,7 @@
 namespace handful {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-// Assignments whose outputs wait for their sum at a time, for each expert at least `kLoad`.
+// Assignments that are computed before their sum is, for each expert at least `kLoad`.
 constexpr int64_t kAtOnce = 16384, kLoad = 256;
 
 // Experts with many tokens: out_ND gets the rows of their assignments.
@@ -159,7 +151,7 @@ void run_few_and_many(const ExpertsCall& call, const ExpertSort& sorted, const s
 void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, void* kept) {
   ExpertsCall call = all;
   call.first_token = first;
-  const ExpertSort sorted = sort_by_expert(call.chosen, call.dropped, first, end, call.experts);
+  const ExpertSort sorted = sort_by_expert(call.assignments, first, end, call.experts);
   const Buffer out_buffer(sorted.size() * call.width * 4);
   float* out_ND = out_buffer.as<float>();
 
@@ -179,63 +171,70 @@ void check_rows(const Tensor& rows, int64_t assignments, int64_t width) {
                   "rows is not a contiguous matrix (", assignments, ", ", width, ") of type float32");
 }
 
-ScalarType type_of(const ExpertsCall& call) { return call.bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
+ScalarType type_of(bool bf16) { return bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
 
-int64_t hidden_of(const Tensor& down) { return down.dim() == 3 ? down.size(2) : 0; }
-
-Tensor infer(const ExpertsCall& call, const Tensor& x) {
-  const int64_t tokens = x.size(0), top_k = call.chosen.size(1);
-  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
-  char* out = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t step = experts_step(call.experts, top_k);
-  for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
-  return y;
-}
-
-}  // namespace
-
+// Tokens, each with `top_k` of `count` experts, that are computed at a time.
 int64_t experts_step(int64_t count, int64_t top_k) {
   return std::max<int64_t>(std::max(kAtOnce, kLoad * count) / std::max<int64_t>(top_k, 1), 1);
 }
 
-Tensor experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
-               MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16) {
-  const MaybeTensor none;
-  return infer(make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
-                         activation, hidden_of(down), bf16),
-               x);
+}  // namespace
+
+Tensor experts(const Tensor& x, const Assignments& assignments, const ExpertsWeights& weights, bool bf16) {
+  const ExpertsCall call = make_call(x, assignments, weights, bf16);
+  const int64_t tokens = x.size(0), step = experts_step(call.experts, assignments.experts.size(1));
+  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16));
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
+  return y;
 }
 
-std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped,
-                                           Tensor gate_up, Tensor down, MaybeTensor gate_up_bias,
-                                           MaybeTensor down_bias, std::string activation, bool bf16) {
-  const MaybeTensor none;
-  const ExpertsCall call = make_call(x, experts, &weights, dropped, {gate_up, none}, {down, none}, gate_up_bias, down_bias,
-                              activation, hidden_of(down), bf16);
-  const int64_t tokens = x.size(0), panels = most_panels(experts.size(0) * experts.size(1), call.experts);
-  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(call));
-  Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type_of(call));
+namespace {
+
+Tensor experts_op(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
+                  MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16) {
+  return experts(x, {chosen, weights, dropped}, float_weights(gate_up, down, gate_up_bias, down_bias, activation), bf16);
+}
+
+// The same, and what the backward pass needs: the hidden values before their activation, as (panels, G, 32).
+std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up,
+                                           Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
+                                           std::string activation, bool bf16) {
+  const Assignments assignments = {chosen, weights, dropped};
+  const ExpertsWeights given = float_weights(gate_up, down, gate_up_bias, down_bias, activation);
+  const ExpertsCall call = make_call(x, assignments, given, bf16);
+  const int64_t tokens = x.size(0), panels = most_panels(chosen.size(0) * chosen.size(1), call.experts);
+  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16));
+  Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type_of(bf16));
   use_huge_pages(kept.mutable_data_ptr(), kept.numel() * bytes_of(call.type()));
   run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), kept.mutable_data_ptr());
   return {y, kept};
 }
 
-Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
+// `experts` with codes and their scales.
+Tensor experts_quantized(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up,
                          Tensor gate_up_scales, Tensor down, Tensor down_scales, MaybeTensor gate_up_bias,
                          MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
                          bool bf16) {
-  const MaybeTensor first_scales = gate_up_scales, second_scales = down_scales;
-  return infer(make_call(x, experts, &weights, dropped, {gate_up, first_scales, bits, group},
-                         {down, second_scales, bits, group}, gate_up_bias, down_bias, activation, hidden, bf16),
-               x);
+  return experts(x, {chosen, weights, dropped},
+                 {gate_up, gate_up_scales, down, down_scales, gate_up_bias, down_bias, activation, hidden, bits, group},
+                 bf16);
 }
 
-int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped, Tensor places, Tensor gate_up,
+// `experts` in parts, for weights that are not all in memory: this for one set of experts after another, each expert once,
+// and then `experts_sum`. The bits are those of the whole if x has at most `experts_step` tokens.
+//
+// places (E) int64: which of the given matrices is an expert's; below 0: none is, and its rows are left as they are.
+// rows (N, D) float32: a row for each assignment that is computed, by expert, earlier tokens first.
+// Returns how many rows were written.
+int64_t experts_rows(Tensor rows, Tensor x, Tensor chosen, MaybeTensor dropped, Tensor places, Tensor gate_up,
                      MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
                      MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
                      bool bf16) {
-  ExpertsCall call = make_call(x, experts, nullptr, dropped, {gate_up, gate_up_scales, bits, group},
-                        {down, down_scales, bits, group}, gate_up_bias, down_bias, activation, hidden, bf16);
+  const Assignments assignments = {chosen, {}, dropped};
+  const ExpertsWeights given = {gate_up,   gate_up_scales, down,   down_scales, gate_up_bias,
+                                down_bias, activation,     hidden, bits,        group};
+  ExpertsCall call = make_call(x, assignments, given, bf16);
   STD_TORCH_CHECK(places.dim() == 1 && places.is_contiguous() && places.scalar_type() == ScalarType::Long,
                   "places is not a contiguous vector of type int64");
   const int64_t* place = places.const_data_ptr<int64_t>();
@@ -247,7 +246,7 @@ int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped,
     STD_TORCH_CHECK(place[e] < slots, "places names matrix ", place[e], ": there are ", slots, ", counted from 0");
     here[e] = place[e] >= 0;
   }
-  const ExpertSort sorted = sort_by_expert(call.chosen, call.dropped, 0, x.size(0), call.experts);
+  const ExpertSort sorted = sort_by_expert(assignments, 0, x.size(0), call.experts);
   check_rows(rows, sorted.size(), call.width);
   run_few_and_many(call, sorted, here, static_cast<float*>(rows.mutable_data_ptr()));
   int64_t done = 0;
@@ -255,18 +254,20 @@ int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped,
   return done;
 }
 
-Tensor experts_sum(Tensor rows, Tensor experts, Tensor weights, MaybeTensor dropped, int64_t count, bool bf16) {
+// y (T, D): the rows of `experts_rows` weighted and summed; `count` is E.
+Tensor experts_sum(Tensor rows, Tensor chosen, Tensor weights, MaybeTensor dropped, int64_t count, bool bf16) {
+  const Assignments assignments = {chosen, weights, dropped};
   STD_TORCH_CHECK(rows.dim() == 2 && count >= 1, "rows is not a matrix (assignments, width)");
-  check_choices(experts, experts.dim() == 2 ? experts.size(0) : 0, &weights, dropped);
-  const ExpertSort sorted = sort_by_expert(experts, dropped, 0, experts.size(0), count);
+  check_assignments(assignments, chosen.dim() == 2 ? chosen.size(0) : 0);
+  const ExpertSort sorted = sort_by_expert(assignments, 0, chosen.size(0), count);
   check_rows(rows, sorted.size(), rows.size(1));
-  const Type type = bf16 ? Type::kBFloat16 : Type::kFloat32;
-  Tensor y = torch::stable::new_empty(rows, {experts.size(0), rows.size(1)},
-                                      bf16 ? ScalarType::BFloat16 : ScalarType::Float);
-  sum_rows(rows.size(1), sorted, static_cast<const float*>(rows.const_data_ptr()), weights.const_data_ptr<float>(),
-           static_cast<char*>(y.mutable_data_ptr()), type);
+  Tensor y = torch::stable::new_empty(rows, {chosen.size(0), rows.size(1)}, type_of(bf16));
+  sum_rows(rows.size(1), sorted, rows.const_data_ptr<float>(), weights.const_data_ptr<float>(),
+           static_cast<char*>(y.mutable_data_ptr()), bf16 ? Type::kBFloat16 : Type::kFloat32);
   return y;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(
@@ -290,7 +291,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) { m.impl("experts_step", TORCH_BOX(&experts_step)); }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
-  m.impl("experts", TORCH_BOX(&experts));
+  m.impl("experts", TORCH_BOX(&experts_op));
   m.impl("experts_forward", TORCH_BOX(&experts_forward));
   m.impl("experts_quantized", TORCH_BOX(&experts_quantized));
   m.impl("experts_rows", TORCH_BOX(&experts_rows));

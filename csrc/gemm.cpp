@@ -3,7 +3,6 @@
 #include <algorithm>
 
 namespace handful {
-
 namespace {
 
 // Multiplies rows where they lie. Each panel's units that are multiplied at once stay in the level 2 cache for all rows.

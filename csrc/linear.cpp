@@ -1,9 +1,5 @@
-// Matrices that all tokens meet, by the experts' gemm.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+// Linear maps: matrices that all tokens meet, several of the same x at once.
 #include <algorithm>
-#include <vector>
 
 #include "gemm.h"
 #include "gemv.h"
@@ -12,8 +8,8 @@
 namespace handful {
 namespace {
 
-// The matrices are of one type and width.
-void gemv_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+// Few tokens: each weight is read once. The matrices are of one type and width.
+void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                    const std::vector<char*>& y) {
   const Stack& like = stacks[0];
   const int64_t I = like.width;
@@ -48,9 +44,9 @@ void gemv_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int
   }
 }
 
-// Many tokens: they are packed once for all the matrices.
-void gemm_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
-                     const std::vector<char*>& y) {
+// Many tokens: they are packed once for all matrices.
+void multiply_gemm(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+                   const std::vector<char*>& y) {
   const Gemm& gemm = gemm_for(type == Type::kBFloat16, stacks[0].first.type);
   const int64_t I = stacks[0].width, units = right_units(gemm, I);
   const int64_t panels = (tokens + kPanel - 1) / kPanel;
@@ -95,24 +91,25 @@ void gemm_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int
 
 }  // namespace
 
-std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                            std::vector<Tensor> biases, int64_t bits, int64_t group) {
+Tensors linears(const Tensor& x, const LinearMaps& maps) {
+  const size_t count = maps.weights.size();
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, inputs)");
-  STD_TORCH_CHECK((scales.empty() || scales.size() == weights.size()) &&
-                      (biases.empty() || biases.size() == weights.size()),
+  STD_TORCH_CHECK((maps.scales.empty() || maps.scales.size() == count) &&
+                      (maps.biases.empty() || maps.biases.size() == count),
                   "scales and biases are not of all weights");
   const Type type = float_type(x, "x");
   const int64_t tokens = x.size(0);
-  STD_TORCH_CHECK(!weights.empty(), "there is no weight");
+  STD_TORCH_CHECK(count > 0, "there is no weight");
   std::vector<Stack> stacks;
-  std::vector<Tensor> results;
+  Tensors results;
   std::vector<char*> y;
   bool alike = true;
-  for (size_t m = 0; m < weights.size(); ++m) {
-    STD_TORCH_CHECK(weights[m].dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");
-    const MaybeTensor scale = scales.empty() ? MaybeTensor() : MaybeTensor(scales[m]);
-    const MaybeTensor bias = biases.empty() ? MaybeTensor() : MaybeTensor(biases[m]);
-    stacks.push_back(make_stack({weights[m], scale, bits, group}, bias, "weight", 0, weights[m].size(0), x.size(1)));
+  for (size_t m = 0; m < count; ++m) {
+    const Tensor& weight = maps.weights[m];
+    STD_TORCH_CHECK(weight.dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");
+    const MaybeTensor scale = maps.scales.empty() ? MaybeTensor() : MaybeTensor(maps.scales[m]);
+    const MaybeTensor bias = maps.biases.empty() ? MaybeTensor() : MaybeTensor(maps.biases[m]);
+    stacks.push_back(make_stack({weight, scale, maps.bits, maps.group}, bias, "weight", 0, weight.size(0), x.size(1)));
     results.push_back(torch::stable::new_empty(x, {tokens, stacks[m].rows}));
     y.push_back(static_cast<char*>(results[m].mutable_data_ptr()));
     stacks[m].first.pairs = type == Type::kBFloat16 && stacks[m].first.type == type;
@@ -120,19 +117,23 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<T
   }
   STD_TORCH_CHECK(alike, "weights are not of one dtype");
   if (tokens == 0) return results;
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  if (tokens <= gemv_max_tokens(stacks[0].first)) {
-    gemv_tokens(stacks, from, type, tokens, y);
-  } else {
-    gemm_tokens(stacks, from, type, tokens, y);
-  }
+  const auto multiply = tokens <= gemv_max_tokens(stacks[0].first) ? multiply_gemv : multiply_gemm;
+  multiply(stacks, data_of(x), type, tokens, y);
   return results;
 }
+
+namespace {
+
+Tensors linears_op(Tensor x, Tensors weights, Tensors scales, Tensors biases, int64_t bits, int64_t group) {
+  return linears(x, {weights, scales, biases, bits, group});
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def("linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, int bits, int group) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("linears", TORCH_BOX(&linears)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("linears", TORCH_BOX(&linears_op)); }
 
 }  // namespace handful

@@ -1,73 +1,99 @@
-// The routed feed-forward network as one operation: every token's chosen experts applied, weighted and summed.
+// The operations that fused layers are made of, and what they are given by name. The function that torch calls gathers
+// these values from its arguments, once and in its schema's order.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "expert_sort.h"
+#include "tensors.h"
 
 namespace handful {
 
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+// The weight (D) of an RMSNorm.
+struct Norm {
+  Tensor weight;
+  double eps;
+};
 
-// x (T, D) float32 or bfloat16 · experts (T, K) int64 · weights (T, K) float32 · dropped (T, K) bool ·
-// gate_up (E, G, D), down (E, D, F), their biases (E, G) and (E, D): float32 or bfloat16 each.
-//
-// bf16: products of bfloat16 with float32 sums, and y in bfloat16; otherwise everything is float32.
-Tensor experts(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
-               MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16);
+// x (..., D) of float32 or bfloat16 -> the same.
+Tensor rms_norm(const Tensor& x, const Norm& norm);
 
-// The same, and what the backward pass needs: the hidden values before their activation, as (panels, G, 32).
-std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped,
-                                           Tensor gate_up, Tensor down, MaybeTensor gate_up_bias,
-                                           MaybeTensor down_bias, std::string activation, bool bf16);
+// Linear maps of the same x: weights (O, I) of float32 or bfloat16 (bits 0), or codes. Scales and biases are of all of
+// them, or there are none.
+struct LinearMaps {
+  Tensors weights, scales, biases;
+  int64_t bits, group;
+};
 
-// The same on quantised weights: codes and scales (see handful/quantize.py).
-Tensor experts_quantized(Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up,
-                         Tensor gate_up_scales, Tensor down, Tensor down_scales, MaybeTensor gate_up_bias,
-                         MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
-                         bool bf16);
+// x (T, I) -> x · weightᵀ + bias (T, O) of each, in x's type.
+Tensors linears(const Tensor& x, const LinearMaps& maps);
 
-// The same in parts, of weights that are not all there: `experts_rows` for one set of experts after another, each once,
-// then `experts_sum`. The bits are those of the whole if x has at most `experts_step` tokens at a time.
-//
-// places (E) int64: which of the given matrices is an expert's; below 0: none is, and its rows are left as they are.
-// rows (N, D) float32: a row for each assignment that is computed, by expert, earlier tokens first.
-// Returns how many rows were written.
-int64_t experts_rows(Tensor rows, Tensor x, Tensor experts, MaybeTensor dropped, Tensor places, Tensor gate_up,
-                     MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
-                     MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
-                     bool bf16);
+struct RouterRules {
+  bool sigmoids;  // scores are sigmoids of the logits, and not their softmax
+  int64_t groups, top_groups;
+  bool two_best;  // a group's score is the sum of its two best, and not its best
+  int64_t top_k;
+  bool normalize;  // weights sum to `scale`
+  double scale;
+};
 
-// y (T, D): the rows weighted and summed; `count` is E.
-Tensor experts_sum(Tensor rows, Tensor experts, Tensor weights, MaybeTensor dropped, int64_t count, bool bf16);
+struct Router {
+  Tensor weight;                   // (E, D)
+  MaybeTensor bias, balance_bias;  // (E)
+  MaybeTensor chosen;              // (T, K) int64: the experts to take, whatever the scores
+  RouterRules rules;
+};
 
-// How many tokens, each with `top_k` of `count` experts, the operations above compute at a time.
-int64_t experts_step(int64_t count, int64_t top_k);
+struct Routed {
+  Tensor logits, scores;  // (T, E) float32
+  Tensor experts;         // (T, K) int64
+  Tensor weights;         // (T, K) float32
+};
 
-// Gradients of x, weights, gate_up, down, gate_up_bias and down_bias; those of weights and biases only `for_parameters`,
-// and of x only `for_x` (otherwise they are empty tensors).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    Tensor grad_y, Tensor x, Tensor experts, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
-    MaybeTensor gate_up_bias, MaybeTensor down_bias, Tensor kept, std::string activation, bool bf16, bool for_x,
-    bool for_parameters);
+Routed route(const Tensor& x, const Router& router);
 
-// x (T, I) · each weight (O, I) → (T, O) in x's type, of weights of one dtype. `scales` and `biases` are empty, or of all
-// of them.
-std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                            std::vector<Tensor> biases, int64_t bits, int64_t group);
+// Weights of E experts: gate_up (E, G, D), down (E, D, F), their biases (E, G) and (E, D), of float32 or bfloat16 each;
+// or codes with scales (handful/quantize.py).
+struct ExpertsWeights {
+  Tensor gate_up;
+  MaybeTensor gate_up_scales;
+  Tensor down;
+  MaybeTensor down_scales, gate_up_bias, down_bias;
+  std::string activation;
+  int64_t hidden;       // F
+  int64_t bits, group;  // bits 0: no codes
+};
 
-// What decoding does beside them: attention_decode.cpp and router.cpp say what is given.
-Tensor rms_norm(Tensor x, Tensor weight, double eps);
-Tensor decode_attention(Tensor q, Tensor k, Tensor v, MaybeTensor q_norm, MaybeTensor k_norm, double eps, bool whole_norm,
-                  Tensor cos, Tensor sin, bool adjacent, std::vector<Tensor> keys, std::vector<Tensor> values,
-                  std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks);
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor balance_bias,
-                                                 MaybeTensor chosen, bool sigmoids, int64_t groups, int64_t top_groups,
-                                                 bool two_best, int64_t top_k, bool normalize, double scale);
+// x (T, D) -> y (T, D): every token's experts applied, weighted and summed. `bf16`: products of bfloat16 with float32
+// sums, and y in bfloat16; otherwise all is float32.
+Tensor experts(const Tensor& x, const Assignments& assignments, const ExpertsWeights& weights, bool bf16);
+
+// Norms of queries and keys.
+struct HeadNorms {
+  MaybeTensor q, k;
+  double eps;
+  bool whole;  // over all heads, and not over each
+};
+
+struct Rope {
+  Tensor cos, sin;  // (caches, r/2) of the new tokens' positions
+  bool adjacent;    // pairs are neighbours, and not half a head apart
+};
+
+// The caches that the sequences lie in, in order.
+struct Caches {
+  Tensors keys, values;          // (b, J, C, d) of each, for b sequences
+  std::vector<int64_t> lengths;  // tokens that each holds
+};
+
+struct DecodeAttention {
+  HeadNorms norms;
+  Rope rope;
+  Caches caches;
+  int64_t window;  // 0: none
+  double scale;
+  MaybeTensor sinks;  // (H)
+};
+
+// The next token of each of B sequences: q (B, H·d), k and v (B, J·d), before norm and rotation -> (B, H·d).
+Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const DecodeAttention& attention);
 
 }  // namespace handful

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
 #include <utility>
 
@@ -38,6 +37,9 @@ class Buffer {
 // Asks for huge pages in a large block that is about to be written for the first time: the system clears 2 MiB at once
 // and not 4 KiB at each of 512 faults.
 void use_huge_pages(void* data, int64_t bytes);
+
+// What a number of a row that is read and written costs, in nanoseconds: a guess for `each`.
+constexpr double kRowCost = 0.5;
 
 // Calls work(i) for every i below `items`, on torch's threads, each taking the next that is left. What an item writes
 // must not depend on the others. `cost`: about how many nanoseconds one takes.

@@ -1,22 +1,15 @@
 // The weights of an experts layer, as the operations were given them.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
-#include <string>
-
 #include "kernels.h"
+#include "tensors.h"
 
 namespace handful {
-
-using torch::stable::Tensor;
 
 // Float weights, or codes with their scales.
 struct WeightTensors {
   const Tensor& codes;
-  const std::optional<Tensor>& scales;
+  const MaybeTensor& scales;
   int64_t bits = 0;   // 8 or 4; 0: float32 or bfloat16
   int64_t group = 0;  // columns that share a scale
 };
@@ -39,12 +32,20 @@ struct Stack {
   void copy_bias(float* out, int64_t i, int64_t row, int64_t some) const;
 };
 
+// The weight of a norm of rows of some width.
+struct NormWeight {
+  const char* data = nullptr;  // null: there is none
+  Type type = Type::kFloat32;
+};
+
+NormWeight norm_weight(const Tensor& weight, int64_t width, const char* name);
+
 Type float_type(const Tensor& tensor, const char* name);
 Activation activation_of(const std::string& name);
 
 // Checks everything: type, shape (count, rows, width), that each matrix is contiguous, the scales' and the bias's too.
 // `count` 0: the tensor has no first dimension, and is one matrix.
-Stack make_stack(const WeightTensors& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width);
 
 // Columns that a quantised row of `width` columns is stored in.
