@@ -60,6 +60,13 @@ std::vector<Sequence> sequences_of(const Caches& caches, int64_t B, int64_t J, i
   return sequences;
 }
 
+// As an operation rounds its result.
+void round_to(Type type, float* row, int64_t count, float* scratch) {
+  if (type == Type::kFloat32) return;
+  gemv().from_float(reinterpret_cast<char*>(scratch), row, type, count);
+  gemv().to_float(row, reinterpret_cast<const char*>(scratch), type, count);
+}
+
 NormWeight maybe_norm(const MaybeTensor& weight, int64_t width, const char* name) {
   return weight.has_value() ? norm_weight(*weight, width, name) : NormWeight{};
 }
@@ -116,7 +123,10 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
       for (int64_t at = 0; weight.data != nullptr && at < heads * d; at += width) {
         gemv().normalize(rows + at, rows + at, weight.data, weight.type, static_cast<float>(norms.eps), width);
       }
-      for (int64_t h = 0; h < heads; ++h) rotation.turn(rows + h * d, scratch);
+      for (float* head = rows; head < rows + heads * d; head += d) {
+        if (weight.data != nullptr) round_to(type, head, d, scratch);
+        rotation.turn(head, scratch);
+      }
     };
     const auto append = [&](char* to) {
       for (int64_t j = 0; j < J; ++j) {
