@@ -1,5 +1,5 @@
-// Attention of one new token of each sequence, with its norms, its rotation and its place in the cache, as one operation.
-// Through torch it would be some thirty for every layer.
+// Attention of one new token of each sequence, with its norms, its rotation and its place in the cache, as one
+// operation. Through torch it would be some thirty for every layer.
 #include <algorithm>
 
 #include "operations.h"
@@ -80,7 +80,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   const MaybeTensor& sinks = attention.sinks;
   const int64_t window = attention.window;
   const auto count = static_cast<int64_t>(caches.keys.size());
-  STD_TORCH_CHECK(count >= 1 && caches.keys.size() == caches.values.size() && caches.keys.size() == caches.lengths.size(),
+  STD_TORCH_CHECK(count >= 1 && caches.values.size() == caches.keys.size() &&
+                      caches.lengths.size() == caches.keys.size(),
                   "keys, values and lengths are not of the same caches");
   const Type type = float_type(q, "q"), cached = float_type(caches.keys[0], "keys");
   STD_TORCH_CHECK(float_type(k, "k") == type && float_type(v, "v") == type, "q, k and v are not of one dtype");
@@ -114,14 +115,15 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   const int64_t bytes = d * bytes_of(cached);
   each(B, kRowCost * static_cast<double>((H + 2 * J) * d), [&](int64_t b) {
     const Sequence& own = sequences[b];
-    const Rotation rotation = {reinterpret_cast<const float*>(data_of(rope.cos)) + own.cache * half,
-                               reinterpret_cast<const float*>(data_of(rope.sin)) + own.cache * half, half, rope.adjacent};
+    const int64_t at = own.cache * half;
+    const Rotation rotation = {rope.cos.const_data_ptr<float>() + at, rope.sin.const_data_ptr<float>() + at, half,
+                               rope.adjacent};
     const Buffer row_buffer((J + 1) * d * 4);
     float *row = row_buffer.as<float>(), *scratch = row + J * d;
     const auto norm_and_turn = [&](float* rows, int64_t heads, const NormWeight& weight) {
       const int64_t width = norms.whole ? heads * d : d;
-      for (int64_t at = 0; weight.data != nullptr && at < heads * d; at += width) {
-        gemv().normalize(rows + at, rows + at, weight.data, weight.type, static_cast<float>(norms.eps), width);
+      for (float* row = rows; weight.data != nullptr && row < rows + heads * d; row += width) {
+        gemv().normalize(row, row, weight.data, weight.type, static_cast<float>(norms.eps), width);
       }
       for (float* head = rows; head < rows + heads * d; head += d) {
         if (weight.data != nullptr) round_to(type, head, d, scratch);

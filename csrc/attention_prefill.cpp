@@ -1,8 +1,8 @@
-// Attention of many new tokens: softmax(scale · q · k) · v, in blocks of keys, so that the scores of a block are all
-// that is ever in memory (as in FlashAttention, Dao et al., arXiv:2205.14135).
+// Attention of many new tokens, softmax(scale · q · k) · v, in blocks of keys: no more than a block's scores is in
+// memory (as in FlashAttention, Dao et al., arXiv:2205.14135).
 //
-// The queries of a key-value head's group are columns, as tokens are elsewhere (kernels.h): keys are the left matrix as
-// they lie, and the softmax's numerators are the panels that meet the transposed values.
+// The queries of a key-value head's group are the columns (kernels.h), keys the rows of a left matrix as they lie, and
+// the softmax's numerators the panels for the transposed values.
 #include <algorithm>
 #include <limits>
 
@@ -11,7 +11,7 @@
 namespace handful {
 namespace {
 
-constexpr int kPanels = 8;  // panels of queries that meet a block of keys: the scores and results stay in the cache
+constexpr int kPanels = 8;  // panels of queries for a block of keys: scores and results stay in the cache
 constexpr float kNothing = -1e30f;  // the largest score of no keys
 
 // Vectors of one dtype as (B, heads, tokens, width), wherever they lie.
@@ -86,7 +86,7 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   const Workspace& w = Workspace::mine();
   const Matrix keys = k.matrix(b, j, type), values = v.matrix(b, j, type);
   gemm.begin();
-  // From a multiple of kRows on, so that a chunk of a prompt does not change how its sums are cut.
+  // From a multiple of kRows on, so that the cut of the sums does not depend on a prompt's chunks.
   for (int64_t k0 = oldest(token(first)) / kRows * kRows; k0 <= own(token(end - 1)); k0 += kRows) {
     const auto some = static_cast<int>(std::min<int64_t>(kRows, k.tokens - k0));
     int from = 0, to = panels;  // those with a column that sees any of these keys
@@ -139,9 +139,9 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   }
 }
 
-// q (B, H, S, d), k (B, J, P, d), v (B, J, P, v): the queries are the last S of P tokens, and each sees the tokens up
-// to its own, with a window the last so many of them. sinks (H), float32: a score that takes part in the softmax and gives
-// no value. -> (B, S, H · v)
+// q (B, H, S, d), k (B, J, P, d), v (B, J, P, v) -> (B, S, H · v). The queries are the last S of P tokens; each sees
+// the tokens up to its own, with a window the last `window` of them. sinks (H), float32: scores that take part in the
+// softmax and have no value.
 Tensor prefill_attention(Tensor q, Tensor k, Tensor v, MaybeTensor sinks, double scale, int64_t window) {
   const Type type = float_type(q, "q");
   const Heads queries(q, type, "q"), keys(k, type, "k"), values(v, type, "v");

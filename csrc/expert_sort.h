@@ -18,7 +18,7 @@ void check_assignments(const Assignments& given, int64_t tokens);
 struct Panel {
   int expert;
   int count;
-  int64_t first;  // of them, in ExpertSort::order
+  int64_t first;  // its place in ExpertSort::order
 };
 
 struct ExpertSort {
@@ -38,8 +38,8 @@ struct ExpertSort {
 // Panels that T·K assignments to E experts can need, whatever the routing.
 int64_t most_panels(int64_t assignments, int64_t experts);
 
-// Sorts those of tokens `first` up to `end`, which the result counts from 0, among `experts` experts. Throws for an expert
-// that does not exist.
+// Sorts those of tokens `first` up to `end`, which the result counts from 0, among `experts` experts. Throws for an
+// expert that does not exist.
 ExpertSort sort_by_expert(const Assignments& given, int64_t first, int64_t end, int64_t experts);
 
 }  // namespace handful

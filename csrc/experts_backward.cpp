@@ -1,7 +1,7 @@
-// The backward pass: out_n = W_down · act(W_gate_up · x_t), y_t = sum of weight_n · out_n over the token's assignments n.
+// The backward pass of out_n = W_down · act(W_gate_up · x_t), y_t = sum over the token's n of weight_n · out_n.
 //
 //   grad a_n        = W_downᵀ · grad y_t
-//   grad weight_n   = grad a_n · a_n (+ grad y_t · down's bias): what W_down would give need not be kept
+//   grad weight_n   = grad a_n · a_n (+ grad y_t · down's bias), so that out_n need not be kept
 //   grad h_n        = weight_n · grad a_n ∘ act'(h_n)
 //   grad W_down     = sum over n of grad y_t ⊗ (weight_n · a_n)
 //   grad W_gate_up  = sum over n of grad h_n ⊗ x_t
@@ -14,18 +14,17 @@
 namespace handful {
 namespace {
 
-// Rows of 32 assignments each, in the kernels' own type: panel p's row r at p · rows + r.
+// Rows of 32 assignments each, of the units' own type: panel p's row r at p · rows + r.
 struct Rows {
   Buffer memory;
-  char* data;
   int64_t rows, row_bytes;
 
   Rows(int64_t panels, int64_t rows, int values)
-      : memory(panels * rows * kPanel * 4 / values), data(memory.as<char>()), rows(rows), row_bytes(kPanel * 4 / values) {}
+      : memory(panels * rows * kPanel * 4 / values), rows(rows), row_bytes(kPanel * 4 / values) {}
 
-  char* at(int64_t panel, int64_t row) const { return data + (panel * rows + row) * row_bytes; }
+  char* at(int64_t panel, int64_t row) const { return memory.as<char>() + (panel * rows + row) * row_bytes; }
 
-  // As a left matrix whose sum runs over one expert's assignments, from k0 (the first of some panel) on. A panel's
+  // Packs a left matrix whose sum runs over one expert's assignments, from k0 (the first of some panel) on. A panel's
   // columns without a token may hold anything, even NaN, and are left out.
   void pack(uint32_t* left, int64_t first_panel, int64_t row, int count, int64_t k0, int some) const {
     for (int r = 0; r < count; ++r) {
@@ -36,7 +35,7 @@ struct Rows {
           const int64_t bytes = (some - k) * (row_bytes / kPanel);
           std::memcpy(to, from, bytes);
           std::memset(to + bytes, 0, row_bytes - bytes);
-        } else if (row_bytes == 4 * kPanel) {  // sizes that the compiler knows are no calls
+        } else if (row_bytes == 4 * kPanel) {  // memcpy of a constant size is no call
           std::memcpy(to, from, 4 * kPanel);
         } else {
           std::memcpy(to, from, 2 * kPanel);
@@ -46,7 +45,7 @@ struct Rows {
   }
 };
 
-// What tokens hold, as the right matrix of a sum over each expert's assignments: panels of 32 of the D columns.
+// Rows of tokens as the right matrix of a sum over each expert's assignments: panels of 32 of the D columns.
 struct ByExpert {
   std::vector<int64_t> offsets;  // of an expert's units
   std::vector<int64_t> strides;  // of its panels
@@ -72,14 +71,9 @@ struct ByExpert {
   }
 };
 
-// A block of a weight gradient: rows of one expert, and panels of 32 columns.
-struct GradItem {
-  int expert, rows, panels;
-  int64_t row, panel;
-};
-
-std::vector<GradItem> grad_items(const ExpertSort& sorted, int64_t experts, int64_t rows, int64_t width) {
-  std::vector<GradItem> items;
+// Blocks of a weight gradient: rows of one expert, and panels of 32 columns.
+std::vector<GemmItem> grad_items(const ExpertSort& sorted, int64_t experts, int64_t rows, int64_t width) {
+  std::vector<GemmItem> items;
   const int64_t panels = (width + kPanel - 1) / kPanel;
   for (int64_t e = 0; e < experts; ++e) {
     for (int64_t r = 0; sorted.load(e) > 0 && r < rows; r += kRows) {
@@ -109,9 +103,9 @@ class Backward {
         panels_(static_cast<int64_t>(sorted_.panels.size())),
         gate_(is_gated(call.kind)),
         half_units_(panel_units(call.hidden, values_)),
-        grad_y_(static_cast<const char*>(grad_y.const_data_ptr())),
+        grad_y_(data_of(grad_y)),
         grad_y_type_(float_type(grad_y, "grad_y")),
-        kept_(static_cast<const char*>(kept.const_data_ptr())),
+        kept_(data_of(kept)),
         grad_h_(panels_, call.gate_up.rows, values_),
         activated_(panels_, call.hidden, values_),
         grad_h_units_(values_ == 1 ? 0 : panels_ * (gate_ ? 2 : 1) * half_units_ * kPanel * 4) {}
@@ -124,7 +118,7 @@ class Backward {
     each(panels_, 0.5 * D * kPanel, [&](int64_t p) {
       pack_panel(call_, sorted_, p, grad_y_, grad_y_type_, y_panels + p * units);
     });
-    // Blocks of F add to a weight's gradient; they are kept apart and summed in order.
+    // A weight's gradient is a sum over blocks of F, which are kept apart and summed in order.
     const int64_t blocks = (F + kRows - 1) / kRows;
     const Buffer parts_buffer(blocks * panels_ * kPanel * 4);
     float* parts = parts_buffer.as<float>();
@@ -159,7 +153,7 @@ class Backward {
     const int64_t D = call_.width, F = call_.hidden;
     const Buffer rows_buffer(sorted_.size() * D * 4);
     float* rows_ND = rows_buffer.as<float>();
-    const uint32_t* all = values_ == 1 ? reinterpret_cast<const uint32_t*>(grad_h_.data) : grad_h_units_.as<uint32_t>();
+    const uint32_t* all = values_ == 1 ? grad_h_.memory.as<uint32_t>() : grad_h_units_.as<uint32_t>();
     const int64_t half = (values_ == 1 ? F : half_units_) * kPanel;
     const std::vector<GemmItem> items = gemm_items(sorted_, D, kRows, [](int64_t) { return true; });
     each(static_cast<int64_t>(items.size()), kItemCost * (gate_ ? 2 : 1) * F, [&](int64_t i) {
@@ -183,7 +177,7 @@ class Backward {
   void to_gate_up(char* grad) {
     const Stack& stack = call_.gate_up;
     const ByExpert x = by_expert(call_.x, call_.x_type);
-    weight_gradient(grad_h_, stack.rows, x, [&](const GradItem& item, int p, const float* tile, int columns) {
+    weight_gradient(grad_h_, stack.rows, x, [&](const GemmItem& item, int p, const float* tile, int columns) {
       char* out[kRows];
       for (int r = 0; r < item.rows; ++r) {
         const int64_t row = item.expert * stack.rows + item.row + r;
@@ -194,11 +188,11 @@ class Backward {
     zero_idle(sorted_, stack, grad, stack.first.type);
   }
 
-  // Computed transposed, (F, D): its left matrix lies ready.
+  // Computed as (F, D), for which the left matrix is there, and stored transposed.
   void to_down(char* grad) {
     const Stack& stack = call_.down;
     const ByExpert y = by_expert(grad_y_, grad_y_type_);
-    weight_gradient(activated_, stack.width, y, [&](const GradItem& item, int p, const float* tile, int columns) {
+    weight_gradient(activated_, stack.width, y, [&](const GemmItem& item, int p, const float* tile, int columns) {
       char* out[kPanel];
       for (int c = 0; c < columns; ++c) {
         const int64_t row = item.expert * stack.rows + (item.panel + p) * kPanel + c;
@@ -284,10 +278,10 @@ class Backward {
 
   template <class Store>
   void weight_gradient(const Rows& left_rows, int64_t rows, const ByExpert& right, const Store& store) const {
-    const std::vector<GradItem> items = grad_items(sorted_, call_.experts, rows, call_.width);
+    const std::vector<GemmItem> items = grad_items(sorted_, call_.experts, rows, call_.width);
     const double load = static_cast<double>(sorted_.size()) / static_cast<double>(call_.experts);
     each(static_cast<int64_t>(items.size()), kItemCost * load, [&](int64_t i) {
-      const GradItem& item = items[i];
+      const GemmItem& item = items[i];
       const Workspace& w = Workspace::mine();
       const Right columns = right.right(item.expert, item.panel, item.panels);
       gemm_.begin();
@@ -311,11 +305,11 @@ class Backward {
   const Type grad_y_type_;
   const char* kept_;
   const Rows grad_h_, activated_;
-  const Buffer grad_h_units_;  // gate's and up's halves, each a panel; empty where rows are panels already
+  const Buffer grad_h_units_;  // panels of gate's half and of up's; empty where rows are panels
 };
 
-// Gradients of x, weights, gate_up, down, gate_up_bias and down_bias; those of weights and biases only `for_parameters`,
-// and of x only `for_x` (otherwise they are empty tensors).
+// Gradients of x, weights, gate_up, down, gate_up_bias and down_bias; those of weights and biases only
+// `for_parameters`, and of x only `for_x` (otherwise they are empty tensors).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     Tensor grad_y, Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
     MaybeTensor gate_up_bias, MaybeTensor down_bias, Tensor kept, std::string activation, bool bf16, bool for_x,

@@ -12,7 +12,8 @@ ExpertsWeights float_weights(const Tensor& gate_up, const Tensor& down, const Ma
 
 ExpertsCall make_call(const Tensor& x, const Assignments& assignments, const ExpertsWeights& given, bool bf16) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
-  STD_TORCH_CHECK(given.gate_up.dim() == 3 && given.down.dim() == 3, "gate_up and down are not (experts, rows, columns)");
+  STD_TORCH_CHECK(given.gate_up.dim() == 3 && given.down.dim() == 3,
+                  "gate_up and down are not (experts, rows, columns)");
   check_assignments(assignments, x.size(0));
   const int64_t count = given.gate_up.size(0), width = x.size(1), hidden = given.hidden;
   STD_TORCH_CHECK(count >= 1 && width >= 1 && hidden >= 1, "experts without experts, width or hidden values");

@@ -1,4 +1,4 @@
-// What the passes of an experts layer share.
+// What the forward and the backward pass of the routed experts share.
 #pragma once
 
 #include <algorithm>
@@ -21,12 +21,12 @@ struct ExpertsCall {
   const float* weights;     // (T, K); null: nothing is weighted and summed
   int64_t first_token = 0;  // that is token 0 in the sort
 
-  // Of y, of what is kept, and of the products.
+  // Of y, of the kept hidden values, and of the products.
   Type type() const { return bf16 ? Type::kBFloat16 : Type::kFloat32; }
   const char* x_row(int64_t token) const { return x + (first_token + token) * width * bytes_of(x_type); }
 };
 
-// Weights that are no codes.
+// Weights of float32 or bfloat16.
 ExpertsWeights float_weights(const Tensor& gate_up, const Tensor& down, const MaybeTensor& gate_up_bias,
                              const MaybeTensor& down_bias, const std::string& activation);
 

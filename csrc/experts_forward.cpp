@@ -1,4 +1,4 @@
-// The forward pass. Experts with many tokens multiply tiles (kernels.h), those with few stream their weights once.
+// The forward pass of the routed experts: GEMM for those with many tokens, GEMV for those with few.
 #include <algorithm>
 
 #include "experts_call.h"
@@ -10,7 +10,7 @@ namespace {
 // Assignments that are computed before their sum is, for each expert at least `kLoad`.
 constexpr int64_t kAtOnce = 16384, kLoad = 256;
 
-// Experts with many tokens: out_ND gets the rows of their assignments.
+// The experts of `many`, by GEMM: writes the rows of their assignments to out_ND. Hidden values go to `kept` if any.
 void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& many, float* out_ND,
               void* kept) {
   const Gemm& gemm = *call.gemm;
@@ -50,7 +50,8 @@ void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
       uint32_t* to = a_panels + (item.panel + p) * a_units;
       const int columns = gemm.quantize == nullptr ? right.columns(p) : kPanel;
       gemm.activate({call.kind, item.rows, columns, w.tile(p), gate ? w.tile(p) + item.rows * kPanel : nullptr,
-                     to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr, call.type()});
+                     to + item.row / values * kPanel, keep(item.row), gate ? keep(F + item.row) : nullptr,
+                     call.type()});
       if (item.row + item.rows == F) {
         const int64_t end = (F + values - 1) / values * kPanel;
         std::fill(to + end, to + a_units, 0u);
@@ -83,11 +84,11 @@ void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   });
 }
 
-// Experts with few tokens: the same.
+// The experts of `few`, by GEMV: the same.
 void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& few, float* out_ND) {
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
   std::vector<GemvItem> items;
-  std::vector<int64_t> theirs;  // their assignments' places
+  std::vector<int64_t> theirs;  // their assignments, by place in the sort
   for (int64_t e = 0; e < call.experts; ++e) {
     for (int64_t n = sorted.offsets[e]; few[e] && n < sorted.offsets[e + 1]; ++n) theirs.push_back(n);
   }
@@ -101,7 +102,7 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
     }
   };
 
-  // The tokens, once each however many experts chose them.
+  // Each token is prepared once, however many experts it chose.
   std::vector<char> used(sorted.tokens, 0);
   for (const int64_t n : theirs) used[sorted.token(n)] = 1;
   const Prepared x(sorted.tokens, D, call.gate_up.first);
@@ -135,7 +136,7 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
                    [&](int64_t n) { return out_ND + n * D; }, D);
 }
 
-// out_ND gets the rows of the assignments of those experts that `here` names.
+// Writes the rows of the assignments of the experts of `here` to out_ND.
 void run_few_and_many(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& here, float* out_ND) {
   std::vector<char> few(call.experts), many(call.experts);
   for (int64_t e = 0; e < call.experts; ++e) {
@@ -159,7 +160,7 @@ void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, void* kept
   if (kept == nullptr) {
     run_few_and_many(call, sorted, all_of_them, out_ND);
   } else {
-    run_gemm(call, sorted, all_of_them, out_ND, kept);  // the backward pass wants tiles
+    run_gemm(call, sorted, all_of_them, out_ND, kept);  // the backward pass reads tiles
   }
   char* to = y + first * call.width * bytes_of(call.type());
   sum_rows(call.width, sorted, out_ND, call.weights + first * sorted.top_k, to, call.type());
@@ -193,10 +194,11 @@ namespace {
 
 Tensor experts_op(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up, Tensor down,
                   MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, bool bf16) {
-  return experts(x, {chosen, weights, dropped}, float_weights(gate_up, down, gate_up_bias, down_bias, activation), bf16);
+  return experts(x, {chosen, weights, dropped},
+                 float_weights(gate_up, down, gate_up_bias, down_bias, activation), bf16);
 }
 
-// The same, and what the backward pass needs: the hidden values before their activation, as (panels, G, 32).
+// `experts`, and the hidden values before their activation, (panels, G, 32), which the backward pass needs.
 std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up,
                                            Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
                                            std::string activation, bool bf16) {
@@ -221,12 +223,11 @@ Tensor experts_quantized(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dr
                  bf16);
 }
 
-// `experts` in parts, for weights that are not all in memory: this for one set of experts after another, each expert once,
-// and then `experts_sum`. The bits are those of the whole if x has at most `experts_step` tokens.
+// `experts` in parts, for weights that are not all in memory: this for one set of experts after another, each expert
+// once, and then `experts_sum`. For x of at most `experts_step` tokens the bits are those of `experts`.
 //
-// places (E) int64: which of the given matrices is an expert's; below 0: none is, and its rows are left as they are.
-// rows (N, D) float32: a row for each assignment that is computed, by expert, earlier tokens first.
-// Returns how many rows were written.
+// places (E) int64: the matrix of each expert; below 0: its matrix is not given, and its rows are left as they are.
+// rows (N, D) float32: a row for each computed assignment, by expert, earlier tokens first. Returns how many it wrote.
 int64_t experts_rows(Tensor rows, Tensor x, Tensor chosen, MaybeTensor dropped, Tensor places, Tensor gate_up,
                      MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
                      MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,

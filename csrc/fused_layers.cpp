@@ -1,6 +1,5 @@
-// A layer of few tokens in two operations: attention, and the feed-forward network or the mixture, each with the norm
-// before it and the sum after it. They call what the separate operations call, and round where those do, so that the
-// bits are the same.
+// A layer of few tokens as two operations: attention, and the dense network or the mixture, each with the norm before
+// it and the sum after it. They call the separate operations' functions and round as those do: the bits are the same.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -27,7 +26,7 @@ MaybeTensor whole(const MaybeTensor& t) { return t.has_value() ? MaybeTensor(who
 
 Tensors list_of(const MaybeTensor& t) { return t.has_value() ? Tensors{*t} : Tensors(); }
 
-// Of linear maps those from `first` up to `end`, in whole rows, with other biases.
+// Maps `first` up to `end`, with biases of their own.
 LinearMaps part(const LinearMaps& maps, int64_t first, int64_t end, const Tensors& biases) {
   const auto cut = [&](const Tensors& all) {
     return all.empty() ? all : Tensors(all.begin() + first, all.begin() + end);
@@ -50,7 +49,7 @@ Tensor norm_rows(const Tensor& x, const Norm& norm) {
   return torch::stable::view(rms_norm(x, norm), {x.numel() / width, width});
 }
 
-// x + scale · y, of as many numbers, in x's shape and type. As torch rounds it: scale · y first.
+// x + scale · y in x's shape and type. scale · y is rounded first, as torch does it.
 Tensor add_scaled(const Tensor& x, const Tensor& y, double scale) {
   const Type type = float_type(x, "x");
   STD_TORCH_CHECK(float_type(y, "y") == type && y.numel() == x.numel() && y.is_contiguous(), "y does not fit x");
@@ -75,7 +74,7 @@ Tensor add_scaled(const Tensor& x, const Tensor& y, double scale) {
   return out;
 }
 
-// The hidden activation as experts/reference.py has it: h (T, G) -> (T, F).
+// The activation by torch, as in experts/reference.py: h (T, G) -> (T, F).
 Tensor activate(const Tensor& h, const std::string& activation) {
   const std::string exact = "none";
   if (activation == "relu") return torch_op("aten::relu", "", h);
@@ -85,7 +84,8 @@ Tensor activate(const Tensor& h, const std::string& activation) {
   const int64_t hidden = h.size(1) / 2;
   Tensor all = h;
   const Tensor gate = torch::stable::narrow(all, 1, 0, hidden), up = torch::stable::narrow(all, 1, hidden, hidden);
-  const Tensor open = activation == "swiglu" ? torch_op("aten::silu", "", gate) : torch_op("aten::gelu", "", gate, exact);
+  const bool silu = activation == "swiglu";
+  const Tensor open = silu ? torch_op("aten::silu", "", gate) : torch_op("aten::gelu", "", gate, exact);
   return torch_op("aten::mul", "Tensor", open, up);
 }
 
@@ -104,8 +104,8 @@ Tensor feed_forward(const Tensor& x, const FeedForward& network) {
   return linears(activate(h, network.activation), part(maps, 1, 2, {}))[0];
 }
 
-// Experts that every token uses, beside the routed ones; there are none without weights. Their output is multiplied by
-// the gate's sigmoid if there is one, a map to one number, which torch multiplies unless it is of codes.
+// Experts that every token uses. Their output is multiplied by the sigmoid of the gate, a map to one number, if there
+// is one; torch multiplies a gate of floats.
 struct SharedExperts {
   FeedForward network;
   LinearMaps gate;
@@ -122,7 +122,7 @@ Tensor shared_experts(const Tensor& x, const SharedExperts& shared) {
 }
 
 // -------------------------------------------------------------------------------------------------------------------
-// The operations. Each gathers what it was given by name, and is its few lines then.
+// The operations: each names what it was given, and then is a few lines.
 
 // x (..., D) -> x + residual_scale · attention of the normed x, of one new token of each sequence. `weights` and
 // `scales` are of q, k, v and o; `biases` of q, k and v, or of none.
@@ -132,8 +132,8 @@ Tensor attend_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Ten
                     std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks,
                     double residual_scale) {
   const LinearMaps maps = {std::move(weights), std::move(scales), {}, bits, group};
-  const Caches caches = {std::move(keys), std::move(values), std::move(lengths)};
-  const DecodeAttention attention = {{q_norm, k_norm, eps, whole_norm}, {cos, sin, adjacent}, caches, window, scale, sinks};
+  const DecodeAttention attention = {{q_norm, k_norm, eps, whole_norm}, {cos, sin, adjacent},
+                                     {std::move(keys), std::move(values), std::move(lengths)}, window, scale, sinks};
   STD_TORCH_CHECK(maps.weights.size() == 4 && (maps.scales.empty() || maps.scales.size() == 4),
                   "weights are not of q, k, v and o");
 
@@ -156,9 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer(
   const RouterRules rules = {sigmoids, groups, top_groups, two_best, top_k, normalize, route_scale};
   const Router routing = {whole(router), router_bias, balance_bias, chosen, rules};
   const bool codes = bits != 0;
-  const ExpertsWeights routed = {codes ? gate_up : whole(gate_up), gate_up_scales, codes ? down : whole(down), down_scales,
+  const ExpertsWeights routed = {codes ? gate_up : whole(gate_up), gate_up_scales,
+                                 codes ? down : whole(down), down_scales,
                                  whole(gate_up_bias), whole(down_bias), activation, hidden, bits, group};
-  const FeedForward network = {{std::move(shared), std::move(shared_scales), {}, shared_bits, shared_group}, activation};
+  const LinearMaps maps = {std::move(shared), std::move(shared_scales), {}, shared_bits, shared_group};
   const LinearMaps gate = {list_of(shared_gate), list_of(shared_gate_scales), {}, gate_bits, gate_group};
   STD_TORCH_CHECK(!codes || (gate_up_scales.has_value() && down_scales.has_value()), "codes have no scales");
 
@@ -167,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer(
   const Routed found = route(rows, routing);
   const bool bf16 = float_type(x, "x") == Type::kBFloat16;
   Tensor y = experts(rows, {found.experts, found.weights, dropped}, routed, bf16);
-  if (!network.maps.weights.empty()) y = add_scaled(y, shared_experts(rows, {network, gate}), 1);
+  if (!maps.weights.empty()) y = add_scaled(y, shared_experts(rows, {{maps, activation}, gate}), 1);
   return {add_scaled(x, y, residual_scale), found.logits, found.scores, found.experts, found.weights};
 }
 
@@ -196,8 +197,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
       "Tensor[] shared_scales, int shared_bits, int shared_group, Tensor? shared_gate, Tensor? shared_gate_scales, "
       "int gate_bits, int gate_group, float residual_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "feed_forward_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, int bits, int group, "
-      "str activation, float residual_scale) -> Tensor");
+      "feed_forward_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, int bits, "
+      "int group, str activation, float residual_scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {

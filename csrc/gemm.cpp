@@ -5,7 +5,7 @@
 namespace handful {
 namespace {
 
-// Multiplies rows where they lie. Each panel's units that are multiplied at once stay in the level 2 cache for all rows.
+// Multiplies rows where they lie, in depths whose panels stay in the level 2 cache for all rows.
 void multiply_in_place(const Gemm& gemm, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
                        bool add) {
   constexpr int64_t kCached = 512 << 10;

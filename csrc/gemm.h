@@ -1,4 +1,4 @@
-// A matrix with panels of many tokens: blocks of its rows, packed or where they lie, give tiles (kernels.h).
+// GEMM: blocks of a matrix's rows, packed or where they lie, times panels of many tokens give tiles (kernels.h).
 #pragma once
 
 #include "runtime.h"
@@ -50,15 +50,15 @@ inline int64_t depth_of(const Gemm& gemm) {
   return gemm.quantize == nullptr ? int64_t{kDepth} * gemm.values : kByteDepth;
 }
 
-// Units of all columns of a panel of `width` values, as `multiply` takes it: where value `width` begins, for a multiple
-// of the depth.
+// Units of all columns of a panel of `width` values, as `multiply` takes it. For a multiple of the depth it is where
+// value `width` begins.
 inline int64_t right_units(const Gemm& gemm, int64_t width) {
   if (gemm.quantize == nullptr) return panel_units(width, gemm.values) * kPanel;
   return (width + kByteDepth - 1) / kByteDepth * kPanel + (width + kByteGroup - 1) / kByteGroup * 2 * kByteRecord;
 }
 
-// tiles (+)= left · right over `count` values of the sum; pack(left, k0, some) brings the left matrix's values k0 to
-// k0 + some. Between begin and end.
+// tiles (+)= left · right over `count` values of the sum; pack(left, k0, some) packs the left matrix's values k0 to
+// k0 + some. Called between begin and end.
 template <class Pack>
 void multiply_block(const Gemm& gemm, const Workspace& w, int rows, const Right& right, int64_t count, bool add,
                     const Pack& pack) {
@@ -72,7 +72,7 @@ void multiply_block(const Gemm& gemm, const Workspace& w, int rows, const Right&
   }
 }
 
-// The same for rows of a matrix, in the order in which they are in the tiles.
+// The same for rows of a matrix, which are in the tiles in that order.
 void multiply_matrix(const Gemm& gemm, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
                      bool add);
 

@@ -20,7 +20,8 @@ INLINE int dequantize(char* to, const Matrix& m, int64_t row, int64_t k0, int co
     const Block block(m, row, column / kBlock * kBlock);
     const char* words = block.words + column % kBlock / kPiece * 4;
     const float scale = widen(scales[column / m.group]);
-    const __m256i places = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(block.pieces));
+    const __m256i places =
+        _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(block.pieces));
     if constexpr (type == Type::kInt8) {
       const __m256i codes = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), places, 4);
       const __m512i first = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes));

@@ -2,14 +2,14 @@
 // float32 and AVX-512.
 //
 // VNNI multiplies an unsigned byte by a signed one, four products to an int32 sum. A token's value needs more than a
-// byte: with the largest of 32 values as its scale, one byte is off by 0.5 % of a token of normal numbers, and a layer's
-// result by 1.2 %. So four neighbouring values share a fifth byte. They stand for
+// byte: with the largest of 32 values as its scale, one byte is off by 0.5 % of a token of normal numbers, and a
+// layer's result by 1.2 %. So four neighbouring values share a fifth byte. They stand for
 //
 //   scale · (q + rest · (1, 2, 4, 8) / 16),   with the bytes q, four of them, and `rest` from -8 to 7
 //
-// Half a step of the last value is rest / 2: the last bit of `rest`. What that adds to the others is known, and half a step
-// of the third value is the next bit; and so on. Every value is rounded to half a step and not to a whole one, for a
-// quarter more products:
+// Half a step of the last value is rest / 2: the last bit of `rest`. What that adds to the others is known, and half a
+// step of the third value is the next bit; and so on. Every value is rounded to half a step and not to a whole one, for
+// a quarter more products:
 //
 //   Σ w · value = scale · (Σ w · q + rest · (w0 + 2 w1 + 4 w2 + 8 w3) / 16)
 //
@@ -23,9 +23,9 @@ constexpr int W = 16;
 
 #include "vectors.inc"
 
-// A group is 32 values. In a panel it is its bytes, those of the rests, a float32 scale, and the numbers that the int32 sums
-// begin at, which take the weights' offset of 128 off. In the left matrix, where a group is a piece of a block, it is its
-// bytes, what goes with the rests, and its scale, each of all of the block's groups side by side.
+// A group is 32 values. In a panel it is its bytes, those of the rests, a float32 scale, and the numbers that the int32
+// sums begin at, which take the weights' offset of 128 off. In the left matrix, where a group is a piece of a block, it
+// is its bytes, what goes with the rests, and its scale, each of all of the block's groups side by side.
 constexpr int kGroup = kByteGroup, kQuads = kGroup / 4, kUnits = kQuads + kQuads / 4;
 constexpr int kScaleRow = kUnits, kStartRow = kUnits + 1;
 constexpr int kOffset = 128;
@@ -33,7 +33,6 @@ static_assert((kStartRow + 1) * kPanel == kByteRecord && (kUnits + 1) * kPieces 
 static_assert(kGroup == kPiece && kByteDepth == kBlock && W == kPieces);
 
 constexpr float kLargest = 123;             // with `rest` a byte's 127
-constexpr float kMagic = 12582912.0f;       // 1.5 · 2^23: adding it leaves the nearest whole number in the low bits
 constexpr float kHalfMagic = kMagic / 2;    // the nearest half
 constexpr float kLeast = 1e-36f;            // a group whose largest is less is zero: its scale's inverse is no number
 constexpr float kLeastPart = 1e-9f;         // of the token's largest
@@ -49,7 +48,6 @@ INLINE F add_product(F sum, F a, F b) {
 }
 
 INLINE F to_float(I value) { return __builtin_convertvector(value, F); }
-INLINE F size_of(F value) { return bits<F>(bits<U>(value) & 0x7fffffffu); }
 
 // -------------------------------------------------------------------------------------------------------------------
 // Weights.

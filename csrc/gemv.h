@@ -1,4 +1,4 @@
-// A stack of matrices with few vectors: each weight is read once from memory.
+// GEMV: matrices times few vectors, each weight read once from memory.
 #pragma once
 
 #include <algorithm>

@@ -8,34 +8,26 @@
 namespace handful {
 namespace {
 
-const Gemm& amx() {
-  static const Gemm all = [] {
-    Gemm table = kAvx512Bf16Gemm;
-    table.name = "AMX";
-    table.needs |= kAmxGemm.needs;
-    table.in_place = false;  // a left block may have rows beyond the last one
-    table.begin = kAmxGemm.begin;
-    table.end = kAmxGemm.end;
-    table.multiply = kAmxGemm.multiply;
-    return table;
-  }();
-  return all;
+Gemm with(Gemm table, const AmxGemm& amx) {
+  table.name = "AMX";
+  table.needs |= amx.needs;
+  table.in_place = false;  // a left block may have rows beyond the last one
+  table.begin = amx.begin;
+  table.end = amx.end;
+  table.multiply = amx.multiply;
+  return table;
 }
 
-const Gemm& bytes() {
-  static const Gemm all = [] {
-    Gemm table = kAvx512Gemm;
-    table.name = "AVX-512 VNNI";
-    table.needs |= kAvx512VnniGemm.needs;
-    table.pack_rows = kAvx512VnniGemm.pack_rows;
-    table.multiply = kAvx512VnniGemm.multiply;
-    table.quantize = kAvx512VnniGemm.quantize;
-    return table;
-  }();
-  return all;
+Gemm with(Gemm table, const VnniGemm& bytes) {
+  table.name = "AVX-512 VNNI";
+  table.needs |= bytes.needs;
+  table.pack_rows = bytes.pack_rows;
+  table.multiply = bytes.multiply;
+  table.quantize = bytes.quantize;
+  return table;
 }
 
-// The first of the tables, which stand in order of preference, that the features cover.
+// The first table, in order of preference, whose needs the features cover.
 template <class Table, class... Tables>
 const Table* first(uint32_t features, const Table& best, const Tables&... others) {
   if (covers(features, best.needs)) return &best;
@@ -51,9 +43,10 @@ const Chosen& chosen() {
 }  // namespace
 
 Chosen choose(uint32_t features) {
+  static const Gemm amx = with(kAvx512Bf16Gemm, kAmxGemm), bytes = with(kAvx512Gemm, kAvx512VnniGemm);
   return {first(features, kAvx512Gemm, kAvx2Gemm),
-          first(features, amx(), kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
-          first(features, amx(), bytes(), kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
+          first(features, amx, kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
+          first(features, amx, bytes, kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
           first(features, kAvx512VnniBf16Gemv, kAvx512VnniGemv, kAvx512Gemv, kAvx2Gemv)};
 }
 

@@ -1,11 +1,11 @@
-// The kernels of every level that is compiled in; levels.cpp chooses among those that the CPU has.
+// The tables of all levels, among which levels.cpp chooses for the CPU.
 //
-// A level's file is BEGIN_LEVEL(instructions), functions, and END_LEVEL(table). The macros switch the instructions on, and
-// put the functions into an unnamed namespace and the table among the constants: a function that the linker may give to
-// another file, or a constructor that runs before the CPU was asked, would be an illegal instruction elsewhere.
+// A level's file is BEGIN_LEVEL(instructions), functions, and END_LEVEL(table). The macros switch the instructions on,
+// and put the functions into an unnamed namespace and the table among the constants: a function that the linker may
+// give to another file, or a constructor that runs before the CPU was asked, would be an illegal instruction elsewhere.
 #pragma once
 
-// All that a level uses of the standard library: its templates must be compiled for the baseline.
+// What levels use of the standard library, whose templates must be compiled for the baseline.
 #include <immintrin.h>
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Linear maps: matrices that all tokens meet, several of the same x at once.
+// Linear maps of the same x, one or several at once.
 #include <algorithm>
 
 #include "gemm.h"

@@ -1,5 +1,4 @@
-// The operations that torch sees as torch.ops.handful.*. Only torch's stable ABI is used here and in the kernels, so
-// that one build serves torch 2.11 and later, and no Python symbol, so that it serves every Python.
+// torch.ops.handful: the operations that say what there is. The others are declared beside their code.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -11,7 +10,7 @@ namespace {
 
 std::string isa() { return handful::names_of(handful::features()); }
 
-// What a CPU of these features multiplies with, a line each: for what, by which level, and the features it needs.
+// The tables for a CPU of these features, a line each: the use, the level, and the features that it needs.
 std::string levels(std::string features) {
   const handful::Chosen chosen = handful::choose(handful::features_of(features));
   const auto line = [](const char* use, const auto* table) {

@@ -1,5 +1,5 @@
-// A router for few tokens: logits, scores, the chosen experts and their weights, as one operation. Through torch they
-// would be a dozen, of which each takes longer than its maths.
+// A router for few tokens as one operation: logits, scores, the chosen experts and their weights. Through torch it
+// would be a dozen, each slower than its maths.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr float kOut = -std::numeric_limits<float>::infinity();
 
-// A NaN is above all numbers, as it is to torch: what it spoils is then seen.
+// A NaN is above all numbers, as it is to torch, so that it shows in the result.
 bool above(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
 
 // The places of the `count` largest of `size` numbers, the largest first, earlier places first among equals.
@@ -102,7 +102,7 @@ Routed route(const Tensor& x, const Router& router) {
       if (top_groups < groups) limit_groups(select.data(), E, groups, top_groups, two_best);
       largest(expert, K, select.data(), E);
     }
-    float sum = 1e-20f;  // sigmoids can all be next to nothing
+    float sum = 1e-20f;  // all sigmoids can be next to 0
     for (int64_t k = 0; k < K; ++k) {
       share[k] = score[expert[k]];
       sum += share[k];

@@ -29,8 +29,8 @@ Kept& kept() {
   return *all;
 }
 
-// Under the address sanitizer every buffer is of the size that was asked for, and goes back at once, so that the
-// sanitizer sees any byte that is used beyond it.
+// Under the address sanitizer a buffer has the size that was asked for and is freed at once, so that no use beyond it
+// goes unseen.
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool kExact = true;
 #else

@@ -34,8 +34,8 @@ class Buffer {
   int64_t bytes_ = 0;
 };
 
-// Asks for huge pages in a large block that is about to be written for the first time: the system clears 2 MiB at once
-// and not 4 KiB at each of 512 faults.
+// Asks for huge pages in a large block before it is first written: the system clears 2 MiB at once, and not 4 KiB at
+// each of 512 faults.
 void use_huge_pages(void* data, int64_t bytes);
 
 // What a number of a row that is read and written costs, in nanoseconds: a guess for `each`.

@@ -1,4 +1,5 @@
-// What the operations use of torch: its stable ABI alone, so that one build serves torch 2.11 and later.
+// What the operations use of torch: its stable ABI alone, so that one build serves torch 2.11 and later, and no Python
+// symbol, so that it serves every Python.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
