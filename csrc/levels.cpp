@@ -8,6 +8,7 @@
 namespace handful {
 namespace {
 
+// Tables that differ from another in part.
 Gemm with(Gemm table, const AmxGemm& amx) {
   table.name = "AMX";
   table.needs |= amx.needs;
