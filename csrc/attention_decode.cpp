@@ -60,15 +60,11 @@ std::vector<Sequence> sequences_of(const Caches& caches, int64_t B, int64_t J, i
   return sequences;
 }
 
-// As an operation rounds its result.
+// Rounds a row, as an operation rounds its result.
 void round_to(Type type, float* row, int64_t count, float* scratch) {
   if (type == Type::kFloat32) return;
   gemv().from_float(reinterpret_cast<char*>(scratch), row, type, count);
   gemv().to_float(row, reinterpret_cast<const char*>(scratch), type, count);
-}
-
-NormWeight maybe_norm(const MaybeTensor& weight, int64_t width, const char* name) {
-  return weight.has_value() ? norm_weight(*weight, width, name) : NormWeight{};
 }
 
 }  // namespace
@@ -101,8 +97,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(2 * half <= d && fits(rope.cos, "cos") && fits(rope.sin, "sin"),
                   "cos and sin are not float32 (caches, at most half a head)");
   const std::vector<Sequence> sequences = sequences_of(caches, B, J, d, cached);
-  const NormWeight q_norm = maybe_norm(norms.q, norms.whole ? H * d : d, "q_norm");
-  const NormWeight k_norm = maybe_norm(norms.k, norms.whole ? J * d : d, "k_norm");
+  const NormWeight q_norm = norm_weight(norms.q, norms.whole ? H * d : d, "q_norm");
+  const NormWeight k_norm = norm_weight(norms.k, norms.whole ? J * d : d, "k_norm");
   const Buffer sink_buffer(H * 4);
   if (sinks.has_value()) {
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == H && sinks->is_contiguous(),
@@ -122,8 +118,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     float *row = row_buffer.as<float>(), *scratch = row + J * d;
     const auto norm_and_turn = [&](float* rows, int64_t heads, const NormWeight& weight) {
       const int64_t width = norms.whole ? heads * d : d;
-      for (float* row = rows; weight.data != nullptr && row < rows + heads * d; row += width) {
-        gemv().normalize(row, row, weight.data, weight.type, static_cast<float>(norms.eps), width);
+      for (float* some = rows; weight.data != nullptr && some < rows + heads * d; some += width) {
+        gemv().normalize(some, some, weight.data, weight.type, static_cast<float>(norms.eps), width);
       }
       for (float* head = rows; head < rows + heads * d; head += d) {
         if (weight.data != nullptr) round_to(type, head, d, scratch);

@@ -121,9 +121,6 @@ Tensor shared_experts(const Tensor& x, const SharedExperts& shared) {
   return torch_op("aten::mul", "Tensor", y, torch_op("aten::sigmoid", "", open));
 }
 
-// -------------------------------------------------------------------------------------------------------------------
-// The operations: each names what it was given, and then is a few lines.
-
 // x (..., D) -> x + residual_scale · attention of the normed x, of one new token of each sequence. `weights` and
 // `scales` are of q, k, v and o; `biases` of q, k and v, or of none.
 Tensor attend_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Tensors scales, Tensors biases,

@@ -59,18 +59,18 @@ void multiply_gemm(const std::vector<Stack>& stacks, const char* x, Type type, i
     pack_right(gemm, x_panels + p * units, rows, columns(p), type, I);
   });
 
-  struct Block {
+  struct Item {
     size_t matrix;
     int64_t row, panel;
   };
-  std::vector<Block> blocks;
+  std::vector<Item> items;
   for (size_t m = 0; m < stacks.size(); ++m) {
     for (int64_t row = 0; row < stacks[m].rows; row += kRows) {
-      for (int64_t p = 0; p < panels; p += Workspace::kGroup) blocks.push_back({m, row, p});
+      for (int64_t p = 0; p < panels; p += Workspace::kGroup) items.push_back({m, row, p});
     }
   }
-  each(static_cast<int64_t>(blocks.size()), kItemCost * I, [&](int64_t i) {
-    const auto [m, row, first] = blocks[i];
+  each(static_cast<int64_t>(items.size()), kItemCost * I, [&](int64_t i) {
+    const auto [m, row, first] = items[i];
     const Stack& stack = stacks[m];
     const int64_t O = stack.rows;
     const auto rows = static_cast<int>(std::min<int64_t>(kRows, O - row));

@@ -60,9 +60,10 @@ void Stack::copy_bias(float* out, int64_t i, int64_t row, int64_t some) const {
   }
 }
 
-NormWeight norm_weight(const Tensor& weight, int64_t width, const char* name) {
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == width && weight.is_contiguous(), name, " does not fit");
-  return {data_of(weight), float_type(weight, name)};
+NormWeight norm_weight(const MaybeTensor& weight, int64_t width, const char* name) {
+  if (!weight.has_value()) return {};
+  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == width && weight->is_contiguous(), name, " does not fit");
+  return {data_of(*weight), float_type(*weight, name)};
 }
 
 Type float_type(const Tensor& tensor, const char* name) {

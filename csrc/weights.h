@@ -38,7 +38,7 @@ struct NormWeight {
   Type type = Type::kFloat32;
 };
 
-NormWeight norm_weight(const Tensor& weight, int64_t width, const char* name);
+NormWeight norm_weight(const MaybeTensor& weight, int64_t width, const char* name);
 
 Type float_type(const Tensor& tensor, const char* name);
 Activation activation_of(const std::string& name);
