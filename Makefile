@@ -8,8 +8,9 @@ COMPILERS ?= g++-11 clang++-14
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc)
 # What an install is made of: when one of these changes, the next target installs anew.
-HASH := $(shell cat pyproject.toml setup.py csrc/* | cksum | cut -d' ' -f1)
+HASH := $(shell cat pyproject.toml setup.py $(CSRC) | cksum | cut -d' ' -f1)
 RUNTIME := .venv/.runtime-$(HASH)
 DEV := .venv/.dev-$(HASH)
 
@@ -70,7 +71,7 @@ emulate: $(DEV) ## run every kernel on emulated CPUs, one with AVX2 alone and on
 	$(TEST_ENV) qemu-x86_64 -cpu Haswell-noTSX $(BIN)/python tests/every_operation.py avx2 2> >(grep -v 'TCG' >&2)
 	$(TEST_ENV) qemu-x86_64 -cpu Nehalem $(BIN)/python tests/every_operation.py none 2> >(grep -v 'TCG' >&2)
 
-$(SANITIZED): setup.py $(wildcard csrc/*) | $(DEV)
+$(SANITIZED): setup.py $(CSRC) | $(DEV)
 	rm -f $@
 	HANDFUL_CXXFLAGS='$(SANITIZE)' $(BIN)/python setup.py -q build_ext \
 	  --build-lib build/sanitize --build-temp build/sanitize/objects

@@ -1,14 +1,12 @@
-#include "bandwidth.h"
-
+// How fast memory can be read.
 #include <immintrin.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <vector>
 
 #include "isa.h"
+#include "tensors.h"
 
 namespace handful {
 namespace {
@@ -65,10 +63,10 @@ __attribute__((target("avx512f"))) uint64_t sum_avx512(const char* data, int64_t
   return sum;
 }
 
-}  // namespace
-
-std::tuple<double, int64_t> read_bandwidth(torch::stable::Tensor buffer, int64_t repeats) {
-  STD_TORCH_CHECK(buffer.scalar_type() == torch::headeronly::ScalarType::Byte, "buffer is not of type uint8");
+// Reads the uint8 tensor `buffer` from end to end with torch's threads, `repeats` times. Returns the median rate in
+// bytes per second, and the sum of the buffer's 64-bit words (modulo 2^64), which shows that all of it was read.
+std::tuple<double, int64_t> read_bandwidth(Tensor buffer, int64_t repeats) {
+  STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Byte, "buffer is not of type uint8");
   STD_TORCH_CHECK(buffer.is_contiguous(), "buffer is not contiguous");
   STD_TORCH_CHECK(buffer.numel() > 0 && buffer.numel() % 8 == 0, "buffer's size is not a multiple of 8");
   STD_TORCH_CHECK(repeats >= 1, "repeats = ", repeats, ": at least 1");
@@ -93,5 +91,11 @@ std::tuple<double, int64_t> read_bandwidth(torch::stable::Tensor buffer, int64_t
   std::nth_element(rates.begin(), rates.begin() + rates.size() / 2, rates.end());
   return {rates[rates.size() / 2], static_cast<int64_t>(total)};
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) { m.def("read_bandwidth(Tensor buffer, int repeats) -> (float, int)"); }
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth)); }
 
 }  // namespace handful

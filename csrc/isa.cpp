@@ -79,7 +79,7 @@ uint32_t detect() {
   if (bit(more.ecx, 11)) found |= kAvx512Vnni;
   if (bit(newer.eax, 5)) found |= kAvx512Bf16;
 
-  // AMX's tiles come with bfloat16 vectors on every CPU that there is, and everything but their product is those'.
+  // Every CPU with AMX has bfloat16 vectors, which do all but AMX's product.
   if ((found & kAvx512Bf16) == 0) return found;
 #ifdef HANDFUL_EMULATE_AMX
   return found | kAmxBf16 | kAmxInt8;

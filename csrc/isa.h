@@ -6,7 +6,7 @@
 
 namespace handful {
 
-// Kernels ask for these one by one. A level (avx2, avx512, amx) is a run of them that HANDFUL_ISA can cut off.
+// Tables need these one by one. A level (avx2, avx512, amx) is a run of them that HANDFUL_ISA can cut off.
 enum Feature : uint32_t {
   kAvx2 = 1u << 0,  // with FMA and F16C
   kAvxVnni = 1u << 1,

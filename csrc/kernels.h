@@ -1,17 +1,15 @@
-// The loops that touch every weight and every activation, once for each instruction level.
+// The loops over every weight and every activation, as tables of functions: one for each instruction level.
 //
-// All products have one form. A left matrix (weights, or gradients) lies in rows, a right one (tokens) in panels of 32
-// columns, and every 32-bit unit of either holds what one multiply-add per lane consumes: one float32, or a pair of
+// All GEMM products have one form. The left matrix (weights or gradients) lies in rows, the right one (tokens) in
+// panels of 32 columns. A 32-bit unit of either is what one multiply-add takes for a lane: a float32, or a pair of
 // bfloat16 that follow each other in the sum.
 //
 //   left    unit u of row r          at left[r * kLeftStride + u]
 //   panel   unit u of column c       at panel[u * kPanel + c]
 //   tile    row r of column c        at tile[r * kPanel + c], float32
 //
-// Codes may be multiplied as bytes instead, with panels of another form: see kernels_avx512_bytes.cpp.
-//
-// Tokens are columns, so weights are the left matrix as they lie in memory: nothing is transposed in a forward pass
-// but the tokens, which are few.
+// Tokens are the columns and weights the rows, so a forward pass transposes tokens alone. Codes that are multiplied as
+// bytes have panels of another form (gemm_avx512_vnni.cpp).
 #pragma once
 
 #include <cstdint>
@@ -19,38 +17,41 @@
 namespace handful {
 
 constexpr int kPanel = 32;              // columns of a panel
-constexpr int kDepth = 256;             // units of the sum that are multiplied at once
-constexpr int kLeftStride = kDepth + 16;  // units; not a power of two, which would make rows share a few cache sets
-constexpr int kRows = 96;               // rows of a left block
-constexpr int kUnitGrid = 16;           // panels and left rows are zero up to a multiple of so many units
+constexpr int kDepth = 256;               // units of the sum that are multiplied at once
+constexpr int kLeftStride = kDepth + 16;  // units; rows a power of two apart would share a few cache sets
+constexpr int kRows = 96;                 // rows of a left block
+constexpr int kUnitGrid = 16;             // panels and left rows are zero up to a multiple of so many units
 
-// Panels of bytes (kernels_avx512_bytes.cpp): for every kByteDepth values a row of 32 units, which says what groups
-// come a second time, and room for each group twice.
+// Panels of bytes (gemm_avx512_vnni.cpp): for every kByteDepth values a row of 32 units, which names the groups that
+// come twice, and room for each group twice.
 constexpr int kByteDepth = 512;           // values that are multiplied at once
-constexpr int kByteGroup = 32;            // that share a scale
+constexpr int kByteGroup = 32;            // values that share a scale
 constexpr int kByteRecord = 12 * kPanel;  // units of a group
-// What a column may be off by, in parts of its length: an input, which may meet a gate and its product, and hidden
-// values. Together they keep a layer within 1e-2. Of normal numbers it is 0.0028 and, after SwiGLU, 0.0047.
+// The error that a column may have, in parts of its length: inputs, which meet a gate and its product, and hidden
+// values. Together they keep a layer within 1e-2. Normal numbers have 0.0028 and, after SwiGLU, 0.0047.
 constexpr float kInputLimit = 0.0045f, kHiddenLimit = 0.0055f;
 
-// Codes: a row lies in blocks of 512 columns, the last of which may be shorter, and a block in pieces of 32 columns. The
-// word of 4 bytes at 4 * (j * pieces + i) of a block holds columns 4j to 4j + 3 of piece i, for j below 8; at 4 bits for j
-// below 4, and columns 4j + 16 to 4j + 19 in the bytes' high halves. So the words of different pieces, which have scales
-// of their own, are neighbours: a piece is a lane.
+// Codes: a row lies in blocks of 512 columns, of which the last may be shorter, and a block in pieces of 32 columns.
+// The word of 4 bytes at 4 * (j * pieces + i) of a block holds columns 4j to 4j + 3 of piece i, for j below 8; at 4
+// bits for j below 4, with columns 4j + 16 to 4j + 19 in the bytes' high halves. The words of different pieces are
+// neighbours, so that a piece, which has a scale of its own, is a lane.
 constexpr int kPiece = 32;
 constexpr int kPieces = 16;  // of a whole block
 constexpr int kBlock = kPiece * kPieces;
+constexpr int kGrid = 64;  // a row is padded to a multiple of it, and of a group
+
+// Tokens up to which GEMV multiplies a matrix: of floats one by one; of codes, or of bfloat16 in pairs.
+constexpr int64_t kGemvMaxTokens = 8, kGemvMaxTokensPacked = 16;
 
 enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 
-// Of float32 and bfloat16.
 constexpr int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
 enum class Activation : int { kSwiglu, kGeglu, kSwigluClamped, kGelu, kRelu };
 
 constexpr bool is_gated(Activation kind) { return kind != Activation::kGelu && kind != Activation::kRelu; }
 
-// Rows of numbers in memory, `stride` bytes apart. Quantised ones have a bfloat16 scale for each `group` columns.
+// Rows of numbers in memory, `stride` bytes apart. Codes have a bfloat16 scale for each `group` columns.
 struct Matrix {
   const char* data;
   Type type;
@@ -58,10 +59,10 @@ struct Matrix {
   const uint16_t* scales;
   int64_t scale_stride;  // scales from one row to the next
   int group;
-  bool pairs = false;  // bfloat16 ones may meet vectors rounded to bfloat16, as two products an instruction
+  bool pairs = false;  // bfloat16 may meet vectors rounded to bfloat16, two products an instruction
 
   const char* row(int64_t r) const { return data + r * stride; }
-  // Of quantised rows, with their padding.
+  // Of rows of codes, with their padding.
   int64_t columns() const { return type == Type::kInt4 ? 2 * stride : stride; }
 };
 
@@ -75,15 +76,15 @@ struct Block {
         pieces(static_cast<int>(m.columns() - column < kBlock ? (m.columns() - column) / kPiece : kPieces)) {}
 };
 
-// One network's activation, gate and up: rows of a tile with their biases, and where the results go.
+// The activation of gate and up, which are rows of a tile, and where the results go.
 struct Activate {
   Activation kind;
-  int rows;          // hidden units
-  int columns;       // those up to the next multiple of 16 may be set too
+  int rows;           // hidden units
+  int columns;        // up to the next multiple of 16 may be set
   const float* gate;  // tile rows
   const float* up;    // null: there is no gate, and `gate` holds the hidden values
   uint32_t* out;      // panel units
-  void* keep_gate;    // tile rows in `keep`'s type for the backward pass; null: not wanted
+  void* keep_gate;    // tile rows of type `keep` for the backward pass; null: not wanted
   void* keep_up;
   Type keep;
 };
@@ -106,7 +107,7 @@ struct ActivateBackward {
   uint32_t* panel_up;
 };
 
-// tiles (+)= left · right, for columns of all panels. Those up to the next multiple of 16 may be set too.
+// tiles (+)= left · right for the columns of all panels, of which up to the next multiple of 16 may be set.
 struct Product {
   float* tiles;      // panel p's at tiles + p * kRows * kPanel
   const char* left;  // rows of units, wherever they lie, `left_stride` bytes apart
@@ -116,37 +117,38 @@ struct Product {
   int64_t right_stride;
   int columns, units;
   bool add;
-  const char* next = nullptr;  // the rows of the product after this one, which may be asked for from memory meanwhile
+  const char* next = nullptr;  // the rows of the next product, which may be prefetched
 };
 
-// A block of scores, keys in rows and queries in columns, and what is known of the keys before it: of each of 32 columns
-// the largest score and the sum of e^(score - largest).
-struct Soften {
+// The softmax of a block of scores, keys in rows and queries in columns, after the blocks before it: of each of 32
+// columns the largest score and the sum of e^(score - largest) so far.
+struct OnlineSoftmax {
   float* scores;  // a tile
   int rows;
   float scale;      // of the scores
   const int* first;  // column c sees rows first[c] <= r < end[c]
   const int* end;
-  bool all;  // every column sees all rows
+  bool all;          // every column sees all rows
   float* largest;
   float* sums;
-  float* factors;  // set: what earlier results are worth beside those of this block
+  float* factors;  // set: what earlier results are to be multiplied by
   uint32_t* out;   // e^(score - largest) as panel units, zero up to the grid
 };
 
-struct Kernels {
+// The kernels of many tokens: products of tiles, and what is done to panels and tiles between them.
+struct Gemm {
   const char* name;  // of the level, for people
   uint32_t needs;    // features of the CPU (isa.h)
-  int values;  // in a unit
-  bool in_place;  // whether rows of a matrix in the kernels' own type are best multiplied where they lie, else packed
+  int values;        // in a unit
+  bool in_place;     // rows of a matrix of the units' own type are multiplied where they lie, and not packed
 
-  // Around everything else on a thread: AMX's tiles must be configured, and released.
+  // Around all products of a thread: AMX's tiles must be configured and released.
   void (*begin)();
   void (*end)();
 
   // left[r][k] = m[row + r][k0 + k], `count` values of each of `rows` rows, zeros up to the unit grid.
   void (*pack_rows)(uint32_t* left, const Matrix& m, int64_t row, int rows, int64_t k0, int count);
-  // left[r][k] = m[k0 + k][column + r]: the transposed matrix. Not for quantised ones.
+  // left[r][k] = m[k0 + k][column + r]: the transposed matrix. Not of codes.
   void (*pack_columns)(uint32_t* left, const Matrix& m, int64_t column, int rows, int64_t k0, int count);
   // panel[k][c] = rows[c][k], `count` columns of `width` values, zeros elsewhere.
   void (*pack_tokens)(uint32_t* panel, const char* const* rows, int count, Type type, int64_t width);
@@ -160,7 +162,7 @@ struct Kernels {
   void (*activate_backward)(const ActivateBackward& job);
 
   // Whether any factor is not 1.
-  bool (*soften)(const Soften& job);
+  bool (*online_softmax)(const OnlineSoftmax& job);
   // tile[r][c] *= factors[c]
   void (*scale_columns)(float* tile, int rows, const float* factors);
 
@@ -168,8 +170,8 @@ struct Kernels {
   void (*store_transposed)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
   void (*store_rows)(char* const* out, int64_t first, Type type, const float* tile, int rows, int columns);
 
-  // Of a panel as pack_tokens and activate make it, of `width` values, the panel that `multiply` takes, where a column is
-  // off by about `limit` of its length at most; null: it is that.
+  // Makes the panel that `multiply` takes of one of `width` values from pack_tokens or activate, with an error of about
+  // `limit` of a column's length at most. Null: `multiply` takes those as they are.
   void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
 };
 
@@ -187,13 +189,13 @@ struct Attend {
   float* out;          // rows of `value_width`
 };
 
-// A matrix times a few vectors, read once from memory. `x` is what `prepare` made of each vector.
-struct Stream {
+// The kernels of few tokens: a matrix times a few vectors, read once from memory, and what is done to single vectors.
+struct Gemv {
   const char* name;
   uint32_t needs;
-  bool pairs;  // whether bfloat16 weights that allow it are multiplied as pairs
+  bool pairs;  // bfloat16 weights that allow it are multiplied as pairs
 
-  // Bytes that a prepared vector of `width` values takes.
+  // A vector of `width` values in the form in which it meets a matrix like `m`, and that form's bytes.
   int64_t (*prepared_bytes)(int64_t width, const Matrix& m);
   void (*prepare)(char* prepared, const float* x, int64_t width, const Matrix& m);
   // out[v * out_stride + r] = m[row + r] · x[v], for `rows` rows and `count` vectors.
@@ -201,24 +203,22 @@ struct Stream {
                    const char* const* prepared, int count, int64_t width);
   // out[i] = act(gate[i], up[i]); up null: no gate. `out` may be `gate`.
   void (*activate)(float* out, const float* gate, const float* up, Activation kind, int64_t count);
-  // y[i] = sum over k of weights[k] * rows[k][i], in that order; a null row counts for nothing.
+  // y[i] = sum over k of weights[k] * rows[k][i], in that order; a null row is left out.
   void (*combine)(char* y, Type type, const float* const* rows, const float* weights, int count, int64_t width);
   void (*to_float)(float* out, const char* x, Type type, int64_t count);
   void (*from_float)(char* out, const float* x, Type type, int64_t count);
-  // RMSNorm of one row; the weight is of `type`. `out` may be `x`.
+  // RMSNorm, x · weight / sqrt(mean(x²) + eps), of one row; the weight is of `type`. `out` may be `x`.
   void (*normalize)(float* out, const float* x, const char* weight, Type type, float eps, int64_t width);
   void (*attend)(const Attend& job);
-  // A router's scores of `count` logits: their softmax, or a sigmoid of each.
+  // A router's scores: the softmax of `count` logits, or a sigmoid of each.
   void (*score)(float* out, const float* logits, bool sigmoids, int64_t count);
 };
 
-// The best of this process; `bf16`: with products of bfloat16 pairs if the CPU has them. All of these throw
-// std::runtime_error where there is none: a CPU without AVX2, or HANDFUL_ISA=none.
-const Kernels& kernels(bool bf16);
-// The same for products with weights of a type: those of codes may be in bytes where those of bfloat16 would do.
-const Kernels& kernels(bool bf16, Type weights);
-const Stream& stream();
-// Tokens up to which they meet a matrix as a stream; more are packed into tiles.
-int64_t few(const Matrix& m);
+// The best tables of this process. They throw std::runtime_error where there is none: a CPU without AVX2, or
+// HANDFUL_ISA=none. `bf16`: products may be of bfloat16 pairs, and those with codes of bytes.
+const Gemm& gemm_for(bool bf16, Type weights = Type::kFloat32);
+const Gemv& gemv();
+// Tokens up to which a matrix is multiplied by `gemv`; more are packed into panels.
+int64_t gemv_max_tokens(const Matrix& m);
 
 }  // namespace handful

@@ -1,58 +1,75 @@
-// The kernels of every level that is compiled in; kernels.cpp chooses among those that the CPU has.
+// The tables of all levels, among which levels.cpp chooses for the CPU.
 //
-// A level's file lies between BEGIN_LEVEL, which switches its instructions on, and END_LEVEL, and has an unnamed
-// namespace for all of its functions: one that another file could be given instead of its own copy, or that runs before
-// the CPU was asked, would be an illegal instruction elsewhere. What it gives away is tables of constants, each with the
-// features that it needs.
+// A level's file is BEGIN_LEVEL(instructions), functions, and END_LEVEL(table). The macros switch the instructions on,
+// and put the functions into an unnamed namespace and the table among the constants: a function that the linker may
+// give to another file, or a constructor that runs before the CPU was asked, would be an illegal instruction elsewhere.
 #pragma once
+
+// What levels use of the standard library, whose templates must be compiled for the baseline.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "isa.h"
 #include "kernels.h"
 
 #define PRAGMA(TEXT) _Pragma(#TEXT)
 #ifdef __clang__
-#define BEGIN_LEVEL(INSTRUCTIONS) \
+#define PUSH_TARGET(INSTRUCTIONS) \
   PRAGMA(clang attribute push(__attribute__((target(INSTRUCTIONS))), apply_to = function))
-#define END_LEVEL PRAGMA(clang attribute pop)
+#define POP_TARGET PRAGMA(clang attribute pop)
 #else
 // gcc 12 warns of its own intrinsics' undefined operands.
-#define BEGIN_LEVEL(INSTRUCTIONS) \
+#define PUSH_TARGET(INSTRUCTIONS) \
   PRAGMA(GCC push_options) \
   PRAGMA(GCC target(INSTRUCTIONS)) \
   PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized")
-#define END_LEVEL PRAGMA(GCC pop_options)
+#define POP_TARGET PRAGMA(GCC pop_options)
 #endif
+
+#define BEGIN_LEVEL(INSTRUCTIONS) \
+  PUSH_TARGET(INSTRUCTIONS)       \
+  namespace handful {             \
+  namespace {
+#define END_LEVEL(...)   \
+  }                      \
+  constexpr __VA_ARGS__; \
+  }                      \
+  POP_TARGET
 
 namespace handful {
 
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-extern const Stream kAvx2Stream, kAvx512Stream, kAvx512VnniStream, kAvx512PairsStream;
+extern const Gemm kAvx2Gemm, kAvx512Gemm, kAvx512Bf16Gemm;
+extern const Gemv kAvx2Gemv, kAvx512Gemv, kAvx512VnniGemv, kAvx512VnniBf16Gemv;
 
-// What AMX does otherwise than kAvx512Bf16Kernels.
-struct Tiles {
+// What differs from kAvx512Bf16Gemm with AMX.
+struct AmxGemm {
   uint32_t needs;
   void (*begin)();
   void (*end)();
   void (*multiply)(const Product& job);
 };
-extern const Tiles kAmxTiles;
+extern const AmxGemm kAmxGemm;
 
-// What codes that are multiplied as bytes have otherwise than kAvx512Kernels.
-struct Bytes {
+// What differs from kAvx512Gemm where codes are multiplied as bytes.
+struct VnniGemm {
   uint32_t needs;
   void (*pack_rows)(uint32_t* left, const Matrix& m, int64_t row, int rows, int64_t k0, int count);
   void (*multiply)(const Product& job);
   void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
 };
-extern const Bytes kAvx512VnniBytes;
+extern const VnniGemm kAvx512VnniGemm;
 
-// What is multiplied with: one or few tokens by `stream`, others by `kernels` for float32, bfloat16, and codes with
-// bfloat16 tokens.
+// A CPU's tables: GEMM for float32, for bfloat16, and for codes with bfloat16 tokens; GEMV for all.
 struct Chosen {
-  const Kernels* float32;
-  const Kernels* bfloat16;
-  const Kernels* codes;
-  const Stream* stream;
+  const Gemm* float32;
+  const Gemm* bfloat16;
+  const Gemm* codes;
+  const Gemv* gemv;
 };
 
 // The best that the features cover. Throws std::runtime_error where no level is.

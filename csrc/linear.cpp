@@ -1,17 +1,15 @@
-// Matrices that all tokens meet, by the experts' kernels.
-#include <torch/csrc/stable/ops.h>
-
+// Linear maps of the same x, one or several at once.
 #include <algorithm>
-#include <vector>
 
-#include "experts.h"
-#include "layer.h"
+#include "gemm.h"
+#include "gemv.h"
+#include "operations.h"
 
 namespace handful {
 namespace {
 
-// The matrices are of one type and width.
-void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+// Few tokens: each weight is read once. The matrices are of one type and width.
+void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                    const std::vector<char*>& y) {
   const Stack& like = stacks[0];
   const int64_t I = like.width;
@@ -21,19 +19,19 @@ void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, i
   for (const Stack& stack : stacks) rows += stack.rows;
   const Buffer out_buffer(tokens * rows * 4);
   std::vector<float*> out(stacks.size());
-  std::vector<StreamItem> items;
+  std::vector<GemvItem> items;
   std::vector<size_t> matrix;  // of each item
   for (size_t m = 0; m < stacks.size(); ++m) {
     out[m] = m == 0 ? out_buffer.as<float>() : out[m - 1] + tokens * stacks[m - 1].rows;
     if (stacks[m].rows > 0) {
-      add_stream_items(items, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
+      add_gemv_items(items, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
     }
     matrix.resize(items.size(), m);
   }
   if (items.empty()) return;
-  each(static_cast<int64_t>(items.size()), stream_cost(like, items[0]), [&](int64_t i) {
+  each(static_cast<int64_t>(items.size()), gemv_cost(like, items[0]), [&](int64_t i) {
     const Stack& stack = stacks[matrix[i]];
-    run_stream_item(stack, items[i], [&](int64_t t) { return prepared.row(t); },
+    run_gemv_item(stack, items[i], [&](int64_t t) { return prepared.row(t); },
                     [&](int64_t t) { return out[matrix[i]] + t * stack.rows; }, stack.rows);
   });
   const float one = 1;
@@ -41,16 +39,16 @@ void stream_tokens(const std::vector<Stack>& stacks, const char* x, Type type, i
     const int64_t O = stacks[m].rows;
     for (int64_t t = 0; t < tokens; ++t) {
       const float* row = out[m] + t * O;
-      stream().combine(y[m] + t * O * bytes_of(type), type, &row, &one, 1, O);
+      gemv().combine(y[m] + t * O * bytes_of(type), type, &row, &one, 1, O);
     }
   }
 }
 
-// Many tokens: they are packed once for all the matrices.
-void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
-                     const std::vector<char*>& y) {
-  const Kernels& k = kernels(type == Type::kBFloat16, stacks[0].first.type);
-  const int64_t I = stacks[0].width, units = right_units(k, I);
+// Many tokens: they are packed once for all matrices.
+void multiply_gemm(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
+                   const std::vector<char*>& y) {
+  const Gemm& gemm = gemm_for(type == Type::kBFloat16, stacks[0].first.type);
+  const int64_t I = stacks[0].width, units = right_units(gemm, I);
   const int64_t panels = (tokens + kPanel - 1) / kPanel;
   const Buffer x_buffer(panels * units * 4);
   uint32_t* x_panels = x_buffer.as<uint32_t>();
@@ -58,21 +56,21 @@ void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type,
   each(panels, 0.5 * I * kPanel, [&](int64_t p) {
     const char* rows[kPanel];
     for (int c = 0; c < columns(p); ++c) rows[c] = x + (p * kPanel + c) * I * bytes_of(type);
-    pack_right(k, x_panels + p * units, rows, columns(p), type, I);
+    pack_right(gemm, x_panels + p * units, rows, columns(p), type, I);
   });
 
-  struct Block {
+  struct Item {
     size_t matrix;
     int64_t row, panel;
   };
-  std::vector<Block> blocks;
+  std::vector<Item> items;
   for (size_t m = 0; m < stacks.size(); ++m) {
     for (int64_t row = 0; row < stacks[m].rows; row += kRows) {
-      for (int64_t p = 0; p < panels; p += Workspace::kGroup) blocks.push_back({m, row, p});
+      for (int64_t p = 0; p < panels; p += Workspace::kGroup) items.push_back({m, row, p});
     }
   }
-  each(static_cast<int64_t>(blocks.size()), kItemCost * I, [&](int64_t i) {
-    const auto [m, row, first] = blocks[i];
+  each(static_cast<int64_t>(items.size()), kItemCost * I, [&](int64_t i) {
+    const auto [m, row, first] = items[i];
     const Stack& stack = stacks[m];
     const int64_t O = stack.rows;
     const auto rows = static_cast<int>(std::min<int64_t>(kRows, O - row));
@@ -80,37 +78,38 @@ void multiply_tokens(const std::vector<Stack>& stacks, const char* x, Type type,
     const Workspace& w = Workspace::mine();
     const Right right = {x_panels + first * units, units, some_panels, columns(first + some_panels - 1)};
     if (stack.bias != nullptr) fill_with_bias(w, some_panels, stack, 0, row, 0, rows);
-    k.begin();
-    multiply_matrix(k, w, {stack.first, rows, 1, {row}}, right, I, stack.bias != nullptr);
-    k.end();
+    gemm.begin();
+    multiply_matrix(gemm, w, {stack.first, rows, 1, {row}}, right, I, stack.bias != nullptr);
+    gemm.end();
     for (int p = 0; p < some_panels; ++p) {
       char* out[kPanel];
       for (int c = 0; c < columns(first + p); ++c) out[c] = y[m] + ((first + p) * kPanel + c) * O * bytes_of(type);
-      k.store_transposed(out, row, type, w.tile(p), rows, columns(first + p));
+      gemm.store_transposed(out, row, type, w.tile(p), rows, columns(first + p));
     }
   });
 }
 
 }  // namespace
 
-std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                            std::vector<Tensor> biases, int64_t bits, int64_t group) {
+Tensors linears(const Tensor& x, const LinearMaps& maps) {
+  const size_t count = maps.weights.size();
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, inputs)");
-  STD_TORCH_CHECK((scales.empty() || scales.size() == weights.size()) &&
-                      (biases.empty() || biases.size() == weights.size()),
+  STD_TORCH_CHECK((maps.scales.empty() || maps.scales.size() == count) &&
+                      (maps.biases.empty() || maps.biases.size() == count),
                   "scales and biases are not of all weights");
   const Type type = float_type(x, "x");
   const int64_t tokens = x.size(0);
-  STD_TORCH_CHECK(!weights.empty(), "there is no weight");
+  STD_TORCH_CHECK(count > 0, "there is no weight");
   std::vector<Stack> stacks;
-  std::vector<Tensor> results;
+  Tensors results;
   std::vector<char*> y;
   bool alike = true;
-  for (size_t m = 0; m < weights.size(); ++m) {
-    STD_TORCH_CHECK(weights[m].dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");
-    const MaybeTensor scale = scales.empty() ? MaybeTensor() : MaybeTensor(scales[m]);
-    const MaybeTensor bias = biases.empty() ? MaybeTensor() : MaybeTensor(biases[m]);
-    stacks.push_back(make_stack({weights[m], scale, bits, group}, bias, "weight", 0, weights[m].size(0), x.size(1)));
+  for (size_t m = 0; m < count; ++m) {
+    const Tensor& weight = maps.weights[m];
+    STD_TORCH_CHECK(weight.dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");
+    const MaybeTensor scale = maps.scales.empty() ? MaybeTensor() : MaybeTensor(maps.scales[m]);
+    const MaybeTensor bias = maps.biases.empty() ? MaybeTensor() : MaybeTensor(maps.biases[m]);
+    stacks.push_back(make_stack({weight, scale, maps.bits, maps.group}, bias, "weight", 0, weight.size(0), x.size(1)));
     results.push_back(torch::stable::new_empty(x, {tokens, stacks[m].rows}));
     y.push_back(static_cast<char*>(results[m].mutable_data_ptr()));
     stacks[m].first.pairs = type == Type::kBFloat16 && stacks[m].first.type == type;
@@ -118,13 +117,23 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<T
   }
   STD_TORCH_CHECK(alike, "weights are not of one dtype");
   if (tokens == 0) return results;
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  if (tokens <= few(stacks[0].first)) {
-    stream_tokens(stacks, from, type, tokens, y);
-  } else {
-    multiply_tokens(stacks, from, type, tokens, y);
-  }
+  const auto multiply = tokens <= gemv_max_tokens(stacks[0].first) ? multiply_gemv : multiply_gemm;
+  multiply(stacks, data_of(x), type, tokens, y);
   return results;
 }
+
+namespace {
+
+Tensors linears_op(Tensor x, Tensors weights, Tensors scales, Tensors biases, int64_t bits, int64_t group) {
+  return linears(x, {weights, scales, biases, bits, group});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def("linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, int bits, int group) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("linears", TORCH_BOX(&linears_op)); }
 
 }  // namespace handful

@@ -1,9 +1,8 @@
-// The operations that torch sees as torch.ops.handful.*. Only torch's stable ABI is used here and in the kernels, so
-// that one build serves torch 2.11 and later, and no Python symbol, so that it serves every Python.
+// torch.ops.handful: the operations that say what there is. The others are declared beside their code.
 #include <torch/csrc/stable/library.h>
 
-#include "bandwidth.h"
-#include "experts.h"
+#include <string>
+
 #include "isa.h"
 #include "levels.h"
 
@@ -11,14 +10,22 @@ namespace {
 
 std::string isa() { return handful::names_of(handful::features()); }
 
-// What a CPU of these features multiplies with, a line each: for what, by which level, and the features it needs.
+// The tables for a CPU of these features, a line each: the use, the level, and the features that it needs.
 std::string levels(std::string features) {
   const handful::Chosen chosen = handful::choose(handful::features_of(features));
   const auto line = [](const char* use, const auto* table) {
     return std::string(use) + ": " + table->name + ": " + handful::names_of(table->needs) + "\n";
   };
   return line("float32", chosen.float32) + line("bfloat16", chosen.bfloat16) + line("codes", chosen.codes) +
-         line("few tokens", chosen.stream);
+         line("few tokens", chosen.gemv);
+}
+
+// The sizes that callers need to know, a line each.
+std::string limits() {
+  const auto line = [](const char* name, int64_t value) { return name + (": " + std::to_string(value)) + "\n"; };
+  return line("panel", handful::kPanel) + line("gemv_max_tokens", handful::kGemvMaxTokens) +
+         line("gemv_max_tokens_packed", handful::kGemvMaxTokensPacked) + line("code_piece", handful::kPiece) +
+         line("code_block", handful::kBlock) + line("code_grid", handful::kGrid);
 }
 
 }  // namespace
@@ -26,45 +33,11 @@ std::string levels(std::string features) {
 STABLE_TORCH_LIBRARY(handful, m) {
   m.def("isa() -> str");
   m.def("levels(str features) -> str");
-  m.def("read_bandwidth(Tensor buffer, int repeats) -> (float, int)");
-  m.def(
-      "experts(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
-      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> Tensor");
-  m.def(
-      "experts_forward(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
-      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> (Tensor, Tensor)");
-  m.def(
-      "experts_backward(Tensor grad_y, Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
-      "Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor kept, str activation, bool bf16, bool for_x, "
-      "bool for_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "experts_quantized(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
-      "Tensor gate_up_scales, Tensor down, Tensor down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
-      "str activation, int hidden, int bits, int group, bool bf16) -> Tensor");
-  m.def(
-      "experts_rows(Tensor(a!) rows, Tensor x, Tensor experts, Tensor? dropped, Tensor places, Tensor gate_up, "
-      "Tensor? gate_up_scales, Tensor down, Tensor? down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
-      "str activation, int hidden, int bits, int group, bool bf16) -> int");
-  m.def(
-      "experts_sum(Tensor rows, Tensor experts, Tensor weights, Tensor? dropped, int count, bool bf16) -> Tensor");
-  m.def("experts_step(int count, int top_k) -> int");
-  m.def(
-      "linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, int bits, int group) -> Tensor[]");
+  m.def("limits() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("levels", TORCH_BOX(&levels));
-  m.impl("experts_step", TORCH_BOX(&handful::experts_step));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { 
-  m.impl("read_bandwidth", TORCH_BOX(&handful::read_bandwidth));
-  m.impl("experts", TORCH_BOX(&handful::experts));
-  m.impl("experts_forward", TORCH_BOX(&handful::experts_forward));
-  m.impl("experts_backward", TORCH_BOX(&handful::experts_backward));
-  m.impl("experts_quantized", TORCH_BOX(&handful::experts_quantized));
-  m.impl("experts_rows", TORCH_BOX(&handful::experts_rows));
-  m.impl("experts_sum", TORCH_BOX(&handful::experts_sum));
-  m.impl("linears", TORCH_BOX(&handful::linears));
+  m.impl("limits", TORCH_BOX(&limits));
 }

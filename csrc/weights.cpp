@@ -1,14 +1,10 @@
 #include "weights.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 
 namespace handful {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 std::string shape_of(const Tensor& tensor) {
   std::string text = "(";
@@ -64,6 +60,12 @@ void Stack::copy_bias(float* out, int64_t i, int64_t row, int64_t some) const {
   }
 }
 
+NormWeight norm_weight(const MaybeTensor& weight, int64_t width, const char* name) {
+  if (!weight.has_value()) return {};
+  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == width && weight->is_contiguous(), name, " does not fit");
+  return {data_of(*weight), float_type(*weight, name)};
+}
+
 Type float_type(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
@@ -81,15 +83,15 @@ Activation activation_of(const std::string& name) {
 }
 
 int64_t stored_columns(int64_t width, int64_t group) {
-  const int64_t grid = std::max<int64_t>(group, 64);
+  const int64_t grid = std::max<int64_t>(group, kGrid);
   return (width + grid - 1) / grid * grid;
 }
 
-Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width) {
   Stack stack{{}, std::max<int64_t>(count, 1), rows, width, nullptr, Type::kFloat32};
   Matrix& m = stack.first;
-  m.data = static_cast<const char*>(given.codes.const_data_ptr());
+  m.data = data_of(given.codes);
   if (given.bits == 0) {
     check_shape(given.codes, name, count, rows, width);
     m.type = float_type(given.codes, name);

@@ -1,22 +1,15 @@
-// The weights of an experts layer, as the operations were given them.
+// Weights as the operations were given them, checked.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
-#include <string>
-
 #include "kernels.h"
+#include "tensors.h"
 
 namespace handful {
 
-using torch::stable::Tensor;
-
 // Float weights, or codes with their scales.
-struct Given {
+struct WeightTensors {
   const Tensor& codes;
-  const std::optional<Tensor>& scales;
+  const MaybeTensor& scales;
   int64_t bits = 0;   // 8 or 4; 0: float32 or bfloat16
   int64_t group = 0;  // columns that share a scale
 };
@@ -30,7 +23,7 @@ struct Stack {
   int64_t step = 0;        // from one matrix to the next, in bytes
   int64_t scale_step = 0;  // in scales
   int64_t bias_step = 0;   // in biases
-  const int64_t* places = nullptr;  // where matrix i is among them; null: at i
+  const int64_t* places = nullptr;  // where matrix i is; null: at i
 
   Matrix operator[](int64_t i) const;
   // Bytes of one matrix, scales included.
@@ -39,15 +32,23 @@ struct Stack {
   void copy_bias(float* out, int64_t i, int64_t row, int64_t some) const;
 };
 
+// The weight of a norm of rows of some width.
+struct NormWeight {
+  const char* data = nullptr;  // null: there is none
+  Type type = Type::kFloat32;
+};
+
+NormWeight norm_weight(const MaybeTensor& weight, int64_t width, const char* name);
+
 Type float_type(const Tensor& tensor, const char* name);
 Activation activation_of(const std::string& name);
 
-// Checks everything: type, shape (count, rows, width), that each matrix is contiguous, the scales' and the bias's too.
-// `count` 0: the tensor has no first dimension, and is one matrix.
-Stack make_stack(const Given& given, const std::optional<Tensor>& bias, const char* name, int64_t count, int64_t rows,
+// Checks types and shapes (count, rows, width), of scales and bias too, and that each matrix is contiguous. `count` 0:
+// the tensor is one matrix and has no first dimension.
+Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width);
 
-// Columns that a quantised row of `width` columns is stored in.
+// Columns that a row of `width` codes is stored in.
 int64_t stored_columns(int64_t width, int64_t group);
 
 }  // namespace handful

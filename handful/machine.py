@@ -104,7 +104,7 @@ def machine() -> Machine:
 
 
 # Operations of this version that an extension built from an older one lacks.
-NEWEST = ("levels",)
+NEWEST = ("limits",)
 
 
 class SlowWarning(UserWarning):

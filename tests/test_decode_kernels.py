@@ -148,6 +148,28 @@ def test_rms_norm_of_nothing_and_of_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [False, True])
+def test_norms_in_attention_have_the_bits_of_norms_before_it(whole: bool, dtype: torch.dtype) -> None:
+    """Normed queries and keys are rounded to their dtype, as the operation of a norm alone rounds them."""
+    B, H, J, d, length = 3, 6, 2, 22, 4
+    q, k, v = (torch.randn(B, heads * d).to(dtype) for heads in (H, J, J))
+    norms = [torch.randn(heads * d if whole else d).to(dtype) for heads in (H, J)]
+    cos, sin = torch.randn(2, 1, d // 2).unbind()
+    for cached in (torch.float32, torch.bfloat16):
+        held = torch.randn(2, B, J, length + 2, d).to(cached)
+
+        def attend(q: Tensor, k: Tensor, *weights: Tensor | None, held: Tensor = held) -> tuple[Tensor, Tensor]:
+            held = held.clone()
+            keys, values = held
+            rest = (1e-5, whole, cos, sin, False, [keys], [values], [length], 0, 0.3, None)
+            return torch.ops.handful.decode_attention(q, k, v, *weights, *rest), held
+
+        normed = [rms_norm(x.view(B, -1, len(w)), w, 1e-5).view(B, -1) for x, w in zip((q, k), norms, strict=True)]
+        for a, b in zip(attend(q, k, *norms), attend(*normed, None, None), strict=True):
+            assert a.equal(b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_tokens_of_a_linear_map(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from handful.experts import layer
 

@@ -19,13 +19,16 @@ from handful.experts.native import available, levels
 from handful.experts.quantized import quantize_model
 from handful.machine import CPUINFO_FLAGS, _native_library, native_error
 from handful.model import Decoder
+from handful.quantize import BLOCK, GRID, PIECE
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
-# Files that may hold instructions beyond the baseline; bandwidth.cpp by functions of its own with a target each.
-LEVEL_FILES = {path.name for path in CSRC.glob("kernels_*.cpp")} | {"bandwidth.cpp"}
+# Files of one level each. Beside them only bandwidth.cpp may hold instructions beyond the baseline, by functions of its
+# own with a target each.
+LEVELS = sorted([*CSRC.glob("gemm_*.cpp"), *CSRC.glob("gemv_*.cpp")])
+LEVEL_FILES = {path.name for path in LEVELS} | {"bandwidth.cpp"}
 # First bytes of instructions of AVX and later, in 64-bit code: VEX and EVEX. Before them only a segment or an address
 # size may stand.
 VEX, EVEX, BEFORE = {"c4", "c5"}, {"62"}, {"2e", "36", "3e", "26", "64", "65", "67"}
@@ -74,7 +77,7 @@ def misplaced(library: Path) -> tuple[list[str], set[str]]:
             files.add(file)
             if binding != "LOCAL" or file not in LEVEL_FILES or name.startswith("_GLOBAL__sub_I"):
                 wrong.append(f"{name} ({binding}, {file or 'of no file'})")
-            elif file == "kernels_avx2.cpp" and firsts & EVEX:
+            elif file.endswith("_avx2.cpp") and firsts & EVEX:
                 wrong.append(f"{name}: AVX-512 in {file}")
     return wrong, files
 
@@ -88,7 +91,7 @@ def test_instructions_of_a_level_are_in_local_functions_of_its_file() -> None:
     assert files == LEVEL_FILES  # all of them were looked at
 
 
-@pytest.mark.parametrize("file", sorted(CSRC.glob("kernels_*.cpp")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", LEVELS, ids=lambda file: file.name)
 def test_a_level_needs_what_it_is_compiled_for(file: Path) -> None:
     text = file.read_text()
     compiled = re.search(r'BEGIN_LEVEL\("(.*)"\)', text)
@@ -126,6 +129,15 @@ def test_every_set_of_features_is_given_what_it_covers() -> None:
     }  # fmt: skip
 
 
+def test_the_extension_says_its_limits() -> None:
+    """A line each; those of codes are the format's, which Python packs."""
+    limits = dict(line.split(": ") for line in torch.ops.handful.limits().splitlines())
+    assert {name: int(value) for name, value in limits.items()} == {
+        "panel": 32, "gemv_max_tokens": 8, "gemv_max_tokens_packed": 16,
+        "code_piece": PIECE, "code_block": BLOCK, "code_grid": GRID,
+    }  # fmt: skip
+
+
 def test_a_direct_call_without_kernels_is_an_error() -> None:
     """And no illegal instruction: whoever calls the operations does not ask before."""
     code = """
@@ -135,7 +147,7 @@ assert "HANDFUL_ISA" in native_error()
 x = torch.randn(3, 8)
 for call in (
     lambda: torch.ops.handful.rms_norm(x, torch.ones(8), 1e-6),
-    lambda: torch.ops.handful.likeliest(x[0]),
+    lambda: torch.ops.handful.argmax(x[0]),
     lambda: torch.ops.handful.linears(x, [torch.randn(4, 8)], [], [], 0, 0),
     lambda: torch.ops.handful.experts(x, torch.zeros(3, 1).long(), torch.ones(3, 1), None, torch.randn(2, 8, 8),
                                       torch.randn(2, 8, 4), None, None, "swiglu", False),

@@ -272,7 +272,7 @@ def test_an_extension_of_an_older_version_is_named(monkeypatch: pytest.MonkeyPat
     from handful import machine as module
 
     module._load.cache_clear()
-    monkeypatch.setattr(module, "NEWEST", ("attend_one", "of_tomorrow"))
+    monkeypatch.setattr(module, "NEWEST", ("decode_attention", "of_tomorrow"))
     try:
         error = module.native_error()
         if module._native_library() is not None and "HANDFUL_ISA" not in os.environ:

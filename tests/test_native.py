@@ -871,14 +871,14 @@ def test_attention_of_many_tokens(name: str, dtype: torch.dtype) -> None:
     for sinks_H in (None, torch.randn(H)):
         q, k, v = (t.to(F64).repeat_interleave(H // t.shape[1], 1) for t in (q_BHSd, k_BJPd, v_BJPv))
         want = attend(q, k, v, mask, 0.3, None if sinks_H is None else sinks_H.to(F64)).transpose(1, 2).flatten(2)
-        got = ops.attend_many(q_BHSd, k_BJPd, v_BJPv, sinks_H, 0.3, window)
+        got = ops.prefill_attention(q_BHSd, k_BJPd, v_BJPv, sinks_H, 0.3, window)
         assert got.dtype == dtype
         assert distance(got, want) <= (4e-3 if dtype == BF16 else BOUND[F32])
         # In chunks, as a long prompt comes: the same bits.
         if S > 1:
             ends = [P - S + S // 3, P]
             chunks = [
-                ops.attend_many(chunk, k_BJPd[:, :, :end], v_BJPv[:, :, :end], sinks_H, 0.3, window)
+                ops.prefill_attention(chunk, k_BJPd[:, :, :end], v_BJPv[:, :, :end], sinks_H, 0.3, window)
                 for chunk, end in zip(q_BHSd.split([S // 3, S - S // 3], dim=2), ends, strict=True)
             ]
             assert torch.cat(chunks, dim=1).equal(got)
@@ -887,11 +887,11 @@ def test_attention_of_many_tokens(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_many_tokens_at_the_edges(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     q, k, v = (torch.randn(2, 2, 200, 32).to(dtype) for _ in range(3))
-    whole = ops.attend_many(q, k, v, None, 1.0, 0)
+    whole = ops.prefill_attention(q, k, v, None, 1.0, 0)
     threads(3)
-    assert ops.attend_many(q, k, v, None, 1.0, 0).equal(whole)
+    assert ops.prefill_attention(q, k, v, None, 1.0, 0).equal(whole)
     # Scores of thousands, of which one is all of the softmax.
-    large = ops.attend_many(1000 * q, 10 * k, v, None, 1.0, 0)
+    large = ops.prefill_attention(1000 * q, 10 * k, v, None, 1.0, 0)
     best = (q.to(F64) @ k.to(F64).transpose(2, 3)).masked_fill(
         ~torch.ones(200, 200, dtype=torch.bool).tril(), -math.inf
     )
@@ -902,12 +902,12 @@ def test_attention_of_many_tokens_at_the_edges(dtype: torch.dtype, threads: Call
     # What is wrong with one token stays with it.
     bad = q.clone()
     bad[0, 1, 7] = math.nan
-    marked = ops.attend_many(bad, k, v, None, 1.0, 0)
+    marked = ops.prefill_attention(bad, k, v, None, 1.0, 0)
     assert marked[0, 7, 32:].isnan().all()
     marked[0, 7, 32:] = whole[0, 7, 32:]
     assert marked.equal(whole)
-    assert ops.attend_many(q[:, :, :0], k, v, None, 1.0, 0).shape == (2, 0, 64)
-    assert ops.attend_many(q[:0], k[:0], v[:0], None, 1.0, 0).shape == (0, 200, 64)
+    assert ops.prefill_attention(q[:, :, :0], k, v, None, 1.0, 0).shape == (2, 0, 64)
+    assert ops.prefill_attention(q[:0], k[:0], v[:0], None, 1.0, 0).shape == (0, 200, 64)
 
 
 def test_attention_of_many_tokens_refuses_what_does_not_fit() -> None:
@@ -921,5 +921,5 @@ def test_attention_of_many_tokens_refuses_what_does_not_fit() -> None:
         "window": [-1],
     }.items():
         for value in values:
-            refuse(ops.attend_many, arguments, name, value, ("q is", "k is", "v is", "sinks", "window ="), name)
-    ops.attend_many(**arguments)
+            refuse(ops.prefill_attention, arguments, name, value, ("q is", "k is", "v is", "sinks", "window ="), name)
+    ops.prefill_attention(**arguments)

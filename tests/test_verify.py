@@ -333,7 +333,7 @@ def names_its_code(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     try:
         return grouped(x_TD, routing, experts)
     except RoutingError as error:
-        raise RoutingError(f"make_plan, plan.cpp:25, {error}") from None
+        raise RoutingError(f"sort_by_expert, expert_sort.cpp:25, {error}") from None
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def names_its_code(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         (other_error, r"^mistakes are errors: T=1 expert -1 of 6: IndexError, not an error of ours$"),
         (
             names_its_code,
-            r"^mistakes are errors: T=1 expert -1 of 6: make_plan, plan\.cpp:25, .* names a line of code$",
+            r"^mistakes are errors: T=1 expert -1 of 6: sort_by_expert, expert_sort\.cpp:25, .* names a line of code$",
         ),
         (no_second_derivative, r"^second derivatives: they are left out in silence$"),
         (second_derivative, r"^second derivatives: they are off by 0\.\d+, bound 8e-05$"),

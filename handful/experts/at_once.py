@@ -1,9 +1,9 @@
 """Several modules as one operation, for few tokens in inference: who may be passed by, and what is taken from them.
 
 A layer of a decoding step is some tens of modules, views and questions, which can take longer than its maths. Attention
-and the feed-forward half of a layer are an operation each (csrc/block.cpp), with the bits of the modules that it stands
-for. These are the user's, who may hook into any of them, replace it, or turn it to another dtype between two steps: so
-nothing is kept, and what they hold is looked up in every step.
+and the feed-forward half of a layer are an operation each (csrc/fused_layers.cpp), with the bits of the modules that it
+stands for. These are the user's, who may hook into any of them, replace it, or turn it to another dtype between two
+steps: so nothing is kept, and what they hold is looked up in every step.
 
 Legend: D model width · T tokens · E experts · K experts per token
 """

@@ -1,6 +1,6 @@
 """Experts by our own C++ kernels, on CPU: one operation, no Python per expert, no copy of a weight.
 
-csrc/experts.cpp and csrc/experts_backward.cpp say how; they choose among AVX2, AVX-512 and AMX at run time and use
+csrc/experts_*.cpp say how; they choose among AVX2, AVX-512 and AMX at run time and use
 torch's threads. Products are in float32, or in bfloat16 with float32 sums; the same bits come out for any number of
 threads. Quantised weights (handful/quantize.py) have a forward pass only.
 
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
-FEW = 16  # tokens up to which they read a quantised matrix as a stream (few in csrc/kernels.cpp)
+FEW = 16  # tokens up to which they read a quantised matrix as a stream (gemv_max_tokens in csrc/levels.cpp)
 # Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16,
 # and of others.
 AMX, PAIRED, SINGLE = 16, 128, 4
@@ -308,7 +308,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def likeliest(logits_V: Tensor) -> int:
     """The place of the largest logit, the first of equals. In bfloat16 torch takes longer than for the output layer."""
-    place: int = torch.ops.handful.likeliest.default(logits_V.contiguous())
+    place: int = torch.ops.handful.argmax.default(logits_V.contiguous())
     return place
 
 
@@ -318,7 +318,7 @@ def attend_many(
     """Attention of the last S of P tokens, each to the tokens up to itself, with a window to the last so many of them:
     (B, S, H·v); no gradients."""
     sinks = None if sinks_H is None else sinks_H.float()
-    out: Tensor = torch.ops.handful.attend_many(q_BHSd, k_BJPd, v_BJPv, sinks, scale, window or 0)
+    out: Tensor = torch.ops.handful.prefill_attention(q_BHSd, k_BJPd, v_BJPv, sinks, scale, window or 0)
     return out
 
 
@@ -357,7 +357,7 @@ def attend_one(q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, given: OneToken) -> Ten
 
     q_BX, k_BX, v_BX   as the projections make them, (B, H·d) and (B, J·d).
     """
-    out: Tensor = torch.ops.handful.attend_one(q_BX, k_BX, v_BX, *given.arguments())
+    out: Tensor = torch.ops.handful.decode_attention(q_BX, k_BX, v_BX, *given.arguments())
     return out
 
 
@@ -548,8 +548,8 @@ def _register() -> None:
     torch.library.register_fake("handful::experts_quantized", _fake_experts)
     torch.library.register_fake("handful::linears", _fake_linears)
     torch.library.register_fake("handful::rms_norm", _fake_like_first)
-    torch.library.register_fake("handful::attend_one", _fake_like_first)
-    torch.library.register_fake("handful::attend_many", _fake_attend_many)
+    torch.library.register_fake("handful::decode_attention", _fake_like_first)
+    torch.library.register_fake("handful::prefill_attention", _fake_attend_many)
     torch.library.register_fake("handful::route", _fake_route)
     torch.library.register_fake("handful::attend_layer", _fake_like_first)
     torch.library.register_fake("handful::moe_layer", _fake_moe_layer)

@@ -1,24 +1,18 @@
-// A router for few tokens: logits, scores, the chosen experts and their weights, as one operation. Through torch they
-// would be a dozen, of which each takes longer than its maths.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+// A router for few tokens as one operation: logits, scores, the chosen experts and their weights. Through torch it
+// would be a dozen, each slower than its maths.
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
-#include "experts.h"
-#include "layer.h"
+#include "gemv.h"
+#include "operations.h"
 
 namespace handful {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr float kOut = -std::numeric_limits<float>::infinity();
 
-// A NaN is above all numbers, as it is to torch: what it spoils is then seen.
+// A NaN is above all numbers, as it is to torch, so that it shows in the result.
 bool above(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
 
 // The places of the `count` largest of `size` numbers, the largest first, earlier places first among equals.
@@ -59,24 +53,22 @@ const float* floats(const MaybeTensor& given, int64_t size, const char* name) {
 
 }  // namespace
 
-// x (T, D) · weight (E, D) · bias, balance_bias (E) · chosen (T, K) int64: the experts to take, whatever the scores ->
-// logits, scores (T, E) float32, experts (T, K) int64, weights (T, K) float32
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor balance_bias,
-                                                 MaybeTensor chosen, bool sigmoids, int64_t groups, int64_t top_groups,
-                                                 bool two_best, int64_t top_k, bool normalize, double scale) {
+Routed route(const Tensor& x, const Router& router) {
+  const Tensor& weight = router.weight;
+  const auto [sigmoids, groups, top_groups, two_best, K, normalize, scale] = router.rules;
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x is not a contiguous matrix (tokens, width)");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && x.size(1) >= 1, "weight is not a matrix (experts, width)");
-  const int64_t T = x.size(0), D = x.size(1), E = weight.size(0), K = top_k;
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && x.size(1) >= 1,
+                  "weight is not a matrix (experts, width)");
+  const int64_t T = x.size(0), D = x.size(1), E = weight.size(0);
   STD_TORCH_CHECK(1 <= K && K <= E, "top_k is not from 1 to the number of experts");
   STD_TORCH_CHECK(groups >= 1 && E % groups == 0 && 1 <= top_groups && top_groups <= groups &&
                       (!two_best || E / groups >= 2),
                   "groups do not divide the experts");
-  const MaybeTensor none;
   const Type type = float_type(x, "x");
-  const Stack stack = make_stack({weight, none}, bias, "weight", 0, E, D);
-  const float* balance = floats(balance_bias, E, "balance_bias");
-  if (chosen.has_value()) check_choices(*chosen, T, nullptr, none);
-  STD_TORCH_CHECK(!chosen.has_value() || chosen->size(1) == K, "chosen is not of top_k experts");
+  const Stack stack = make_stack({weight, {}}, router.bias, "weight", 0, E, D);
+  const float* balance = floats(router.balance_bias, E, "balance_bias");
+  if (router.chosen) check_assignments({*router.chosen, {}, {}}, T);
+  STD_TORCH_CHECK(!router.chosen || router.chosen->size(1) == K, "chosen is not of top_k experts");
 
   Tensor logits = torch::stable::new_empty(x, {T, E}, ScalarType::Float);
   Tensor scores = torch::stable::new_empty(x, {T, E}, ScalarType::Float);
@@ -89,16 +81,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
   auto* share = weights.mutable_data_ptr<float>();
 
   const Prepared prepared(T, D, stack.first);
-  const char* rows = static_cast<const char*>(x.const_data_ptr());
+  const char* rows = data_of(x);
   for (int64_t t = 0; t < T; ++t) prepared.fill(t, rows + t * D * bytes_of(type), type);
-  std::vector<StreamItem> items;
-  add_stream_items(items, stack, 1, 0, 0, static_cast<int>(T));
-  run_stream_items(stack, items, [&](int64_t t) { return prepared.row(t); }, [&](int64_t t) { return logit + t * E; }, E);
+  std::vector<GemvItem> items;
+  add_gemv_items(items, stack, 1, 0, 0, static_cast<int>(T));
+  run_gemv_items(stack, items, [&](int64_t t) { return prepared.row(t); }, [&](int64_t t) { return logit + t * E; }, E);
 
-  const int64_t* given = chosen.has_value() ? chosen->const_data_ptr<int64_t>() : nullptr;
+  const int64_t* given = router.chosen ? router.chosen->const_data_ptr<int64_t>() : nullptr;
   std::vector<float> select(E);
   for (int64_t t = 0; t < T; ++t, score += E, expert += K, share += K) {
-    stream().score(score, logit + t * E, sigmoids, E);
+    gemv().score(score, logit + t * E, sigmoids, E);
     if (given != nullptr) {
       std::copy_n(given + t * K, K, expert);
       for (int64_t k = 0; k < K; ++k) {
@@ -110,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
       if (top_groups < groups) limit_groups(select.data(), E, groups, top_groups, two_best);
       largest(expert, K, select.data(), E);
     }
-    float sum = 1e-20f;  // sigmoids can all be next to nothing
+    float sum = 1e-20f;  // all sigmoids can be next to 0
     for (int64_t k = 0; k < K; ++k) {
       share[k] = score[expert[k]];
       sum += share[k];
@@ -120,7 +112,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor x, Tensor weight, MaybeT
   return {logits, scores, experts, weights};
 }
 
-}  // namespace handful
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_op(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor balance_bias,
+                                                    MaybeTensor chosen, bool sigmoids, int64_t groups,
+                                                    int64_t top_groups, bool two_best, int64_t top_k, bool normalize,
+                                                    double scale) {
+  const RouterRules rules = {sigmoids, groups, top_groups, two_best, top_k, normalize, scale};
+  const Routed found = route(x, {weight, bias, balance_bias, chosen, rules});
+  return {found.logits, found.scores, found.experts, found.weights};
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(
@@ -128,4 +131,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
       "int top_groups, bool two_best, int top_k, bool normalize, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("route", TORCH_BOX(&handful::route)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("route", TORCH_BOX(&route_op)); }
+
+}  // namespace handful

@@ -1,43 +1,29 @@
-// Products of quantised weights with tokens that are made bytes, for CPUs that have AVX-512 VNNI; all else is as for
-// float32 and AVX-512.
+// GEMM of codes with tokens that are made bytes, for CPUs that have AVX-512 VNNI; all else is float32's with AVX-512.
 //
 // VNNI multiplies an unsigned byte by a signed one, four products to an int32 sum. A token's value needs more than a
-// byte: with the largest of 32 values as its scale, one byte is off by 0.5 % of a token of normal numbers, and a layer's
-// result by 1.2 %. So four neighbouring values share a fifth byte. They stand for
+// byte: with the largest of 32 values as its scale, one byte is off by 0.5 % of a token of normal numbers, and a
+// layer's result by 1.2 %. So four neighbouring values share a fifth byte. They stand for
 //
 //   scale · (q + rest · (1, 2, 4, 8) / 16),   with the bytes q, four of them, and `rest` from -8 to 7
 //
-// Half a step of the last value is rest / 2: the last bit of `rest`. What that adds to the others is known, and half a step
-// of the third value is the next bit; and so on. Every value is rounded to half a step and not to a whole one, for a
-// quarter more products:
+// The last bit of `rest` is half a step of the last value. What it adds to the others is known, so that the next bit can
+// be half a step of the third value, and so on. Every value is rounded to half a step, for a quarter more products:
 //
 //   Σ w · value = scale · (Σ w · q + rest · (w0 + 2 w1 + 4 w2 + 8 w3) / 16)
 //
-// Weights: int8's codes plus 128, int4's codes as stored times 16, whose bracket is a whole number.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-
+// Weights are int8's codes plus 128, or int4's codes as stored times 16, whose bracket is a whole number.
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Vnni;
-
 constexpr int W = 16;
 
 #include "vectors.inc"
 
-// A group is 32 values. In a panel it is its bytes, those of the rests, a float32 scale, and the numbers that the int32 sums
-// begin at, which take the weights' offset of 128 off. In the left matrix, where a group is a piece of a block, it is its
-// bytes, what goes with the rests, and its scale, each of all of the block's groups side by side.
+// A group is 32 values. In a panel it is its bytes, the bytes of its rests, a float32 scale, and the numbers that the
+// int32 sums begin at, which take the weights' offset of 128 off. In the left matrix, where a group is a piece of a
+// block, it is its bytes, the brackets for the rests, and its scale, each of all groups of the block side by side.
 constexpr int kGroup = kByteGroup, kQuads = kGroup / 4, kUnits = kQuads + kQuads / 4;
 constexpr int kScaleRow = kUnits, kStartRow = kUnits + 1;
 constexpr int kOffset = 128;
@@ -45,7 +31,6 @@ static_assert((kStartRow + 1) * kPanel == kByteRecord && (kUnits + 1) * kPieces 
 static_assert(kGroup == kPiece && kByteDepth == kBlock && W == kPieces);
 
 constexpr float kLargest = 123;             // with `rest` a byte's 127
-constexpr float kMagic = 12582912.0f;       // 1.5 · 2^23: adding it leaves the nearest whole number in the low bits
 constexpr float kHalfMagic = kMagic / 2;    // the nearest half
 constexpr float kLeast = 1e-36f;            // a group whose largest is less is zero: its scale's inverse is no number
 constexpr float kLeastPart = 1e-9f;         // of the token's largest
@@ -55,13 +40,12 @@ INLINE I multiply_bytes(I sums, U unsigned_bytes, U signed_bytes) {
   return bits<I>(_mm512_dpbusd_epi32(bits<__m512i>(sums), bits<__m512i>(unsigned_bytes), bits<__m512i>(signed_bytes)));
 }
 
-// By name: whether the compiler makes one instruction of it must not depend on the loop's shape.
+// By name, so that it is one instruction whatever the shape of the loop.
 INLINE F add_product(F sum, F a, F b) {
   return bits<F>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(sum)));
 }
 
 INLINE F to_float(I value) { return __builtin_convertvector(value, F); }
-INLINE F size_of(F value) { return bits<F>(bits<U>(value) & 0x7fffffffu); }
 
 // -------------------------------------------------------------------------------------------------------------------
 // Weights.
@@ -322,10 +306,4 @@ void multiply(const Product& job) {
   }
 }
 
-}  // namespace
-
-constexpr Bytes kAvx512VnniBytes = {kNeeds, pack_rows, multiply, quantize};
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(VnniGemm kAvx512VnniGemm = {kNeeds, pack_rows, multiply, quantize})

@@ -1,24 +1,17 @@
-// Attention of many new tokens: softmax(scale · q · k) · v, in blocks of keys, so that the scores of a block are all
-// that is ever in memory (as in FlashAttention, Dao et al., arXiv:2205.14135).
+// Attention of many new tokens, softmax(scale · q · k) · v, in blocks of keys: no more than a block's scores is in
+// memory (as in FlashAttention, Dao et al., arXiv:2205.14135).
 //
-// The queries of a key-value head's group are columns, as tokens are elsewhere (kernels.h): keys are the left matrix as
-// they lie, and the softmax's numerators are the panels that meet the transposed values.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+// The queries of a key-value head's group are the columns (kernels.h), keys the rows of a left matrix as they lie, and
+// the softmax's numerators the panels for the transposed values.
 #include <algorithm>
 #include <limits>
-#include <vector>
 
-#include "layer.h"
-#include "work.h"
+#include "gemm.h"
 
 namespace handful {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-constexpr int kPanels = 8;  // panels of queries that meet a block of keys: the scores and results stay in the cache
+constexpr int kPanels = 8;  // panels of queries for a block of keys: scores and results stay in the cache
 constexpr float kNothing = -1e30f;  // the largest score of no keys
 
 // Vectors of one dtype as (B, heads, tokens, width), wherever they lie.
@@ -27,8 +20,7 @@ struct Heads {
   int64_t batch, heads, tokens, width;
   int64_t strides[3];  // bytes
 
-  Heads(const Tensor& t, Type type, const char* name)
-      : data(static_cast<const char*>(t.const_data_ptr())) {
+  Heads(const Tensor& t, Type type, const char* name) : data(data_of(t)) {
     STD_TORCH_CHECK(t.dim() == 4 && t.size(3) >= 1 && (t.stride(3) == 1 || t.size(3) == 1), name,
                     " is not (batch, heads, tokens, width) with whole rows");
     STD_TORCH_CHECK(float_type(t, name) == type, name, " is not of q's dtype");
@@ -49,7 +41,7 @@ struct Job {
   float scale;
   int64_t window;  // 0: none
   char* y;         // (B, S, H, width of v)
-  const Kernels& kernels;
+  const Gemm& gemm;
 
   int64_t group() const { return q.heads / k.heads; }  // queries of a token that share its key
   int64_t past() const { return k.tokens - q.tokens; }
@@ -61,8 +53,8 @@ struct Job {
 void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   const int64_t G = group(), d = k.width, dv = v.width;
   const auto panels = static_cast<int>((end - first + kPanel - 1) / kPanel);
-  const int64_t q_units = panel_units(d, kernels.values) * kPanel;
-  const int64_t p_units = panel_units(kRows, kernels.values) * kPanel;
+  const int64_t q_units = panel_units(d, gemm.values) * kPanel;
+  const int64_t p_units = panel_units(kRows, gemm.values) * kPanel;
   const int64_t row_blocks = (dv + kRows - 1) / kRows, tile = int64_t{kRows} * kPanel;
   const Buffer buffer((panels * (q_units + p_units + row_blocks * tile + 3 * kPanel)) * 4);
   uint32_t* queries = buffer.as<uint32_t>();
@@ -88,13 +80,13 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
       largest[p * kPanel + c] = sinks == nullptr ? kNothing : sinks[head(column)];
       sums[p * kPanel + c] = sinks == nullptr ? 0.0f : 1.0f;
     }
-    kernels.pack_tokens(queries + p * q_units, rows, count(p), type, d);
+    gemm.pack_tokens(queries + p * q_units, rows, count(p), type, d);
   }
 
   const Workspace& w = Workspace::mine();
   const Matrix keys = k.matrix(b, j, type), values = v.matrix(b, j, type);
-  kernels.begin();
-  // From a multiple of kRows on, so that a chunk of a prompt does not change how its sums are cut.
+  gemm.begin();
+  // From a multiple of kRows on, so that the cut of the sums does not depend on a prompt's chunks.
   for (int64_t k0 = oldest(token(first)) / kRows * kRows; k0 <= own(token(end - 1)); k0 += kRows) {
     const auto some = static_cast<int>(std::min<int64_t>(kRows, k.tokens - k0));
     int from = 0, to = panels;  // those with a column that sees any of these keys
@@ -102,7 +94,7 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
     while (to > from && oldest(token(at(to - 1, 0))) >= k0 + some) --to;
     if (from == to) continue;
     const int last = count(to - 1);
-    multiply_matrix(kernels, w, {keys, some, 1, {k0}}, {queries + from * q_units, q_units, to - from, last}, d, false);
+    multiply_matrix(gemm, w, {keys, some, 1, {k0}}, {queries + from * q_units, q_units, to - from, last}, d, false);
     for (int p = from; p < to; ++p) {
       int firsts[kPanel], ends[kPanel];
       bool all = true;
@@ -113,11 +105,11 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
         all = all && firsts[c] == 0 && ends[c] == some;
       }
       float* factor = factors + p * kPanel;
-      if (kernels.soften({w.tile(p - from), some, scale, firsts, ends, all, largest + p * kPanel, sums + p * kPanel,
-                          factor, shares + p * p_units})) {
+      if (gemm.online_softmax({w.tile(p - from), some, scale, firsts, ends, all, largest + p * kPanel,
+                               sums + p * kPanel, factor, shares + p * p_units})) {
         for (int64_t i = 0; i < row_blocks; ++i) {
           const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
-          kernels.scale_columns(results + (i * panels + p) * tile, rows, factor);
+          gemm.scale_columns(results + (i * panels + p) * tile, rows, factor);
         }
       }
     }
@@ -125,13 +117,13 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
       const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
       Matrix block = values;
       block.data = values.row(k0);
-      kernels.pack_columns(w.left, block, i * kRows, rows, 0, some);
-      kernels.multiply({results + (i * panels + from) * tile, reinterpret_cast<const char*>(w.left), kLeftStride * 4,
-                        rows, shares + from * p_units, p_units, (to - from - 1) * kPanel + last,
-                        (some + kernels.values - 1) / kernels.values, true});
+      gemm.pack_columns(w.left, block, i * kRows, rows, 0, some);
+      gemm.multiply({results + (i * panels + from) * tile, reinterpret_cast<const char*>(w.left), kLeftStride * 4,
+                     rows, shares + from * p_units, p_units, (to - from - 1) * kPanel + last,
+                     (some + gemm.values - 1) / gemm.values, true});
     }
   }
-  kernels.end();
+  gemm.end();
   for (int p = 0; p < panels; ++p) {
     char* out[kPanel];
     for (int c = 0; c < count(p); ++c) {
@@ -141,18 +133,16 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
     for (int64_t i = 0; i < row_blocks; ++i) {
       const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
       float* result = results + (i * panels + p) * tile;
-      kernels.scale_columns(result, rows, factors);
-      kernels.store_transposed(out, i * kRows, type, result, rows, count(p));
+      gemm.scale_columns(result, rows, factors);
+      gemm.store_transposed(out, i * kRows, type, result, rows, count(p));
     }
   }
 }
 
-}  // namespace
-
-// q (B, H, S, d), k (B, J, P, d), v (B, J, P, v): the queries are the last S of P tokens, and each sees the tokens up
-// to its own, with a window the last so many of them. sinks (H), float32: a score that takes part in the softmax and gives
-// no value. -> (B, S, H · v)
-Tensor attend_many(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, double scale, int64_t window) {
+// q (B, H, S, d), k (B, J, P, d), v (B, J, P, v) -> (B, S, H · v). The queries are the last S of P tokens; each sees
+// the tokens up to its own, with a window the last `window` of them. sinks (H), float32: scores that take part in the
+// softmax and have no value.
+Tensor prefill_attention(Tensor q, Tensor k, Tensor v, MaybeTensor sinks, double scale, int64_t window) {
   const Type type = float_type(q, "q");
   const Heads queries(q, type, "q"), keys(k, type, "k"), values(v, type, "v");
   const int64_t B = queries.batch, H = queries.heads, S = queries.tokens, J = keys.heads;
@@ -165,15 +155,9 @@ Tensor attend_many(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, do
                   "sinks are not ", H, " float32 numbers");
   STD_TORCH_CHECK(window >= 0, "window = ", window, ": it is at least 1, or 0 for none");
   Tensor y = torch::stable::new_empty(q, {B, S, H * values.width});
-  const Job job{queries,
-                keys,
-                values,
-                type,
-                sinks ? sinks->const_data_ptr<float>() : nullptr,
-                static_cast<float>(scale),
-                window,
-                static_cast<char*>(y.mutable_data_ptr()),
-                kernels(type == Type::kBFloat16)};
+  const float* of_heads = sinks ? sinks->const_data_ptr<float>() : nullptr;
+  const Job job = {queries, keys, values, type, of_heads, static_cast<float>(scale), window,
+                   static_cast<char*>(y.mutable_data_ptr()), gemm_for(type == Type::kBFloat16)};
   const int64_t columns = S * job.group(), some = kPanels * kPanel, blocks = (columns + some - 1) / some;
   const double cost = 0.01 * static_cast<double>(some * keys.tokens * (keys.width + values.width));
   each(B * J * blocks, cost, [&](int64_t i) {
@@ -183,10 +167,12 @@ Tensor attend_many(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, do
   return y;
 }
 
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
-  m.def("attend_many(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window) -> Tensor");
+  m.def("prefill_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("attend_many", TORCH_BOX(&attend_many)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("prefill_attention", TORCH_BOX(&prefill_attention)); }
 
 }  // namespace handful

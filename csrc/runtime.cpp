@@ -1,4 +1,4 @@
-#include "work.h"
+#include "runtime.h"
 
 #include <sys/mman.h>
 
@@ -29,8 +29,8 @@ Kept& kept() {
   return *all;
 }
 
-// Under the address sanitizer every buffer is of the size that was asked for, and goes back at once, so that the
-// sanitizer sees any byte that is used beyond it.
+// Under the address sanitizer a buffer has the size that was asked for and is freed at once, so that no use beyond it
+// goes unseen.
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool kExact = true;
 #else
@@ -92,54 +92,6 @@ void use_huge_pages(void* data, int64_t bytes) {
   const auto first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-}
-
-Workspace& Workspace::mine() {
-  struct Owned : Workspace {
-    Buffer memory{(int64_t{kRows} * kLeftStride + int64_t{kGroup} * kRows * kPanel) * 4};
-    Owned() {
-      left = memory.as<uint32_t>();
-      tiles = memory.as<float>() + int64_t{kRows} * kLeftStride;
-    }
-  };
-  static thread_local Owned owned;
-  return owned;
-}
-
-namespace {
-
-// Where they lie. Each panel's units that are multiplied at once stay in the level 2 cache for all rows.
-void multiply_in_place(const Kernels& kernels, const Workspace& w, const LeftRows& left, const Right& right,
-                       int64_t count, bool add) {
-  constexpr int64_t kCached = 512 << 10;
-  const int64_t units = count / kernels.values, most = kCached / (right.panels * kPanel * 4);
-  const int64_t blocks = (units + most - 1) / most;
-  const int64_t depth = (units + blocks * kUnitGrid - 1) / (blocks * kUnitGrid) * kUnitGrid;
-  for (int64_t u = 0; u < units; u += depth) {
-    const int some = static_cast<int>(units - u < depth ? units - u : depth);
-    for (int part = 0; part < left.parts; ++part) {
-      const bool last = part + 1 == left.parts;
-      const int64_t next = last ? u + depth : u;
-      kernels.multiply({w.tiles + part * left.rows * kPanel, left.m.row(left.first[part]) + 4 * u, left.m.stride,
-                        left.rows, right.first + u * kPanel, right.stride, right.columns(), some, add || u > 0,
-                        next < units ? left.m.row(left.first[last ? 0 : part + 1]) + 4 * next : nullptr});
-    }
-  }
-}
-
-}  // namespace
-
-void multiply_matrix(const Kernels& kernels, const Workspace& w, const LeftRows& left, const Right& right, int64_t count,
-                     bool add) {
-  const Type own = kernels.values == 1 ? Type::kFloat32 : Type::kBFloat16;
-  if (kernels.in_place && left.m.type == own && count % (kUnitGrid * kernels.values) == 0) {
-    return multiply_in_place(kernels, w, left, right, count, add);
-  }
-  multiply_block(kernels, w, left.rows * left.parts, right, count, add, [&](uint32_t* to, int64_t k0, int some) {
-    for (int part = 0; part < left.parts; ++part) {
-      kernels.pack_rows(to + part * left.rows * kLeftStride, left.m, left.first[part], left.rows, k0, some);
-    }
-  });
 }
 
 }  // namespace handful

@@ -1,25 +1,18 @@
-// The product of bfloat16 pairs by AMX's tiles; the rest is as for AVX-512 BF16.
+// The product of bfloat16 pairs by AMX's tiles; all else is AVX-512 BF16's.
 //
-// Built with HANDFUL_EMULATE_AMX, the tiles are arrays and the instructions loops: the same layout and the same counts,
-// on a CPU without AMX.
-#include <immintrin.h>
-
-#include <cstring>
-
+// With HANDFUL_EMULATE_AMX the tiles are arrays and the instructions loops, with the same layout and the same counts,
+// for a CPU without AMX.
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
-
-namespace handful {
-namespace {
 
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16 | kAmxBf16;
 
 constexpr int kTileRows = 16, kTileUnits = 16;
 constexpr int64_t kTileBytes = kPanel * 4;
 
-// A tile's number is part of the instruction's name: hence macros. The compiler does not know what memory they read and
-// write, which is safe where all of it belongs to callers that reach this file by a pointer.
+// Macros, because a tile's number is part of the instruction. The compiler does not know what memory the instructions
+// read and write; all of it belongs to callers that reach this file by a pointer.
 #ifdef HANDFUL_EMULATE_AMX
 
 thread_local uint32_t tiles[8][kTileRows][kTileUnits];
@@ -139,7 +132,7 @@ void multiply_tiles(float* tile, const char* left, int64_t stride, const uint32_
   if constexpr (ROWS32 && COLUMNS32) TILE_STORE(3, below + kTileUnits, kTileBytes);
 }
 
-// Whole tiles: rows beyond the last one are computed from whatever the left block holds there, and nobody reads them.
+// Tiles are whole: rows beyond the last are computed from anything that the left block holds there, and never read.
 void multiply(const Product& job) {
   for (int c = 0; c < job.columns; c += kPanel) {
     const uint32_t* panel = job.right + c / kPanel * job.right_stride;
@@ -155,10 +148,4 @@ void multiply(const Product& job) {
   }
 }
 
-}  // namespace
-
-constexpr Tiles kAmxTiles = {kNeeds, begin, end, multiply};
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(AmxGemm kAmxGemm = {kNeeds, begin, end, multiply})

@@ -1,35 +1,14 @@
-// The kernels with 16 lanes of bfloat16 pairs, for CPUs that have AVX-512 BF16.
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-
+// GEMM in pairs of bfloat16 with 16 lanes, for CPUs that have AVX-512 BF16.
 #include "levels.h"
 
 BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 
-namespace handful {
-namespace {
-
 constexpr uint32_t kNeeds = kAvx2 | kAvx512 | kAvx512Bf16;
-
 constexpr Type kOwn = Type::kBFloat16;
 constexpr int W = 16, VALUES = 2, LEFT_ROWS = 6, ACROSS = 4;
 
-#define NARROW
+#define BF16
 #include "vectors.inc"
-
-INLINE F multiply_add(F tile, U left, U right) {
-  return bits<F>(_mm512_dpbf16_ps(bits<__m512>(tile), bits<__m512bh>(left), bits<__m512bh>(right)));
-}
-
-template <class HalfF, class HalfU>
-INLINE HalfF multiply_add(HalfF tile, HalfU left, HalfU right) {
-  return bits<HalfF>(_mm256_dpbf16_ps(bits<__m256>(tile), bits<__m256bh>(left), bits<__m256bh>(right)));
-}
 
 // Codes into bfloat16. A group has 16 numbers in all at 4 bits, which a lookup picks from.
 template <Type type>
@@ -41,7 +20,8 @@ INLINE int dequantize(char* to, const Matrix& m, int64_t row, int64_t k0, int co
     const Block block(m, row, column / kBlock * kBlock);
     const char* words = block.words + column % kBlock / kPiece * 4;
     const float scale = widen(scales[column / m.group]);
-    const __m256i places = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(block.pieces));
+    const __m256i places =
+        _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(block.pieces));
     if constexpr (type == Type::kInt8) {
       const __m256i codes = _mm256_i32gather_epi32(reinterpret_cast<const int*>(words), places, 4);
       const __m512i first = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes));
@@ -61,17 +41,6 @@ INLINE int dequantize(char* to, const Matrix& m, int64_t row, int64_t k0, int co
   return whole;
 }
 
-#include "products.inc"
+#include "gemm.inc"
 
-void nothing() {}
-
-}  // namespace
-
-constexpr Kernels kAvx512Bf16Kernels = {"AVX-512 BF16", kNeeds, VALUES, true, nothing, nothing,
-                                  pack_rows, pack_columns, pack_tokens, pack_transposed, multiply,
-                                  activate, activate_backward, soften, scale_columns,
-                                  store_transposed, store_rows};
-
-}  // namespace handful
-
-END_LEVEL
+END_LEVEL(Gemm kAvx512Bf16Gemm = gemm_table("AVX-512 BF16"))

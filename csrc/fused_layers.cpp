@@ -1,0 +1,207 @@
+// A layer of few tokens as two operations: attention, and the dense network or the mixture, each with the norm before
+// it and the sum after it. They call the separate operations' functions and round as those do: the bits are the same.
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "operations.h"
+#include "runtime.h"
+#include "weights.h"
+
+namespace handful {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+Tensor whole(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensors whole(const Tensors& all) {
+  Tensors found;
+  for (const Tensor& t : all) found.push_back(whole(t));
+  return found;
+}
+
+MaybeTensor whole(const MaybeTensor& t) { return t.has_value() ? MaybeTensor(whole(*t)) : t; }
+
+Tensors list_of(const MaybeTensor& t) { return t.has_value() ? Tensors{*t} : Tensors(); }
+
+// Maps `first` up to `end`, with biases of their own.
+LinearMaps part(const LinearMaps& maps, int64_t first, int64_t end, const Tensors& biases) {
+  const auto cut = [&](const Tensors& all) {
+    return all.empty() ? all : Tensors(all.begin() + first, all.begin() + end);
+  };
+  return {whole(cut(maps.weights)), cut(maps.scales), whole(biases), maps.bits, maps.group};
+}
+
+// An operation of torch's own, whose bits no kernel of ours has.
+template <class... Given>
+Tensor torch_op(const char* name, const char* overload, const Given&... given) {
+  std::array<StableIValue, sizeof...(given)> stack{from(given)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+// x (..., D), normed, as rows (T, D).
+Tensor norm_rows(const Tensor& x, const Norm& norm) {
+  const int64_t width = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
+  STD_TORCH_CHECK(width >= 1, "x has no width");
+  return torch::stable::view(rms_norm(x, norm), {x.numel() / width, width});
+}
+
+// x + scale · y in x's shape and type. scale · y is rounded first, as torch does it.
+Tensor add_scaled(const Tensor& x, const Tensor& y, double scale) {
+  const Type type = float_type(x, "x");
+  STD_TORCH_CHECK(float_type(y, "y") == type && y.numel() == x.numel() && y.is_contiguous(), "y does not fit x");
+  Tensor out = torch::stable::empty_like(x);
+  const char *left = data_of(x), *right = data_of(y);
+  char* sums = static_cast<char*>(out.mutable_data_ptr());
+  constexpr int64_t kSome = 4096;
+  each((x.numel() + kSome - 1) / kSome, 1.0 * kSome, [&](int64_t i) {
+    const int64_t count = std::min(kSome, x.numel() - i * kSome), at = i * kSome * bytes_of(type);
+    const Buffer buffer(2 * kSome * 4);
+    float *sum = buffer.as<float>(), *more = sum + kSome;
+    gemv().to_float(more, right + at, type, count);
+    if (scale != 1) {
+      for (int64_t n = 0; n < count; ++n) more[n] *= static_cast<float>(scale);
+      gemv().from_float(sums + at, more, type, count);
+      gemv().to_float(more, sums + at, type, count);
+    }
+    gemv().to_float(sum, left + at, type, count);
+    for (int64_t n = 0; n < count; ++n) sum[n] += more[n];
+    gemv().from_float(sums + at, sum, type, count);
+  });
+  return out;
+}
+
+// The activation by torch, as in experts/reference.py: h (T, G) -> (T, F).
+Tensor activate(const Tensor& h, const std::string& activation) {
+  const std::string exact = "none";
+  if (activation == "relu") return torch_op("aten::relu", "", h);
+  if (activation == "gelu") return torch_op("aten::gelu", "", h, exact);
+  STD_TORCH_CHECK(activation == "swiglu" || activation == "geglu", "activation = '", activation,
+                  "': one of swiglu, geglu, gelu, relu");
+  const int64_t hidden = h.size(1) / 2;
+  Tensor all = h;
+  const Tensor gate = torch::stable::narrow(all, 1, 0, hidden), up = torch::stable::narrow(all, 1, hidden, hidden);
+  const bool silu = activation == "swiglu";
+  const Tensor open = silu ? torch_op("aten::silu", "", gate) : torch_op("aten::gelu", "", gate, exact);
+  return torch_op("aten::mul", "Tensor", open, up);
+}
+
+// A dense network: gate_up (G, D) and down (D, F).
+struct FeedForward {
+  LinearMaps maps;
+  std::string activation;
+};
+
+// x (T, D) -> (T, D)
+Tensor feed_forward(const Tensor& x, const FeedForward& network) {
+  const LinearMaps& maps = network.maps;
+  STD_TORCH_CHECK(maps.weights.size() == 2 && (maps.scales.empty() || maps.scales.size() == 2),
+                  "weights are not gate_up and down");
+  const Tensor h = linears(x, part(maps, 0, 1, {}))[0];
+  return linears(activate(h, network.activation), part(maps, 1, 2, {}))[0];
+}
+
+// Experts that every token uses. Their output is multiplied by the sigmoid of the gate, a map to one number, if there
+// is one; torch multiplies a gate of floats.
+struct SharedExperts {
+  FeedForward network;
+  LinearMaps gate;
+};
+
+// x (T, D) -> (T, D)
+Tensor shared_experts(const Tensor& x, const SharedExperts& shared) {
+  const Tensor y = feed_forward(x, shared.network);
+  const LinearMaps& gate = shared.gate;
+  if (gate.weights.empty()) return y;
+  const Tensor open = gate.scales.empty() ? torch_op("aten::linear", "", x, gate.weights[0], MaybeTensor())
+                                          : linears(x, gate)[0];
+  return torch_op("aten::mul", "Tensor", y, torch_op("aten::sigmoid", "", open));
+}
+
+// x (..., D) -> x + residual_scale · attention of the normed x, of one new token of each sequence. `weights` and
+// `scales` are of q, k, v and o; `biases` of q, k and v, or of none.
+Tensor attend_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Tensors scales, Tensors biases,
+                    MaybeTensor o_bias, int64_t bits, int64_t group, MaybeTensor q_norm, MaybeTensor k_norm, double eps,
+                    bool whole_norm, Tensor cos, Tensor sin, bool adjacent, Tensors keys, Tensors values,
+                    std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks,
+                    double residual_scale) {
+  const LinearMaps maps = {std::move(weights), std::move(scales), {}, bits, group};
+  const DecodeAttention attention = {{q_norm, k_norm, eps, whole_norm}, {cos, sin, adjacent},
+                                     {std::move(keys), std::move(values), std::move(lengths)}, window, scale, sinks};
+  STD_TORCH_CHECK(maps.weights.size() == 4 && (maps.scales.empty() || maps.scales.size() == 4),
+                  "weights are not of q, k, v and o");
+
+  x = whole(x);
+  const Tensors qkv = linears(norm_rows(x, {norm, norm_eps}), part(maps, 0, 3, biases));
+  const Tensor answer = decode_attention(qkv[0], qkv[1], qkv[2], attention);
+  const Tensor y = linears(answer, part(maps, 3, 4, list_of(o_bias)))[0];
+  return add_scaled(x, y, residual_scale);
+}
+
+// x (..., D) -> x + residual_scale · the mixture of the normed x, and what `route` gives.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer(
+    Tensor x, Tensor norm, double norm_eps, Tensor router, MaybeTensor router_bias, MaybeTensor balance_bias,
+    MaybeTensor chosen, MaybeTensor dropped, bool sigmoids, int64_t groups, int64_t top_groups, bool two_best,
+    int64_t top_k, bool normalize, double route_scale, Tensor gate_up, MaybeTensor gate_up_scales, Tensor down,
+    MaybeTensor down_scales, MaybeTensor gate_up_bias, MaybeTensor down_bias, std::string activation, int64_t hidden,
+    int64_t bits, int64_t group, Tensors shared, Tensors shared_scales, int64_t shared_bits, int64_t shared_group,
+    MaybeTensor shared_gate, MaybeTensor shared_gate_scales, int64_t gate_bits, int64_t gate_group,
+    double residual_scale) {
+  const RouterRules rules = {sigmoids, groups, top_groups, two_best, top_k, normalize, route_scale};
+  const Router routing = {whole(router), router_bias, balance_bias, chosen, rules};
+  const bool codes = bits != 0;
+  const ExpertsWeights routed = {codes ? gate_up : whole(gate_up), gate_up_scales,
+                                 codes ? down : whole(down), down_scales,
+                                 whole(gate_up_bias), whole(down_bias), activation, hidden, bits, group};
+  const LinearMaps maps = {std::move(shared), std::move(shared_scales), {}, shared_bits, shared_group};
+  const LinearMaps gate = {list_of(shared_gate), list_of(shared_gate_scales), {}, gate_bits, gate_group};
+  STD_TORCH_CHECK(!codes || (gate_up_scales.has_value() && down_scales.has_value()), "codes have no scales");
+
+  x = whole(x);
+  const Tensor rows = norm_rows(x, {norm, norm_eps});
+  const Routed found = route(rows, routing);
+  const bool bf16 = float_type(x, "x") == Type::kBFloat16;
+  Tensor y = experts(rows, {found.experts, found.weights, dropped}, routed, bf16);
+  if (!maps.weights.empty()) y = add_scaled(y, shared_experts(rows, {{maps, activation}, gate}), 1);
+  return {add_scaled(x, y, residual_scale), found.logits, found.scores, found.experts, found.weights};
+}
+
+// x (..., D) -> x + residual_scale · a dense network of the normed x; its weights are gate_up and down.
+Tensor feed_forward_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Tensors scales, int64_t bits,
+                          int64_t group, std::string activation, double residual_scale) {
+  const FeedForward network = {{std::move(weights), std::move(scales), {}, bits, group}, activation};
+
+  x = whole(x);
+  return add_scaled(x, feed_forward(norm_rows(x, {norm, norm_eps}), network), residual_scale);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
+  m.def(
+      "attend_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, Tensor[] biases, "
+      "Tensor? o_bias, int bits, int group, Tensor? q_norm, Tensor? k_norm, float eps, bool whole_norm, Tensor cos, "
+      "Tensor sin, bool adjacent, Tensor(a!)[] keys, Tensor(b!)[] values, int[] lengths, int window, float scale, "
+      "Tensor? sinks, float residual_scale) -> Tensor");
+  m.def(
+      "moe_layer(Tensor x, Tensor norm, float norm_eps, Tensor router, Tensor? router_bias, Tensor? balance_bias, "
+      "Tensor? chosen, Tensor? dropped, bool sigmoids, int groups, int top_groups, bool two_best, int top_k, "
+      "bool normalize, float route_scale, Tensor gate_up, Tensor? gate_up_scales, Tensor down, Tensor? down_scales, "
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, int hidden, int bits, int group, Tensor[] shared, "
+      "Tensor[] shared_scales, int shared_bits, int shared_group, Tensor? shared_gate, Tensor? shared_gate_scales, "
+      "int gate_bits, int gate_group, float residual_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "feed_forward_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, int bits, "
+      "int group, str activation, float residual_scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
+  m.impl("attend_layer", TORCH_BOX(&attend_layer));
+  m.impl("moe_layer", TORCH_BOX(&moe_layer));
+  m.impl("feed_forward_layer", TORCH_BOX(&feed_forward_layer));
+}
+
+}  // namespace handful

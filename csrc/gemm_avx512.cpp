@@ -1,0 +1,11 @@
+// GEMM in float32 with 16 lanes, for CPUs that have AVX-512 (F, BW, DQ and VL).
+#include "levels.h"
+
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+
+constexpr uint32_t kNeeds = kAvx2 | kAvx512;
+constexpr int W = 16, ACROSS = 4;
+
+#include "gemm_float32.inc"
+
+END_LEVEL(Gemm kAvx512Gemm = gemm_table("AVX-512"))
