@@ -33,10 +33,10 @@ from handful.families import (
     switch_transformers,
 )
 from handful.families.counted import COUNTED
-from handful.families.elsewhere import hint
 from handful.families.family import Family, has_dense, is_harmless
 from handful.families.fp8 import unscaled
 from handful.families.hybrids import HYBRIDS
+from handful.families.plugin_types import plugin_hint
 from handful.families.rows import refusal, setting
 from handful.families.weights import from_public, shapes, to_public
 
@@ -172,10 +172,10 @@ def _family(values: Mapping[str, Any]) -> Family:
             return family
     if isinstance(model_type, str) and model_type in HYBRIDS:
         lacks = HYBRIDS[model_type][1]
-        raise refusal("model_type", model_type, f"can be counted but not run: it has {lacks}{hint(model_type)}")
+        raise refusal("model_type", model_type, f"can be counted but not run: it has {lacks}{plugin_hint(model_type)}")
     names = ", ".join(family.model_type for family in RUN)
     known = f"must be one of {names}, {OURS}"
-    raise refusal("model_type", model_type, f"{known}{hint(model_type) if isinstance(model_type, str) else ''}")
+    raise refusal("model_type", model_type, f"{known}{plugin_hint(model_type) if isinstance(model_type, str) else ''}")
 
 
 def _choose(config: ModelConfig, like: str | None = None) -> tuple[Family | None, str]:

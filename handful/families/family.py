@@ -9,7 +9,7 @@ from typing import Any
 
 from handful.config import ModelConfig, from_dict
 from handful.errors import CheckpointError, ConfigError
-from handful.families.elsewhere import hint
+from handful.families.plugin_types import plugin_hint
 from handful.families.rows import Row, Values, refusal
 from handful.families.weights import Names
 
@@ -132,7 +132,7 @@ class Family:
         """A config.json's values as our config. CheckpointError names a field that is missing, malformed or, unless
         only counting, one whose maths our decoder does not have."""
         if self.counted_only and not count_only:
-            lacks = f"it has {self.counted_only}{hint(self.model_type)}"
+            lacks = f"it has {self.counted_only}{plugin_hint(self.model_type)}"
             raise refusal("model_type", self.model_type, f"can be counted but not run: {lacks}")
         nested = read_rows(self.rows, values, count_only=count_only)
         if not count_only:
