@@ -32,7 +32,7 @@ from handful.families import (
     qwen3_moe,
     switch_transformers,
 )
-from handful.families.counted import COUNTED
+from handful.families.count_only import COUNT_ONLY
 from handful.families.family import Family, has_dense, is_harmless
 from handful.families.fp8 import unscaled
 from handful.families.hybrids import HYBRIDS
@@ -41,7 +41,7 @@ from handful.families.rows import refusal, setting
 from handful.families.weights import from_public, shapes, to_public
 
 __all__ = [
-    "COUNTED",
+    "COUNT_ONLY",
     "RUN",
     "carried",
     "config_from_hf",
@@ -167,7 +167,7 @@ def why_not_public(config: ModelConfig) -> str | None:
 
 def _family(values: Mapping[str, Any]) -> Family:
     model_type = values.get("model_type")
-    for family in (*RUN, *COUNTED):
+    for family in (*RUN, *COUNT_ONLY):
         if model_type == family.model_type or model_type in family.also:
             return family
     if isinstance(model_type, str) and model_type in HYBRIDS:

@@ -116,7 +116,7 @@ class Family:
     names                      its tensors (`weights.py`). The first table is written; the others are read too.
     dense                      it has no router.
     later_tokens               a layer past the last, which predicts a later token, may stand in it and is not read.
-    counted_only               why our decoder cannot run it; "" if it can.
+    lacks                      what it has and our decoder cannot run; "": it can run all.
     """
 
     model_type: str
@@ -126,13 +126,13 @@ class Family:
     also: tuple[str, ...] = ()
     dense: bool = False
     later_tokens: bool = False
-    counted_only: str = ""
+    lacks: str = ""
 
     def read(self, values: Values, *, count_only: bool = False) -> ModelConfig:
         """A config.json's values as our config. CheckpointError names a field that is missing, malformed or, unless
         only counting, one whose maths our decoder does not have."""
-        if self.counted_only and not count_only:
-            lacks = f"it has {self.counted_only}{plugin_hint(self.model_type)}"
+        if self.lacks and not count_only:
+            lacks = f"it has {self.lacks}{plugin_hint(self.model_type)}"
             raise refusal("model_type", self.model_type, f"can be counted but not run: {lacks}")
         nested = read_rows(self.rows, values, count_only=count_only)
         if not count_only:

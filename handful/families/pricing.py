@@ -17,7 +17,7 @@ from handful.count import Counted, count, count_encoder_decoder
 from handful.errors import CheckpointError, ConfigError
 from handful.families import switch_transformers
 from handful.families.convert import OURS, RUN, config_from_hf
-from handful.families.counted import COUNTED
+from handful.families.count_only import COUNT_ONLY
 from handful.families.family import NO_MATHS, has_dense, is_harmless
 from handful.families.fields import EXPERTS, SHARED, Fields, check_sizes
 from handful.families.hybrids import HYBRIDS
@@ -28,7 +28,7 @@ __all__ = ["count_from_hf"]
 # Text models that multimodal configs name apart from the family.
 ALIASES = {"llama4_text": "llama4"}
 ROPE = ("rope_scaling", "rope_parameters")
-KNOWN = {name for family in (*RUN, *COUNTED) for name in (family.model_type, *family.also)} | {OURS}
+KNOWN = {name for family in (*RUN, *COUNT_ONLY) for name in (family.model_type, *family.also)} | {OURS}
 
 
 def count_from_hf(values: Values) -> ModelConfig | EncoderDecoderConfig | Counted:
@@ -70,7 +70,7 @@ def _of_a_table(values: Values) -> ModelConfig | Counted:
     # RoPE has no parameters: a form of it that is not known here is no reason not to count.
     config = config_from_hf({k: v for k, v in values.items() if k not in ROPE}, count_only=True)
     family = str(values["model_type"])
-    lacks = next((f"it has {other.counted_only}" for other in COUNTED if other.model_type == family), why)
+    lacks = next((f"it has {other.lacks}" for other in COUNT_ONLY if other.model_type == family), why)
     return dataclasses.replace(count(config), family=family, lacks=lacks, notes=_other_parts(values))
 
 

@@ -6,7 +6,7 @@ from handful.families.attention_rows import Rope
 from handful.families.family import Family
 from handful.families.rows import DECODER, Activation, Field, Implied, Inside, Only, SharedExperts
 
-COUNTED: tuple[Family, ...] = (
+COUNT_ONLY: tuple[Family, ...] = (
     Family(
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
@@ -25,7 +25,7 @@ COUNTED: tuple[Family, ...] = (
             Only("use_bias", False, counts=True),
             Implied("router.balance_bias", True),
         ),
-        counted_only="tensors that are not read here",
+        lacks="tensors that are not read here",
     ),
     Family(
         model_type="llama4",
@@ -51,7 +51,7 @@ COUNTED: tuple[Family, ...] = (
                 ),
             ),
         ),
-        counted_only="chunked attention and layers without RoPE",
+        lacks="chunked attention and layers without RoPE",
     ),
     Family(
         model_type="dbrx",
@@ -73,6 +73,6 @@ COUNTED: tuple[Family, ...] = (
                 ),
             ),
         ),
-        counted_only="LayerNorm and clipped projections",
+        lacks="LayerNorm and clipped projections",
     ),
 )
