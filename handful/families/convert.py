@@ -32,12 +32,12 @@ from handful.families import (
     qwen3_moe,
     switch_transformers,
 )
+from handful.families.config_fields import refusal, setting
 from handful.families.count_only import COUNT_ONLY
 from handful.families.family import Family, has_dense, is_harmless
 from handful.families.fp8 import unscaled
 from handful.families.hybrids import HYBRIDS
 from handful.families.plugin_types import plugin_hint
-from handful.families.rows import refusal, setting
 from handful.families.weights import from_public, shapes, to_public
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import Rope
+from handful.families.attention_fields import Rope
+from handful.families.config_fields import DECODER, Activation, Field, Implied, Inside, Only, SharedExperts
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Implied, Inside, Only, SharedExperts
 
 COUNT_ONLY: tuple[Family, ...] = (
     Family(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from handful.config import ModelConfig
-from handful.families.attention_rows import Latent, Rope, WholeHeads
-from handful.families.family import Family
-from handful.families.rows import (
+from handful.families.attention_fields import Latent, Rope, WholeHeads
+from handful.families.config_fields import (
     DECODER,
     Activation,
     Field,
@@ -20,6 +19,7 @@ from handful.families.rows import (
     refusal,
     setting,
 )
+from handful.families.family import Family
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, Names, moe_names
 
 METHODS = ("greedy", "group_limited_greedy")

@@ -9,8 +9,8 @@ from typing import Any
 
 from handful.config import ModelConfig, from_dict
 from handful.errors import CheckpointError, ConfigError
+from handful.families.config_fields import Row, Values, refusal
 from handful.families.plugin_types import plugin_hint
-from handful.families.rows import Row, Values, refusal
 from handful.families.weights import Names
 
 __all__ = ["NO_MATHS", "Family", "check_known", "has_dense", "is_harmless", "read_rows"]

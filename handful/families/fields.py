@@ -7,7 +7,7 @@ from typing import Any
 
 from handful.config import MOST_LAYERS
 from handful.errors import CheckpointError
-from handful.families.rows import Values, refusal
+from handful.families.config_fields import Values, refusal
 
 __all__ = ["EXPERTS", "SHARED", "Fields", "check_sizes"]
 

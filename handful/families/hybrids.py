@@ -26,8 +26,8 @@ from handful.count import (
     tables,
 )
 from handful.errors import CheckpointError
+from handful.families.config_fields import refusal
 from handful.families.fields import Fields
-from handful.families.rows import refusal
 
 __all__ = ["HYBRIDS"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import Rope, Window
+from handful.families.attention_fields import Rope, Window
+from handful.families.config_fields import DECODER, Activation, Field
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
 FAMILY = Family(

@@ -16,12 +16,12 @@ from handful.config import EncoderDecoderConfig, ModelConfig, from_dict
 from handful.count import Counted, count, count_encoder_decoder
 from handful.errors import CheckpointError, ConfigError
 from handful.families import switch_transformers
+from handful.families.config_fields import Values, refusal
 from handful.families.convert import OURS, RUN, config_from_hf
 from handful.families.count_only import COUNT_ONLY
 from handful.families.family import NO_MATHS, has_dense, is_harmless
 from handful.families.fields import EXPERTS, SHARED, Fields, check_sizes
 from handful.families.hybrids import HYBRIDS
-from handful.families.rows import Values, refusal
 
 __all__ = ["count_from_hf"]
 

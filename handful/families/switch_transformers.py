@@ -20,8 +20,8 @@ from handful.checkpoint import Entry, Tensors, check_tensors
 from handful.config import EncoderDecoderConfig, ModelConfig, from_dict, to_dict
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
+from handful.families.config_fields import Field, Implied, Only, Row, Values, get, refusal, setting
 from handful.families.family import NO_MATHS, check_known, read_rows
-from handful.families.rows import Field, Implied, Only, Row, Values, get, refusal, setting
 from handful.families.weights import FLOATS, shapes_of, where
 
 __all__ = ["config_from_hf", "config_to_hf", "is_encoder_decoder", "shapes", "tensors_from_hf", "tensors_to_hf"]

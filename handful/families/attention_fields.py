@@ -1,6 +1,6 @@
 """Rows of a family's table that say how it attends: positions, windows, heads, biases, latents.
 
-Legend as in `rows.py`: a row ties fields of a config.json to settings of ours.
+Legend as in `config_fields.py`: a row ties fields of a config.json to settings of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handful.config import MOST_LAYERS, ModelConfig
-from handful.families.rows import Row, Values, get, refusal, setting
+from handful.families.config_fields import Row, Values, get, refusal, setting
 
 __all__ = [
     "AttentionBias",
