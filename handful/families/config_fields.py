@@ -22,6 +22,7 @@ from handful.errors import CheckpointError
 
 __all__ = [
     "DECODER",
+    "REQUIRED",
     "Activation",
     "Aside",
     "Everywhere",
