@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from handful.errors import CheckpointError, ConfigError
 from handful.experts import Experts
 from handful.experts.disk import UNKNOWN, Layout, PackFile, layout_of, sole_writer, write_pack
 from handful.experts.stored import DEFAULT_POLICY, Store, StoredExperts
-from handful.families.fill import fill
 from handful.families.io import find_tokenizer, open_checkpoint
+from handful.families.materialize import Progress, materialize
 from handful.model import Decoder
 from handful.moe import MoE
 from handful.quantize import pack as quantized
@@ -34,7 +34,6 @@ from handful.quantize import pack as quantized
 __all__ = ["attach", "load", "pack", "resident_bytes"]
 
 Model = Decoder | EncoderDecoder
-Progress = Callable[[int, int], None]
 
 LARGEST_HEADER = 1 << 26  # bytes of a file's header that are looked at
 
@@ -135,7 +134,7 @@ def load(
         for name in modules:
             model.set_submodule(name, nn.Identity())
         kept = {name: state.entry(name) for name in state if name.rpartition(".")[0] not in modules}
-        fill(model, Tensors(kept), dtype=dtype, quantize=quantize, group=group)
+        materialize(model, Tensors(kept), dtype=dtype, quantize=quantize, group=group)
         for name, module in modules.items():
             model.set_submodule(name, module)
         store = _exchange(model, opened, memory_bytes, policy, read_ahead)

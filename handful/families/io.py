@@ -19,7 +19,7 @@ from handful.errors import CheckpointError, ConfigError
 from handful.experts.quantized import PackedWeight
 from handful.families import config_from_hf, config_to_hf, switch_transformers, tensors_from_hf, tensors_to_hf
 from handful.families.convert import carried
-from handful.families.fill import Progress, fill
+from handful.families.materialize import Progress, materialize
 from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
 from handful.hub import TOKENIZER_FILES, WEIGHTS, fetch
@@ -123,7 +123,7 @@ def load(
         check_format(quantize, group)
     model, state, folder = open_checkpoint(path_or_repo, backend)
     tokenizer = find_tokenizer(folder, model)
-    fill(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
+    materialize(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
     model.tokenizer = tokenizer
     return model.eval()
 
