@@ -34,8 +34,8 @@ from handful.evaluate import evaluate
 from handful.experts import FeedForward, activate
 from handful.families import config_to_hf, why_not_public
 from handful.families.weights import shapes
+from handful.meta_device import meta_device
 from handful.model import Decoder
-from handful.shapes import shapes_alone
 
 __all__ = ["Method", "Partition", "Report", "Side", "check_asked", "report", "upcycle"]
 
@@ -124,7 +124,7 @@ def upcycle(
         else:
             for layer in range(dense.layers):
                 convert(layer, None)
-    with shapes_alone():
+    with meta_device():
         made = Decoder(config, backend=backend)
     made.load_state_dict(state, strict=True, assign=True)
     made.tokenizer, made.origin = model.tokenizer, model.origin

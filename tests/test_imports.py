@@ -25,7 +25,7 @@ TIERS = [
     ["errors", "units", "config", "presets", "machine", "verdict"],
     [
         "routing",
-        "shapes",
+        "meta_device",
         "loss",
         "count",
         "cost",

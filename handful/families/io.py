@@ -23,10 +23,10 @@ from handful.families.materialize import Progress, materialize
 from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
 from handful.hub import TOKENIZER_FILES, WEIGHTS, fetch
+from handful.meta_device import meta_device
 from handful.model import Decoder
 from handful.origin import read_origin
 from handful.quantize import check_format
-from handful.shapes import shapes_alone
 from handful.text import Tokenizer, load_tokenizer
 from handful.tokenizer_files import has_tokenizer
 
@@ -142,7 +142,7 @@ def open_checkpoint(
     if switch_transformers.is_encoder_decoder(values):
         shape = switch_transformers.config_from_hf(values)
         state = switch_transformers.tensors_from_hf(shape, checkpoint.read_tensors(folder))
-        with shapes_alone():
+        with meta_device():
             model = EncoderDecoder(shape, backend=backend)
     else:
         config = config_from_hf(values)
@@ -152,7 +152,7 @@ def open_checkpoint(
         if config.layers > len(tensors):
             raise CheckpointError(f"config.json: {config.layers} layers: the checkpoint has {len(tensors)} tensors")
         state = tensors_from_hf(config, tensors)
-        with shapes_alone():
+        with meta_device():
             model = Decoder(config, backend=backend)
     model.origin = read_origin(folder, values)
     return model, checkpoint.Tensors.of(state), folder

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from handful.checkpoint import Entry, Tensors, check_tensors
 from handful.config import ModelConfig
 from handful.errors import CheckpointError
+from handful.meta_device import meta_device
 from handful.model import Decoder
 from handful.quantize import MX_GROUP, unpack_mxfp4
-from handful.shapes import shapes_alone
 
 __all__ = [
     "DECODER_NAMES",
@@ -110,7 +110,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of the model that `make` makes, without allocating them."""
     try:
-        with shapes_alone(), warnings.catch_warnings(action="ignore"):
+        with meta_device(), warnings.catch_warnings(action="ignore"):
             return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
     except (OverflowError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]

@@ -22,9 +22,9 @@ from handful.config import Activation
 from handful.errors import HandfulError
 from handful.experts import Experts
 from handful.experts.quantized import QuantizedExperts
+from handful.meta_device import meta_device
 from handful.quantize import Packed
 from handful.routing import Routing
-from handful.shapes import shapes_alone
 from handful.verify.cases import ACTIVATIONS, FORMATS, Case, Drawn, draw, draw_cases, place, roundings
 
 __all__ = ["Row", "Subject", "checks_of", "examine", "lost"]
@@ -89,7 +89,7 @@ def _routing(drawn: Drawn, weights_TK: Tensor, memory: str = "plain") -> Routing
 def _experts(drawn: Drawn, backend: str, given: dict[str, Tensor]) -> Experts:
     """A layer that holds these parameters as they lie in memory."""
     case = drawn.case
-    with shapes_alone():
+    with meta_device():
         experts = Experts(
             case.experts, case.width, case.hidden, activation=case.activation, bias=case.bias, backend=backend
         )
