@@ -33,11 +33,11 @@ from handful.errors import ConfigError, TrainingError
 from handful.evaluate import autocast, batch_loss, evaluate
 from handful.families.weights import shapes
 from handful.model import Decoder
+from handful.monitor import CollapseMonitor, Event, Sink, routing_event
 from handful.observe import dropped
 from handful.routing import Routing
 from handful.runs import Run
 from handful.settings import Only, check_asked
-from handful.watch import CollapseWatch, Event, Sink, routing_event
 
 __all__ = ["Event", "interrupts", "lr_at", "pick_dtype", "train"]
 
@@ -221,13 +221,13 @@ def _events(job: _Job) -> Iterator[Event]:
     optimizer = make_optimizer(model, settings)
     step, seconds = 0, 0.0
     before: list[Event] = []  # what a resumed run did
-    watch = CollapseWatch(config, settings)
+    monitor = CollapseMonitor(config, settings)
     if run is not None and run.resumed:
         step, seconds = run.restore(model, optimizer)
         before = run.events()
         for event in before:
             if event["event"] == "routing":
-                watch.see(event)
+                monitor.see(event)
     elif run is not None:
         if job.start is not None:
             # Before run.json: from then on the folder alone is enough to go on.
@@ -292,7 +292,7 @@ def _events(job: _Job) -> Iterator[Event]:
                     routing = routing_event(window, step, tokens)
                     window = []
                     yield routing
-                    yield from watch.see(routing)
+                    yield from monitor.see(routing)
             if last or _every(settings.eval_every, step):
                 evaluation = held_out()
                 yield evaluation

@@ -45,7 +45,7 @@ TIERS = [
     [
         "runs",
         "settings",
-        "watch",
+        "monitor",
         "train",
         "engine",
         "chat",

@@ -37,10 +37,10 @@ from handful.evaluate import evaluate
 from handful.experts.quantized import quantize_model
 from handful.families.io import load, save
 from handful.model import Decoder
+from handful.monitor import TensorBoardWarning, tensorboard
 from handful.runs import Run
 from handful.train import _Stepper, lr_at, make_optimizer, pick_dtype, train
 from handful.upcycle import upcycle
-from handful.watch import TensorBoardWarning, tensorboard
 
 module: Any = sys.modules["handful.train"]  # `handful.train` is the function
 
