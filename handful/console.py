@@ -15,10 +15,10 @@ from handful.presets import Preset
 from handful.units import duration, si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
+    from handful.cache_replay import Replay
     from handful.ceilings import Ceilings
     from handful.experts.choice import Timed
     from handful.plan import Plan
-    from handful.trace import Replay
     from handful.upcycle import Report
     from handful.verify import Verification
 

@@ -51,7 +51,7 @@ TIERS = [
         "chat",
         "ceilings",
         "plan",
-        "trace",
+        "cache_replay",
         "finding",
         "report",
         "verify",

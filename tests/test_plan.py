@@ -17,6 +17,7 @@ from test_pricing import BASE, JAMBA
 from tiny import moe
 
 from handful import ceilings, memory
+from handful.cache_replay import check_recording, replay
 from handful.ceilings import Ceilings, Overhead, cache_file, measure_overhead
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
 from handful.console import plan_line, plan_tables
@@ -32,7 +33,6 @@ from handful.model import Decoder, KVCache
 from handful.observe import Recorder, Recording
 from handful.plan import EFFICIENCY, FORMATS, PROCESS, STREAM, Plan, plan
 from handful.presets import PRESETS
-from handful.trace import check_recording, replay
 from handful.units import parse_bytes
 
 NONE = Overhead(**{field.name: 0.0 for field in fields(Overhead)})
@@ -479,7 +479,7 @@ def test_a_replay_by_hand() -> None:
 
 
 def test_a_replay_plays_no_more_than_it_has_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handful.trace.USES", 7)
+    monkeypatch.setattr("handful.cache_replay.USES", 7)
     assert replay(recorded(*[[[0, 1]]] * 20), 4).tokens == 3
     assert replay(recorded(*[[[0, 1], [0, 1], [0, 1], [0, 1]]] * 20), 4).tokens == 1
 
