@@ -6,7 +6,7 @@
     handful.transformers.check(model)  # {"model.layers.0.mlp.experts": "swiglu", ...}, or why it cannot be
     with handful.transformers.watch(model) as seen:
         model.generate(...)
-    handful.observe.load(seen.routings()["model.layers.0.mlp.experts"])
+    handful.observe.expert_load(seen.routings()["model.layers.0.mlp.experts"])
 
 transformers holds the experts of a layer in one module, marked by its decorator `use_experts_implementation`, which is
 given (x_TD, experts_TK, weights_TK) and may be computed by others. Here a backend of `handful.experts` does so, on the
