@@ -63,7 +63,7 @@ def open_model(
 ) -> tuple[Decoder | EncoderDecoder, Store | None]:
     """The model that a name means, and with a memory budget the store of its experts, to be closed."""
     from handful.families.io import load
-    from handful.memory import load as load_within
+    from handful.memory import load_offloaded
     from handful.progress import LoadProgress
     from handful.units import parse_bytes
 
@@ -75,7 +75,7 @@ def open_model(
     with LoadProgress(open_screen()) as progress:
         if memory is None:
             return load(model, quantize=bits[quant], progress=progress), None
-        return load_within(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
+        return load_offloaded(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
 
 
 def given_settings(
