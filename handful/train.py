@@ -37,7 +37,7 @@ from handful.monitor import CollapseMonitor, Event, Sink, routing_event
 from handful.observe import dropped
 from handful.routing import Routing
 from handful.runs import Run
-from handful.settings import Only, check_asked
+from handful.settings import TrainOnly, check_training
 
 __all__ = ["Event", "interrupts", "lr_at", "pick_dtype", "train"]
 
@@ -113,7 +113,7 @@ def train(
     data: Data,
     out: str | Path | None = None,
     *,
-    only: Only = "all",
+    only: TrainOnly = "all",
     resume: bool = False,
     device: str = "cpu",
     backend: str = "auto",
@@ -175,7 +175,7 @@ def _check(
     # Public models have rows to spare; a model of ours has a row for each token.
     if config.vocab < has or (config.vocab > has and start is None and not resume):
         raise ConfigError(f"model.vocab = {config.vocab}: the tokenizer has {has}")
-    check_asked(config, settings, only)
+    check_training(config, settings, only)
     if start is None:
         return
     if start.tokenizer is not None and start.tokenizer.fingerprint != data.tokenizer.fingerprint:
@@ -205,7 +205,7 @@ class _Job:
     device: str
     backend: str
     start: Decoder | None
-    only: Only
+    only: TrainOnly
     run: Run | None
     stop: Callable[[], bool] | None
 

@@ -37,7 +37,7 @@ from handful.families.weights import shapes
 from handful.meta_device import meta_device
 from handful.model import Decoder
 
-__all__ = ["Method", "Partition", "Report", "Side", "check_asked", "report", "upcycle"]
+__all__ = ["Method", "Partition", "Report", "Side", "check_upcycle", "report", "upcycle"]
 
 Method = Literal["copy", "granular", "split"]
 Partition = Literal["coactivation", "weights", "random"]
@@ -81,7 +81,7 @@ def upcycle(
     dense = model.config
     if model.state_dict().keys() != shapes(dense).keys():
         raise ConfigError("upcycle model: its weights are quantised: load it without")
-    top_k, slices = check_asked(
+    top_k, slices = check_upcycle(
         dense, method, experts=experts, top_k=top_k, slices=slices, noise=noise, partition=partition
     )
     watched = (partition or "coactivation") == "coactivation"
@@ -131,7 +131,7 @@ def upcycle(
     return made.eval()
 
 
-def check_asked(
+def check_upcycle(
     dense: ModelConfig,
     method: Method = "copy",
     *,
