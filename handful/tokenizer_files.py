@@ -4,7 +4,7 @@
                                    unchanged
     build(files)                   tokenizer.json, tiktoken.model (Kimi-K2, Moonlight) or vocab.json and merges.txt
                                    (GPT-2, Qwen2), as a `tokenizers.Tokenizer`
-    named_tokens(files)            bos_token, eos_token, … as tokenizer_config.json or special_tokens_map.json names them
+    named_tokens(files)            bos_token, eos_token, … by tokenizer_config.json or special_tokens_map.json
     chat_templates(files)          the chat templates by name
     guarded(what)                  whatever the library does about a malformed file, as one DataError
 

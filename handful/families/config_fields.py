@@ -23,10 +23,10 @@ from handful.errors import CheckpointError
 __all__ = [
     "DECODER",
     "REQUIRED",
-    "Activation",
     "Aside",
     "Everywhere",
     "Field",
+    "GatedActivation",
     "Groups",
     "Implied",
     "Inside",
@@ -168,7 +168,7 @@ class Aside(Row):
 
 
 @dataclass(frozen=True)
-class Activation(Row):
+class GatedActivation(Row):
     """The gated activation, named after what the gate goes through."""
 
     keys = ("hidden_act",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from handful.families.attention_fields import Rope
-from handful.families.config_fields import DECODER, Activation, Field, Implied, Inside, Only, SharedExperts
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied, Inside, Only, SharedExperts
 from handful.families.family import Family
 
 COUNT_ONLY: tuple[Family, ...] = (
@@ -13,7 +13,7 @@ COUNT_ONLY: tuple[Family, ...] = (
         rows=(
             *DECODER,
             Rope(theta=500000.0),
-            Activation(),
+            GatedActivation(),
             Field("moe_num_experts", "router.experts"),
             Field("moe_k", "router.top_k"),
             Field("moe_intermediate_size", "expert_width"),
@@ -37,7 +37,7 @@ COUNT_ONLY: tuple[Family, ...] = (
                 (
                     *DECODER,
                     Field("rope_theta", "rope_theta", default=500000.0),
-                    Activation(),
+                    GatedActivation(),
                     Field("head_dim", "head_dim", default=128),
                     Field("num_local_experts", "router.experts"),
                     Field("num_experts_per_tok", "router.top_k"),

@@ -8,8 +8,8 @@ from handful.config import ModelConfig
 from handful.families.attention_fields import Latent, Rope, WholeHeads
 from handful.families.config_fields import (
     DECODER,
-    Activation,
     Field,
+    GatedActivation,
     Implied,
     Only,
     Row,
@@ -48,7 +48,7 @@ class TopKMethod(Row):
 LATENT_DECODER: tuple[Row, ...] = (
     *DECODER,
     Rope(),
-    Activation(),
+    GatedActivation(),
     Latent(),
     Only("attention_bias", False, counts=True),
     Field("n_routed_experts", "router.experts", also="num_local_experts"),

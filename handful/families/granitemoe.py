@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from handful.families.attention_fields import AttentionBias, AttentionScale, FullAttention, Rope
-from handful.families.config_fields import DECODER, Activation, Field, Implied
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied
 from handful.families.family import Family
 from handful.families.weights import DECODER_NAMES
 
@@ -13,7 +13,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         FullAttention(),
         AttentionScale("attention_multiplier"),

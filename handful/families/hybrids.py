@@ -14,7 +14,7 @@ from typing import Any
 
 from handful.config import ModelConfig, RouterConfig
 from handful.count import (
-    Attention,
+    Attended,
     Counted,
     Shape,
     State,
@@ -276,7 +276,7 @@ def deepseek_v4(f: ConfigReader) -> Counted:
     # A key is its own value: the cache holds one vector of it.
     pair = H * 4 * d
     attended = [
-        Attention(layers=L, flops=pair, decode_flops=pair, cached=d, window=f.size("sliding_window", default=128))
+        Attended(layers=L, flops=pair, decode_flops=pair, cached=d, window=f.size("sliding_window", default=128))
     ]
     if sparse := kinds.count(SPARSE):
         heads, width = f.size("index_n_heads", default=64), f.size("index_head_dim", default=128)
@@ -290,15 +290,15 @@ def deepseek_v4(f: ConfigReader) -> Counted:
         # The index scores all compressed tokens, and attention takes the best; the cache holds both's keys.
         score, best = heads * 2 * (width + 1), f.size("index_topk", default=512)
         attended += [
-            Attention(layers=sparse, flops=score, decode_flops=score, cached=width + d, every=every[SPARSE]),
-            Attention(layers=sparse, flops=pair, decode_flops=pair, cached=0, window=best, every=every[SPARSE]),
+            Attended(layers=sparse, flops=score, decode_flops=score, cached=width + d, every=every[SPARSE]),
+            Attended(layers=sparse, flops=pair, decode_flops=pair, cached=0, window=best, every=every[SPARSE]),
         ]
     if heavy := kinds.count(HEAVY):
         weights += [
             Weights(part="attention", layers=heavy, matrices=((d, D), (d, D)), vectors=every[HEAVY] * d),
             Weights(part="norms", layers=heavy, vectors=d),
         ]
-        attended.append(Attention(layers=heavy, flops=pair, decode_flops=pair, cached=d, every=every[HEAVY]))
+        attended.append(Attended(layers=heavy, flops=pair, decode_flops=pair, cached=d, every=every[HEAVY]))
     notes = []
     if hashed:
         notes.append(f"in {hashed} layers a table of the vocabulary names each token's experts; it is not counted")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from handful.families.attention_fields import AttentionBias, FullAttention, Rope, WholeHeads
-from handful.families.config_fields import DECODER, Activation, Field, Only
+from handful.families.config_fields import DECODER, Field, GatedActivation, Only
 from handful.families.family import Family
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
@@ -14,7 +14,7 @@ FAMILY = Family(
         *DECODER,
         WholeHeads(),
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         FullAttention(),
         Field("head_dim", "head_dim", default=None),

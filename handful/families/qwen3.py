@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from handful.families.attention_fields import AttentionBias, Rope, Window
-from handful.families.config_fields import DECODER, Activation, Field, Implied, get
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied, get
 from handful.families.family import Family
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
@@ -13,7 +13,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         Window(switch=True, slides=lambda layer, values: layer >= get(values, "max_window_layers", 28)),
         Field("head_dim", "head_dim", default=128),

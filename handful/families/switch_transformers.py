@@ -87,7 +87,7 @@ class StartStop(Row):
 
 
 @dataclass(frozen=True)
-class Activation(Row):
+class DenseActivation(Row):
     """By its own name: the public form has no gated ones."""
 
     keys = ("dense_act_fn",)
@@ -113,7 +113,7 @@ ROWS: tuple[Row, ...] = (
     Field("d_ff", "ffn"),
     MoEEvery("encoder"),
     MoEEvery("decoder"),
-    Activation(),
+    DenseActivation(),
     Field("relative_attention_num_buckets", "buckets", default=32),
     Field("relative_attention_max_distance", "max_distance", default=128),
     Field("layer_norm_epsilon", "norm_eps", default=1e-6),
