@@ -12,8 +12,8 @@ from handful.families.config_fields import (
     GatedActivation,
     Implied,
     Only,
-    Row,
     SharedExperts,
+    TableRow,
     Values,
     get,
     refusal,
@@ -25,7 +25,7 @@ from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, Names, m
 METHODS = ("greedy", "group_limited_greedy")
 
 
-class TopKMethod(Row):
+class TopKMethod(TableRow):
     """Whether a token's experts are limited to groups; a group's score is its best expert's."""
 
     keys = ("topk_method", "n_group", "topk_group")
@@ -45,7 +45,7 @@ class TopKMethod(Row):
 
 
 # What the third model has too.
-LATENT_DECODER: tuple[Row, ...] = (
+LATENT_DECODER: tuple[TableRow, ...] = (
     *DECODER,
     Rope(),
     GatedActivation(),

@@ -9,7 +9,7 @@ from typing import Any
 
 from handful.config import ModelConfig, from_dict
 from handful.errors import CheckpointError, ConfigError
-from handful.families.config_fields import Row, Values, refusal
+from handful.families.config_fields import TableRow, Values, refusal
 from handful.families.plugin_types import plugin_hint
 from handful.families.weights import Names
 
@@ -121,7 +121,7 @@ class Family:
 
     model_type: str
     architecture: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     names: tuple[Names, ...] = ()
     also: tuple[str, ...] = ()
     dense: bool = False
@@ -152,7 +152,7 @@ class Family:
         return out
 
 
-def read_rows(rows: Sequence[Row], values: Values, *, count_only: bool = False) -> dict[str, Any]:
+def read_rows(rows: Sequence[TableRow], values: Values, *, count_only: bool = False) -> dict[str, Any]:
     """What rows read of a config.json, nested as our configs are. CheckpointError as in `Family.read`."""
     nested: dict[str, Any] = {}
     for row in rows:
@@ -169,7 +169,7 @@ def read_rows(rows: Sequence[Row], values: Values, *, count_only: bool = False) 
     return nested
 
 
-def check_known(model_type: str, rows: Sequence[Row], values: Values, harmless: frozenset[str]) -> None:
+def check_known(model_type: str, rows: Sequence[TableRow], values: Values, harmless: frozenset[str]) -> None:
     """CheckpointError for a field that says something, that no row knows and that may change logits."""
     known = harmless.union(*(row.keys for row in rows))
     for key, value in values.items():

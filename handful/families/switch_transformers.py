@@ -20,7 +20,7 @@ from handful.checkpoint import Entry, Tensors, check_tensors
 from handful.config import EncoderDecoderConfig, ModelConfig, from_dict, to_dict
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
-from handful.families.config_fields import Field, Implied, Only, Row, Values, get, refusal, setting
+from handful.families.config_fields import Field, Implied, Only, TableRow, Values, get, refusal, setting
 from handful.families.family import NO_MATHS, check_known, read_rows
 from handful.families.weights import FLOATS, shapes_of, where
 
@@ -35,7 +35,7 @@ OURS, OURS_KEY = "handful", "encoder_decoder"
 
 
 @dataclass(frozen=True)
-class MoEEvery(Row):
+class MoEEvery(TableRow):
     """Which layers of a stack are MoE. The step is what counts; where it is absent, the number of them says it."""
 
     stack: str
@@ -59,7 +59,7 @@ class MoEEvery(Row):
 
 
 @dataclass(frozen=True)
-class DecoderLayers(Row):
+class DecoderLayers(TableRow):
     """As many as the encoder's where it does not say."""
 
     keys = ("num_decoder_layers",)
@@ -72,7 +72,7 @@ class DecoderLayers(Row):
 
 
 @dataclass(frozen=True)
-class StartStop(Row):
+class StartStop(TableRow):
     """The output's first token, which is T5's padding, and its last, which may be null: none."""
 
     keys = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
@@ -87,7 +87,7 @@ class StartStop(Row):
 
 
 @dataclass(frozen=True)
-class DenseActivation(Row):
+class DenseActivation(TableRow):
     """By its own name: the public form has no gated ones."""
 
     keys = ("dense_act_fn",)
@@ -103,7 +103,7 @@ class DenseActivation(Row):
         return {"dense_act_fn": setting(config, "activation")}
 
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[TableRow, ...] = (
     Field("vocab_size", "vocab"),
     Field("d_model", "width", also="hidden_size"),
     Field("num_layers", "encoder_layers"),
