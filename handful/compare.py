@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from handful import __version__, checkpoint, report
-from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig, TrainConfig
+from handful.config_io import to_dict
 from handful.cost import cost
 from handful.data import Data
 from handful.engine import Sampling, generate_tokens

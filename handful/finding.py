@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from handful.config import ModelConfig, from_dict
+from handful.config import ModelConfig
+from handful.config_io import from_dict
 from handful.units import si
 from handful.verdict import CHANCE, Verdict, judge, tokens_per_expert_weight
 

@@ -20,7 +20,8 @@ import torch
 
 from handful import __version__
 from handful.checkpoint import write_file
-from handful.config import ModelConfig, from_dict
+from handful.config import ModelConfig
+from handful.config_io import from_dict
 from handful.errors import DataError
 from handful.finding import Doc, finding, finite, late_routing, loss_of, mixtures_of, team_balance, team_experts
 from handful.observe import collapsed

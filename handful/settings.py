@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from handful import checkpoint
-from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, from_dict, read_toml, to_dict
+from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
+from handful.config_io import from_dict, read_toml, to_dict
 from handful.data import Data, load_data
 from handful.errors import CheckpointError, ConfigError
 from handful.families import config_from_hf

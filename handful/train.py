@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from handful.balance import balance_loss, step_load, update_bias, z_loss
-from handful.config import ModelConfig, TrainConfig, to_dict
+from handful.config import ModelConfig, TrainConfig
+from handful.config_io import to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, bits_per_byte, heldout_batches
 from handful.errors import ConfigError, TrainingError

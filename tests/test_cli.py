@@ -26,7 +26,7 @@ from tiny import of_kind, read_lines, write_text
 
 from handful import __version__
 from handful.cli import main
-from handful.config import to_dict
+from handful.config_io import to_dict
 from handful.data import Batches, load_data
 from handful.evaluate import batch_loss
 from handful.families.io import load

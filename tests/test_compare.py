@@ -30,7 +30,8 @@ from handful.compare import (
     teams,
     twins,
 )
-from handful.config import BalanceConfig, ModelConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig
+from handful.config_io import to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, load_data
 from handful.errors import ConfigError, TrainingError

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handful.balance import switch_loss, z_loss
-from handful.config import EncoderDecoderConfig, RouterConfig, from_dict, to_dict
+from handful.config import EncoderDecoderConfig, RouterConfig
+from handful.config_io import from_dict, to_dict
 from handful.encoder_decoder import Attention, EncoderDecoder, OutputCache, bucket
 from handful.errors import ConfigError
 from handful.moe import MoE

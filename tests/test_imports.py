@@ -22,7 +22,7 @@ PACKAGE = Path(handful.__file__).parent
 
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
-    ["errors", "units", "config", "presets", "machine", "verdict"],
+    ["errors", "units", "config", "config_io", "presets", "machine", "verdict"],
     [
         "routing",
         "meta_device",

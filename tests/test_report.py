@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handful import report
-from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
+from handful.config_io import to_dict
 from handful.errors import DataError
 
 SOURCE = '''def read(path, *, limit=None):

@@ -15,7 +15,8 @@ from tiny import moe, of_kind, read_lines, timeless, tiny_data, training, write_
 from torch import Tensor
 
 from handful import __version__, checkpoint
-from handful.config import BalanceConfig, to_dict
+from handful.config import BalanceConfig
+from handful.config_io import to_dict
 from handful.data import Data, load_data
 from handful.errors import CheckpointError, ConfigError
 from handful.families.io import load

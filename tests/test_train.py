@@ -30,7 +30,8 @@ from torch import Tensor
 from handful import checkpoint, report
 from handful.balance import global_loss, z_loss
 from handful.cli import main
-from handful.config import BalanceConfig, ModelConfig, TrainConfig, from_dict
+from handful.config import BalanceConfig, ModelConfig, TrainConfig
+from handful.config_io import from_dict
 from handful.data import Batches, Data, heldout_batches, load_data
 from handful.errors import CheckpointError, ConfigError, DataError, TrainingError
 from handful.evaluate import evaluate

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from handful.checkpoint import Tensors, check_tensors
-from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig, from_dict, to_dict
+from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
+from handful.config_io import from_dict, to_dict
 from handful.errors import CheckpointError, ConfigError, HandfulError
 from handful.families import (
     deepseek,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handful.config import ModelConfig, from_dict
+from handful.config import ModelConfig
+from handful.config_io import from_dict
 from handful.errors import CheckpointError, ConfigError
 from handful.families.config_fields import TableRow, Values, refusal
 from handful.families.plugin_types import plugin_hint

@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from handful.config import EncoderDecoderConfig, ModelConfig, from_dict
+from handful.config import EncoderDecoderConfig, ModelConfig
+from handful.config_io import from_dict
 from handful.count import Counted, count, count_encoder_decoder
 from handful.errors import CheckpointError, ConfigError
 from handful.families import switch_transformers

@@ -17,7 +17,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from handful.checkpoint import Entry, Tensors, check_tensors
-from handful.config import EncoderDecoderConfig, ModelConfig, from_dict, to_dict
+from handful.config import EncoderDecoderConfig, ModelConfig
+from handful.config_io import from_dict, to_dict
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.families.config_fields import Field, Implied, Only, TableRow, Values, get, refusal, setting
