@@ -50,6 +50,7 @@ TIERS = [
         "engine",
         "chat",
         "ceilings",
+        "forecast",
         "plan",
         "cache_replay",
         "finding",

@@ -28,10 +28,11 @@ from handful.experts.disk import PackFile
 from handful.experts.quantized import quantize_model, weights_of
 from handful.experts.stored import Store, StoredExperts, StoreStats
 from handful.families.pricing import count_from_hf
+from handful.forecast import EFFICIENCY, FORMATS, STREAM
 from handful.machine import Measured, machine
 from handful.model import Decoder, KVCache
 from handful.observe import Recorder, Recording
-from handful.plan import EFFICIENCY, FORMATS, PROCESS, STREAM, Plan, plan
+from handful.plan import PROCESS, Plan, plan
 from handful.presets import PRESETS
 from handful.units import parse_bytes
 
