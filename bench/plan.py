@@ -5,8 +5,8 @@
 By default a model of 4 layers in OLMoE's shape, but narrower, with random weights. In every round, and for every
 format, the computer is measured, the model is planned, decodes one sequence greedily, and reads a prompt of 512 tokens;
 medians over the rounds are shown, and what the forecast is made of. `--shares` takes the parts that
-`forecast.EFFICIENCY` has beside the experts (those are `bench/experts.py`'s): matrices and attention, with one token and
-with a prompt of 512, by the rates of memory and of a product measured in the same rounds.
+`forecast.EFFICIENCY` has beside the experts (those are `bench/experts.py`'s): matrices and attention, with one token
+and with a prompt of 512, by the rates of memory and of a product measured in the same rounds.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from handful.checkpoint import Tensors
 from handful.data import default_cache
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
@@ -27,6 +26,7 @@ from handful.experts.disk import UNKNOWN, Layout, PackFile, layout_of, sole_writ
 from handful.experts.stored import DEFAULT_POLICY, Store, StoredExperts
 from handful.families.io import find_tokenizer, open_checkpoint
 from handful.families.materialize import Progress, materialize
+from handful.lazy_tensors import Tensors
 from handful.model import Decoder
 from handful.moe import MoE
 from handful.quantize import pack

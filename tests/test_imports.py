@@ -29,6 +29,8 @@ TIERS = [
         "loss",
         "count",
         "cost",
+        "lazy_tensors",
+        "safetensors_file",
         "checkpoint",
         "hub",
         "tokenizer_files",

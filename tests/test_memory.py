@@ -19,7 +19,6 @@ from torch import Tensor
 
 import handful
 from handful import memory
-from handful.checkpoint import Entry
 from handful.config import ModelConfig
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError, DataError
@@ -27,6 +26,7 @@ from handful.experts.disk import PackFile
 from handful.experts.quantized import QuantizedLinear
 from handful.experts.stored import StoredExperts
 from handful.families.io import save
+from handful.lazy_tensors import Entry
 from handful.model import Decoder, KVCache
 
 F32, BF16 = torch.float32, torch.bfloat16

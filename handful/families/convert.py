@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from handful.checkpoint import Tensors, check_tensors
+from handful.checkpoint import check_tensors
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
 from handful.config_io import from_dict, to_dict
 from handful.errors import CheckpointError, ConfigError, HandfulError
@@ -40,6 +40,7 @@ from handful.families.fp8 import unscaled
 from handful.families.hybrids import HYBRIDS
 from handful.families.plugin_types import plugin_hint
 from handful.families.weights import from_public, shapes, to_public
+from handful.lazy_tensors import Tensors
 
 __all__ = [
     "COUNT_ONLY",

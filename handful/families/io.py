@@ -23,6 +23,7 @@ from handful.families.materialize import Progress, materialize
 from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
 from handful.hub import TOKENIZER_FILES, WEIGHTS, fetch
+from handful.lazy_tensors import Tensors
 from handful.meta_device import meta_device
 from handful.model import Decoder
 from handful.origin import read_origin
@@ -128,9 +129,7 @@ def load(
     return model.eval()
 
 
-def open_checkpoint(
-    path_or_repo: str | Path, backend: str = "auto"
-) -> tuple[Decoder | EncoderDecoder, checkpoint.Tensors, Path]:
+def open_checkpoint(path_or_repo: str | Path, backend: str = "auto") -> tuple[Decoder | EncoderDecoder, Tensors, Path]:
     """A model without memory, its checkpoint's tensors under our names, checked and not read yet, and its folder.
 
     CheckpointError as in `load`.
@@ -155,10 +154,10 @@ def open_checkpoint(
         with meta_device():
             model = Decoder(config, backend=backend)
     model.origin = read_origin(folder, values)
-    return model, checkpoint.Tensors.of(state), folder
+    return model, Tensors.of(state), folder
 
 
-def _has_head_of_its_own(tensors: checkpoint.Tensors) -> bool:
+def _has_head_of_its_own(tensors: Tensors) -> bool:
     """The tensors hold an output embedding that is not the input's, whatever config.json says of it: as transformers,
     which ties two tensors only where they are equal."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
@@ -230,7 +229,7 @@ def checkpoint_files(
 
 def read_into(model: Decoder, folder: Path) -> None:
     """Read a checkpoint folder's weights into a decoder of the same shape, one tensor at a time."""
-    state = checkpoint.Tensors.of(tensors_from_hf(model.config, checkpoint.read_tensors(folder)))
+    state = Tensors.of(tensors_from_hf(model.config, checkpoint.read_tensors(folder)))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             state.entry(name).fill(tensor, None)

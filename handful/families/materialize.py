@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from handful.checkpoint import Entry, Tensors
 from handful.experts.quantized import quantizable, twin, weights_of
+from handful.lazy_tensors import Entry, Tensors
 from handful.quantize import Packed, pack, pack_stack
 
 __all__ = ["Progress", "materialize"]

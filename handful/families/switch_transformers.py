@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from handful.checkpoint import Entry, Tensors, check_tensors
+from handful.checkpoint import check_tensors
 from handful.config import EncoderDecoderConfig, ModelConfig
 from handful.config_io import from_dict, to_dict
 from handful.encoder_decoder import EncoderDecoder
@@ -24,6 +24,7 @@ from handful.errors import CheckpointError, ConfigError
 from handful.families.config_fields import Field, Implied, Only, TableRow, Values, get, refusal, setting
 from handful.families.family import NO_MATHS, check_known, read_rows
 from handful.families.weights import FLOATS, shapes_of, where
+from handful.lazy_tensors import Entry, Tensors
 
 __all__ = ["config_from_hf", "config_to_hf", "is_encoder_decoder", "shapes", "tensors_from_hf", "tensors_to_hf"]
 

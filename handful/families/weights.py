@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from handful.checkpoint import Entry, Tensors, check_tensors
+from handful.checkpoint import check_tensors
 from handful.config import ModelConfig
 from handful.errors import CheckpointError
+from handful.lazy_tensors import Entry, Tensors
 from handful.meta_device import meta_device
 from handful.model import Decoder
 from handful.quantize import MX_GROUP, unpack_mxfp4
