@@ -26,13 +26,14 @@ from torch import Tensor
 from handful.attention import Attention
 from handful.ceilings import Ceilings, measure_overhead
 from handful.config import ModelConfig, RouterConfig
-from handful.engine import CHUNK, Engine, Request, Sampling
+from handful.engine import CHUNK, Engine, Request
 from handful.experts.quantized import quantize_model
 from handful.forecast import FORMATS
 from handful.machine import machine, measure
 from handful.model import Decoder
 from handful.plan import plan
 from handful.positions import KVCache
+from handful.sampling import Sampling
 
 SHAPE = ModelConfig(
     vocab=16384,

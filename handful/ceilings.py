@@ -21,7 +21,7 @@ import torch
 from handful.checkpoint import write_file
 from handful.config import ModelConfig, RouterConfig
 from handful.data import default_cache
-from handful.engine import Engine, Request, Sampling
+from handful.engine import Engine, Request
 from handful.errors import HandfulError
 from handful.experts.disk import PackFile, layout_of, write_pack
 from handful.experts.quantized import quantize_model
@@ -29,6 +29,7 @@ from handful.experts.stored import Store
 from handful.machine import Machine, machine, measure
 from handful.memory import attach, pack_experts, resident_bytes
 from handful.model import Decoder
+from handful.sampling import Sampling
 
 __all__ = ["Ceilings", "Overhead", "cache_file", "ceilings", "measure_disk", "measure_overhead"]
 

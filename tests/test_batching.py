@@ -16,8 +16,9 @@ from tiny import VOCAB, dense, moe, tiny_data
 
 from handful.config import MLAConfig, ModelConfig
 from handful.data import Data
-from handful.engine import Delta, Engine, Job, Request, StopText, generate, generate_tokens, stream, text_request
+from handful.engine import Delta, Engine, Job, Request, StopText
 from handful.errors import ConfigError
+from handful.generate import generate, generate_tokens, stream, text_request
 from handful.model import Decoder
 from handful.moe import NotCausalWarning
 from handful.routing import Routing

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from handful.config import ModelConfig
 from handful.data import Data
-from handful.engine import generate, generate_tokens
 from handful.errors import CheckpointError, ConfigError
+from handful.generate import generate, generate_tokens
 from handful.model import Decoder
 from handful.sampling import Sampler, Sampling, sample
 from handful.text import Tokenizer

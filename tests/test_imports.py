@@ -50,6 +50,7 @@ TIERS = [
         "monitor",
         "train",
         "engine",
+        "generate",
         "chat",
         "ceilings",
         "forecast",

@@ -134,7 +134,8 @@ def test_transformers_reads_the_tokenizer(saved: Path, data: Data) -> None:
 
 
 def test_transformers_generates_what_we_generate(saved: Path, data: Data) -> None:
-    from handful.engine import Sampling, generate_tokens
+    from handful.generate import generate_tokens
+    from handful.sampling import Sampling
 
     prompt = data.tokenizer.encode("the router of an expert")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)

@@ -21,7 +21,7 @@ from handful.cache_replay import check_recording, replay
 from handful.ceilings import Ceilings, Overhead, cache_file, measure_overhead
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
 from handful.console import plan_line, plan_tables
-from handful.engine import Engine, Request, Sampling
+from handful.engine import Engine, Request
 from handful.errors import ConfigError, HandfulError
 from handful.experts import Experts
 from handful.experts.disk import PackFile
@@ -34,6 +34,7 @@ from handful.model import Decoder, KVCache
 from handful.observe import Recorder, Recording
 from handful.plan import PROCESS, Plan, plan
 from handful.presets import PRESETS
+from handful.sampling import Sampling
 from handful.units import parse_bytes
 
 NONE = Overhead(**{field.name: 0.0 for field in fields(Overhead)})

@@ -97,7 +97,7 @@ def given_settings(
 def settle(model: Decoder | EncoderDecoder, given: dict[str, Any]) -> tuple[Sampling, str | None]:
     """How tokens are drawn: as was said, or else as the model's generation_config.json asks, or else by default; with a
     seed. And what to say about it: what is the model's own wish."""
-    from handful.engine import sampling_of
+    from handful.generate import sampling_of
 
     base = sampling_of(model)
     sampling = dataclasses.replace(base, **given)
