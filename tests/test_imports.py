@@ -48,6 +48,7 @@ TIERS = [
         "runs",
         "settings",
         "monitor",
+        "train_step",
         "train",
         "engine",
         "generate",

@@ -31,7 +31,8 @@ from handful.hub import TOKENIZER_FILES
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model
 from handful.text import END_OF_TEXT
-from handful.train import make_optimizer, train
+from handful.train import train
+from handful.train_step import make_optimizer
 
 transformers: Any = importlib.import_module("transformers")  # its types know less than its classes accept
 transformers.utils.logging.disable_progress_bar()

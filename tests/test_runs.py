@@ -22,7 +22,8 @@ from handful.errors import CheckpointError, ConfigError
 from handful.families.io import load
 from handful.model import Decoder
 from handful.runs import Run, read_events
-from handful.train import make_optimizer, train
+from handful.train import train
+from handful.train_step import make_optimizer
 
 
 @pytest.fixture(scope="module")
