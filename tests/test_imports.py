@@ -43,7 +43,7 @@ TIERS = [
     ],
     ["experts", "balance", "observe", "placement"],
     ["sampling", "origin", "positions", "attention", "moe", "model", "encoder_decoder", "evaluate", "scores"],
-    ["families", "memory", "upcycle", "transformers"],
+    ["families", "memory", "upcycle", "router_watch", "transformers"],
     [
         "runs",
         "settings",
