@@ -17,8 +17,8 @@ from handful.count import Counted
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts.quantized import PackedWeight
-from handful.families import config_from_hf, config_to_hf, switch_transformers, tensors_from_hf, tensors_to_hf
-from handful.families.convert import carried
+from handful.families import switch_transformers
+from handful.families.convert import carried, config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf
 from handful.families.materialize import Progress, materialize
 from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
