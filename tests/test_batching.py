@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders import VOCAB, dense, moe, tiny_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, dense, moe, tiny_data
 
 from handful.config import MLAConfig, ModelConfig
 from handful.data import Data

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders import moe
 from hypothesis import given
 from hypothesis import strategies as st
 from public_tokenizers import PUBLIC, Public, byte_level, settings
-from tiny import moe
 
 import handful
 from handful.chat import Conversation, chat, chat_request, chat_tokens, render

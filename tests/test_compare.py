@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, Event, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
+from builders import VOCAB, Event, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 
 from handful import __version__
 from handful.compare import (

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import tiktoken
 import torch
+from builders import dense, moe, training, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 from public_tokenizers import KIMI_SETTINGS, KIMI_SPECIALS, PUBLIC, RANKS, Public, byte_level, framed
-from tiny import dense, moe, training, write_text
 
 from handful import checkpoint
 from handful.config import BalanceConfig

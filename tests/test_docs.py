@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from tiny import moe, training, write_text
+from builders import moe, training, write_text
 
 from handful.cli import app
 from handful.compare import compare, teams

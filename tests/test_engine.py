@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders import VOCAB, dense, moe, tiny_data
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import VOCAB, dense, moe, tiny_data
 from torch import Tensor
 
 from handful.config import ModelConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import fresh
 import pytest
-from tiny import moe
+from builders import moe
 
 import handful
 from handful.families.io import save
@@ -239,6 +240,20 @@ def test_no_files_import_each_other() -> None:
     # The package's own __init__ imports a name when it is asked for.
     files = set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"}
     assert circles({name_of(path): files_imported(path) for path in files}) == KNOWN_CIRCLES
+
+
+def test_no_test_file_imports_another() -> None:
+    """What they share is in `builders.py`. The text of child processes counts too."""
+    found = []
+    for path in Path(__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        imports = [name for name, _ in imported(tree, [])]
+        imports += re.findall(r"^ *(?:from|import) (test_\w+)", "\n".join(texts), re.MULTILINE)
+        found += [f"{path.name} imports {name}" for name in imports if name.startswith("test_")]
+    assert found == []
 
 
 def test_import_is_light() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import VOCAB, dense, moe, tiny_data, training
 from safetensors.torch import save_file
-from tiny import VOCAB, dense, moe, tiny_data, training
 from torch import Tensor
 
 import handful

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders import dense, moe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import dense, moe
 from torch import Tensor, nn
 
 from handful import safetensors_file

@@ -13,8 +13,7 @@ import fresh
 import pytest
 import tokenizers
 import torch
-from test_encoder_decoder import SMALL
-from tiny import dense, moe
+from builders import SWITCH, dense, logits_of, moe
 from torch import Tensor
 
 import handful
@@ -27,7 +26,7 @@ from handful.experts.quantized import QuantizedLinear
 from handful.experts.stored import StoredExperts
 from handful.families.io import save
 from handful.lazy_tensors import Entry
-from handful.model import Decoder, KVCache
+from handful.model import Decoder
 
 F32, BF16 = torch.float32, torch.bfloat16
 CONFIG = moe({"experts": 16, "top_k": 3}, layers=3, width=32, expert_width=24)
@@ -38,15 +37,6 @@ def made(folder: Path, config: ModelConfig = CONFIG, seed: int = 0, dtype: torch
     torch.manual_seed(seed)
     save(Decoder(config).to(dtype), folder)
     return folder
-
-
-@torch.inference_mode()
-def read(model: Any, prompt: int = 14, tokens: int = 6) -> list[Tensor]:
-    """Logits of a prompt, and of tokens after it, one by one."""
-    given = torch.randint(model.config.vocab, (1, prompt + tokens), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(model.config, 1, prompt + tokens, dtype=model.embed.weight.dtype)
-    steps = [given[:, :prompt], *given[:, prompt:].split(1, dim=1)]
-    return [model(step, cache)[0] for step in steps]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -77,14 +67,14 @@ def budget(folder: Path, slots: int, **kwargs: Any) -> int:
 )
 def test_a_budget_changes_no_bit(tmp_path: Path, dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
     folder = made(tmp_path / "model", dtype=dtype)
-    right = read(handful.load(folder, **kwargs))
+    right = logits_of(handful.load(folder, **kwargs))
     for slots, read_ahead in ((3, True), (10, True), (10, False), (30, True), (48, True)):
         granted = budget(folder, slots, **kwargs)
         model, store = memory.load_offloaded(folder, granted, read_ahead=read_ahead, **kwargs)
         with store:
             assert store.slots == slots
             assert not model.training
-            assert equal(read(model), right)
+            assert equal(logits_of(model), right)
             assert store.stats().total("misses") >= min(36, slots)
     linear = model.get_submodule("layers.0.attn.q")
     assert isinstance(linear, QuantizedLinear) == ("quantize" in kwargs)
@@ -94,7 +84,7 @@ def test_attach_and_load_agree_and_guess(tmp_path: Path) -> None:
     folder = made(tmp_path / "model")
     model = handful.load(folder)
     assert isinstance(model, Decoder)
-    right = read(model)
+    right = logits_of(model)
     memory.pack_experts(model, tmp_path / "own.pack")
     size = PackFile(tmp_path / "own.pack").layout.record_bytes
     held = memory.resident_bytes(model)
@@ -105,7 +95,7 @@ def test_attach_and_load_agree_and_guess(tmp_path: Path) -> None:
         assert store.slots == 20
         assert memory.resident_bytes(model) == held == sum(p.nbytes for p in model.parameters())
         assert not any(".experts." in name for name in model.state_dict())
-        assert equal(read(model), right)
+        assert equal(logits_of(model), right)
         stats = store.stats()
         assert list(stats.layers) == [f"layers.{i}.ffn.experts" for i in range(3)]
         assert 0 < stats.total("ahead") <= stats.guesses
@@ -120,14 +110,14 @@ def test_a_tied_model_of_another_dtype_takes_the_same_pack(tmp_path: Path) -> No
     folder = made(tmp_path / "model", moe({"experts": 4, "top_k": 2}, tied=True))
     memory.pack_experts(folder, tmp_path / "e.pack", dtype=BF16)
     model = handful.load(folder, dtype=BF16)
-    right = read(model)
+    right = logits_of(model)
     with memory.attach(model, tmp_path / "e.pack", memory.resident_bytes(model) + 10**6):
-        assert equal(read(model), right)
+        assert equal(logits_of(model), right)
 
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save(EncoderDecoder(SMALL), tmp_path / "model")
+    save(EncoderDecoder(SWITCH), tmp_path / "model")
     inputs, outputs = torch.randint(2, 13, (2, 7)), torch.randint(2, 13, (2, 5))
     model, store = memory.load_offloaded(tmp_path / "model", 1 << 30)
     granted = memory.resident_bytes(model) + 3 * store.layout.record_bytes
@@ -143,7 +133,7 @@ def test_a_tokenizer_is_taken_as_load_takes_it(tmp_path: Path) -> None:
     """One that cannot write every text, such as T5's, is an encoder-decoder's, and no decoder's; none is none."""
     inner = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("\u2581words", -1.0)], 0))
     inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
-    save(EncoderDecoder(SMALL), tmp_path / "both")
+    save(EncoderDecoder(SWITCH), tmp_path / "both")
     made(tmp_path / "decoder")
     model, store = memory.load_offloaded(tmp_path / "both", 1 << 30)
     store.close()
@@ -170,7 +160,7 @@ def test_a_pack_of_other_weights_is_refused_or_made_again(tmp_path: Path) -> Non
     granted = budget(folder, 9)
     with pytest.raises(CheckpointError, match=r"other\.pack: holds the experts of other weights"):
         memory.attach(handful.load(folder), tmp_path / "other.pack", granted)
-    right = read(handful.load(folder))
+    right = logits_of(handful.load(folder))
     told: list[tuple[int, int]] = []
     for written in (True, False):
         told.clear()
@@ -178,7 +168,7 @@ def test_a_pack_of_other_weights_is_refused_or_made_again(tmp_path: Path) -> Non
             folder, granted, file=tmp_path / "other.pack", progress=lambda *done: told.append(done)
         )
         with store:
-            assert equal(read(model), right)
+            assert equal(logits_of(model), right)
         assert len(told) == (48 if written else 0)
     assert not written or told[-1][0] == told[-1][1]
 
@@ -204,11 +194,11 @@ def test_one_changed_weight_of_any_expert_is_another_model(
     save(model, tmp_path / "new")
     for file in (tmp_path / "new").iterdir():  # in place, as a download of another revision does
         shutil.copy(file, folder / file.name)
-    right = read(handful.load(folder))
+    right = logits_of(handful.load(folder))
     for pack in (None, tmp_path / "e.pack"):
         stored, store = memory.load_offloaded(folder, 10**9, file=pack)
         with store:
-            assert equal(read(stored), right)
+            assert equal(logits_of(stored), right)
 
 
 def test_the_files_of_a_folder_tell_a_change_of_the_same_size_and_time(tmp_path: Path) -> None:
@@ -229,17 +219,17 @@ def test_the_files_of_a_folder_tell_a_change_of_the_same_size_and_time(tmp_path:
     assert weights.stat().st_size == before.st_size
     stored, store = memory.load_offloaded(folder, 10**9)
     with store:
-        assert equal(read(stored), read(handful.load(folder)))
+        assert equal(logits_of(stored), logits_of(handful.load(folder)))
 
 
 RACE = """
 import sys, handful, torch
 from handful import memory
-from test_memory import read
+from builders import logits_of
 torch.set_num_threads(1)
 model, store = memory.load_offloaded(sys.argv[1], 10**9)
 with store:
-    print(float(torch.stack([x.double().sum() for x in read(model)]).sum()))
+    print(float(torch.stack([x.double().sum() for x in logits_of(model)]).sum()))
 """
 
 
@@ -308,10 +298,10 @@ def test_too_little_memory_says_how_much_would_do(tmp_path: Path) -> None:
     with memory.load_offloaded(folder, least)[1] as store:
         assert store.slots == 3
     model = handful.load(folder)
-    right = read(model)
+    right = logits_of(model)
     with pytest.raises(ConfigError, match=f"at least {least:,}"):
         memory.attach(model, folder / "experts-float32.pack", least - 1)
-    assert equal(read(model), right)  # it is as it was
+    assert equal(logits_of(model), right)  # it is as it was
 
 
 def test_packing_reads_one_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,17 +338,17 @@ import sys, torch
 from pathlib import Path
 import handful
 from handful import memory
-from test_memory import read, made
+from builders import logits_of
 torch.set_num_threads(1)
 def high():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 small, folder, granted = sys.argv[1], sys.argv[2], int(sys.argv[3])
-read(handful.load(small), 200)  # what torch and the kernels take once
+logits_of(handful.load(small), 200)  # what torch and the kernels take once
 before = high()
 model, store = memory.load_offloaded(folder, granted)
 with store:
     held = memory.resident_bytes(model) + store.slots * store.layout.record_bytes
-    read(model, 200)
+    logits_of(model, 200)
     print(high() - before, held, store.stats().total("bytes_read"))
 """
 

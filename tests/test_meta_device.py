@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import dense, moe
+from builders import dense, moe
 from torch import nn
 
 from handful.config import EncoderDecoderConfig, MLAConfig, RouterConfig

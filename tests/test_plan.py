@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import BASE, JAMBA, Call, calling, document, mistake, moe
 from rich.console import Console
-from test_cli import Call, calling, document, mistake
-from test_pricing import BASE, JAMBA
-from tiny import moe
 
 from handful import ceilings, memory
 from handful.cache_replay import check_recording, replay

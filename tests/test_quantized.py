@@ -18,10 +18,9 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import FORMATS, dense, distance, moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantize import FORMATS, distance
-from tiny import dense, moe
 from torch import Tensor, nn
 
 from handful.config import Activation, ModelConfig

@@ -15,10 +15,10 @@ from typing import Any
 import fresh
 import pytest
 import torch
+from builders import moe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as library_load
-from tiny import moe
 
 from handful.checkpoint import INDEX, read_json, read_tensors, write_file
 from handful.errors import CheckpointError, ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import moe, of_kind, read_lines, timeless, tiny_data, training, write_text
+from builders import moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 from torch import Tensor
 
 from handful import __version__, checkpoint

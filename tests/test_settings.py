@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dense, moe, tiny_data, training
+from builders import dense, moe, tiny_data, training
 
 from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
 from handful.errors import CheckpointError, ConfigError

@@ -24,7 +24,7 @@ import fresh
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, Event, dense, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
+from builders import VOCAB, Event, dense, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 from torch import Tensor
 
 from handful import checkpoint, report
