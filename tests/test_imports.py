@@ -243,7 +243,7 @@ def test_no_files_import_each_other() -> None:
 
 
 def test_no_test_file_imports_another() -> None:
-    """What they share is in `builders.py`. The text of child processes counts too."""
+    """What they share is in `builders.py` and its neighbours. The text of child processes counts too."""
     found = []
     for path in Path(__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text())
