@@ -45,7 +45,7 @@ transformers.utils.logging.set_verbosity_error()
 
 MODELS = [
     entry
-    for entry in json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+    for entry in json.loads((Path(__file__).parents[1] / "data" / "models.json").read_text())
     if entry["config"]["model_type"] != "switch_transformers"  # no decoder
 ]
 

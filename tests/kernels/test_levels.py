@@ -22,7 +22,7 @@ from handful.model import Decoder
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 # Files that may hold instructions beyond the baseline; bandwidth.cpp by functions of its own with a target each.
 LEVEL_FILES = {path.name for path in CSRC.glob("kernels_*.cpp")} | {"bandwidth.cpp"}

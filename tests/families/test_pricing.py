@@ -24,7 +24,7 @@ from handful.families import config_from_hf
 from handful.families.hybrids import HYBRIDS
 from handful.families.pricing import count_from_hf
 
-MODELS = json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+MODELS = json.loads((Path(__file__).parents[1] / "data" / "models.json").read_text())
 CONFIGS: dict[str, dict[str, Any]] = {entry["name"]: entry["config"] for entry in MODELS}
 
 PHIMOE = {"intermediate_size": 13, "num_local_experts": 5, "num_experts_per_tok": 2}
