@@ -101,7 +101,7 @@ def test_reading_is_lazy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensor_is_read_into_any_dtype_and_any_layout(
     folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK", chunk)
+    monkeypatch.setattr(safetensors_file, "CHUNK", chunk)
     tensors = read_tensors(folder)
     assert tensors.entry("a").read(dtype=torch.float64).equal(A.double())
     whole = torch.zeros(3, 2, 2)
@@ -425,7 +425,7 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"model: cannot be written: No space left on device$"):
         write_folder(path, {"model.safetensors": {"a": A + 1}})
     with pytest.raises(CheckpointError, match=r"b\.safetensors: cannot be written: No space left on device$"):
