@@ -35,7 +35,9 @@ test: $(DEV) ## run the tests
 
 # As on ARM and macOS: everything through torch.
 test-torch: $(DEV) ## run the tests of models, experts, memory and training without the kernels
-	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests/test_{attention,balance,batching,choice,engine,experts,machine,memory,model,moe,padding,quantized,replay,stored,transformers,verify}.py
+	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
+	  tests/test_{attention,balance,engine,generate,machine,memory,model,moe,padding,replay,transformers}.py \
+	  tests/experts/test_{choice,experts,quantized,stored}.py tests/verify
 
 check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/ruff check .
@@ -47,7 +49,8 @@ sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and un
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
 	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \
-	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys tests/test_native.py tests/test_decode_kernels.py tests/test_stored.py
+	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys \
+	  tests/experts/test_native.py tests/experts/test_stored.py tests/kernels/test_decode_kernels.py
 
 # Nothing is linked and little optimised: what a compiler does not know or take, it says without.
 compilers: .venv/.torch-$(TORCH) ## compile the extension with the oldest compilers that it is for; COMPILERS="g++-11 clang++-14"

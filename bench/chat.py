@@ -19,8 +19,8 @@ from smollm2 import gguf_file, read_gguf
 
 import handful
 from handful.chat import Conversation
-from handful.engine import Sampling
 from handful.families.io import load_decoder, save
+from handful.sampling import Sampling
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 NEXT = "And of Italy?"

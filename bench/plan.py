@@ -5,8 +5,8 @@
 By default a model of 4 layers in OLMoE's shape, but narrower, with random weights. In every round, and for every
 format, the computer is measured, the model is planned, decodes one sequence greedily, and reads a prompt of 512 tokens;
 medians over the rounds are shown, and what the forecast is made of. `--shares` takes the parts that
-`plan.EFFICIENCY` has beside the experts (those are `bench/experts.py`'s): matrices and attention, with one token and
-with a prompt of 512, by the rates of memory and of a product measured in the same rounds.
+`forecast.EFFICIENCY` has beside the experts (those are `bench/experts.py`'s): matrices and attention, with one token
+and with a prompt of 512, by the rates of memory and of a product measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from torch import Tensor
 from handful.attention import Attention
 from handful.ceilings import Ceilings, measure_overhead
 from handful.config import ModelConfig, RouterConfig
-from handful.engine import CHUNK, Engine, Request, Sampling
+from handful.engine import CHUNK, Engine, Request
 from handful.experts.quantized import quantize_model
+from handful.forecast import FORMATS
 from handful.machine import machine, measure
 from handful.model import Decoder
-from handful.plan import FORMATS, plan
+from handful.plan import plan
 from handful.positions import KVCache
+from handful.sampling import Sampling
 
 SHAPE = ModelConfig(
     vocab=16384,

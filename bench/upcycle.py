@@ -27,11 +27,11 @@ import handful
 from handful import checkpoint
 from handful.config import BalanceConfig, TrainConfig
 from handful.data import Batches, Data, heldout_batches, load_data
-from handful.engine import Sampling
 from handful.evaluate import evaluate
 from handful.families.io import load, save
 from handful.machine import machine
 from handful.model import Decoder
+from handful.sampling import Sampling
 from handful.train import train
 from handful.upcycle import upcycle
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from handful.config import BalanceConfig, EncoderDecoderConfig, ModelConfig, RouterConfig, TrainConfig
     from handful.cost import cost
     from handful.encoder_decoder import EncoderDecoder
-    from handful.engine import generate
     from handful.errors import (
         CheckpointError,
         ConfigError,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from handful.experts import Experts
     from handful.experts.quantized import quantize_model
     from handful.families.io import load, save
+    from handful.generate import generate
     from handful.model import Decoder
     from handful.moe import MoE, Router
     from handful.plan import plan
@@ -64,7 +64,7 @@ _HOMES = {
     "chat": "chat",
     "compare": "compare",
     "cost": "cost",
-    "generate": "engine",
+    "generate": "generate",
     "load": "families.io",
     "plan": "plan",
     "quantize_model": "experts.quantized",

@@ -22,8 +22,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from handful.encoder_decoder import EncoderDecoder
-from handful.engine import Engine, Request, stream, token_request, tokenizer_of
+from handful.engine import Engine, Request
 from handful.errors import CheckpointError, ConfigError, first_line
+from handful.generate import stream, token_request, tokenizer_of
 from handful.model import Decoder
 from handful.sampling import Sampling
 from handful.text import Tokenizer

@@ -1,4 +1,4 @@
-"""Safetensors in and out: written whole or not at all, read lazily, refused with file and tensor named.
+"""Checkpoints in and out: written whole or not at all, read lazily, refused with file and tensor named.
 
     write_folder(path, files)   a folder of files, published in one rename
     write_file(path, data)      one file, replaced in one rename
@@ -10,33 +10,25 @@
 
 A reader sees the old state or the new one, whenever the writer is killed: everything is written under a temporary name,
 flushed to the disk, and renamed. Nothing here unpickles, and no code from a checkpoint is run.
-
-The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header that says of every
-tensor its dtype, shape and place, then the tensors' bytes. Both directions are written out here, because both hold one
-tensor at a time: a mapped file's pages count as the process's memory until the last of its tensors is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from handful.errors import CheckpointError, ConfigError
+from handful.lazy_tensors import Entry, Tensors
+from handful.safetensors_file import Scratch, quoted, read_header, write_tensors
 
 __all__ = [
-    "Entry",
-    "Tensors",
     "check_tensors",
     "point",
     "read_json",
@@ -48,107 +40,9 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Parsed JSON takes up to twenty times its text, so texts are limited: to some 100,000 tensors a file.
-HEADER_LIMIT, JSON_LIMIT = 1 << 24, 1 << 26
+# Parsed JSON takes up to twenty times its text, so texts are limited.
+JSON_LIMIT = 1 << 26
 SHARD = 5_000_000_000
-CHUNK = 1 << 22
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors by name.
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """A tensor that is made when it is asked for.
-
-    dtype, shape   known without making it.
-    fill           fill(out, None) writes it into `out`, of its shape; fill(out, i) its part i along the first
-                   dimension. `out` may be of any dtype, on any device.
-    file           that holds it; None: it is in no file.
-    held           the tensor, if it is in memory anyway.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    fill: Callable[[Tensor, int | None], None]
-    file: Path | None = None
-    held: Tensor | None = None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Entry:
-        """One that is in memory."""
-
-        def fill(out: Tensor, part: int | None) -> None:
-            out.copy_(tensor if part is None else tensor[part])
-
-        tensor = tensor.detach()
-        return cls(tensor.dtype, tuple(tensor.shape), fill, held=tensor)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(
-        self, part: int | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
-        """The tensor, or its part along the first dimension, in a dtype of its own or another."""
-        if self.held is not None:
-            held = self.held if part is None else self.held[part]
-            return held.to(dtype=dtype or self.dtype, device=device)
-        out = torch.empty(self.shape if part is None else self.shape[1:], dtype=dtype or self.dtype, device=device)
-        self.fill(out, part)
-        return out
-
-
-class Tensors(Mapping[str, Tensor]):
-    """Tensors by name, made when they are asked for; names, shapes and dtypes are known before."""
-
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries = entries
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Any mapping as one of these."""
-        if isinstance(tensors, Tensors):
-            return tensors
-        return cls({name: Entry.of(tensor) for name, tensor in tensors.items()})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._entries[name].read()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries  # a Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def entry(self, name: str) -> Entry:
-        """A tensor that is not read yet."""
-        return self._entries[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self._entries[name].shape
-
-    def where(self, name: str) -> Path | None:
-        """The file that holds a tensor, if one does."""
-        return self._entries[name].file
-
-    @property
-    def files(self) -> list[Path]:
-        """All files that hold one."""
-        return list(dict.fromkeys(entry.file for entry in self._entries.values() if entry.file is not None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,43 +128,12 @@ def _write(path: Path, content: Any) -> None:
     elif isinstance(content, str):
         path.write_text(content, encoding="utf-8")
     elif path.suffix == ".safetensors":
-        _write_tensors(path, Tensors.of(content))
+        write_tensors(path, Tensors.of(content))
     elif path.suffix == ".json":
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     else:
         raise TypeError(f"{path.name}: content of type {type(content).__name__}")
     _flush(path)
-
-
-def _write_tensors(path: Path, tensors: Tensors) -> None:
-    """A safetensors file, one tensor in memory at a time, or one part of it where it is made for this."""
-    # Wide dtypes first: then every tensor begins at a multiple of its item's size.
-    order = sorted(tensors, key=lambda name: (-tensors.entry(name).dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    end = 0
-    for name in order:
-        entry = tensors.entry(name)
-        if entry.dtype not in NAMES:
-            raise ValueError(f"tensor {name!r} is {entry.dtype}, which safetensors has not")
-        header[name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, end := end + entry.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            entry = tensors.entry(name)
-            parts = range(entry.shape[0]) if entry.held is None and len(entry.shape) > 1 else [None]
-            for part in parts:
-                file.write(_bytes(entry.read(part).cpu().contiguous()))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def shards(tensors: Mapping[str, Tensor], limit: int = SHARD) -> dict[str, Any]:
@@ -318,7 +181,7 @@ def read_tensors(path: str | Path) -> Tensors:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return Tensors(_read_header(path, _Scratch()))
+        return Tensors(read_header(path, Scratch()))
     if (path / INDEX).exists():
         return Tensors(_read_shards(path))
     if (path / SINGLE).exists():
@@ -337,160 +200,18 @@ def _read_shards(folder: Path) -> dict[str, Entry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: no weight_map from tensor to file")
     held: dict[str, dict[str, Entry]] = {}
-    scratch = _Scratch()
+    scratch = Scratch()
     for name, shard in weight_map.items():
         # A shard stands beside its index: a name that leads elsewhere is not one.
         name_of_file = isinstance(shard, str) and Path(shard).name == shard and shard.isprintable()
         if not name_of_file or not shard.endswith(".safetensors"):
-            given = f"weight_map[{_short(name)}] = {_short(shard)}"
+            given = f"weight_map[{quoted(name)}] = {quoted(shard)}"
             raise CheckpointError(f"{file}: {given}: must name a .safetensors file beside it")
         if shard not in held:
-            held[shard] = _read_header(folder / shard, scratch)
+            held[shard] = read_header(folder / shard, scratch)
         if name not in held[shard]:
-            raise CheckpointError(f"{folder / shard}: tensor {_short(name)} is missing")
+            raise CheckpointError(f"{folder / shard}: tensor {quoted(name)} is missing")
     return {name: held[shard][name] for name, shard in weight_map.items()}
-
-
-class _Scratch:
-    """Room for what is read in one dtype and wanted in another: a few megabytes, which stay in the processor's cache.
-
-    It is kept, for the allocator breaks up what is given back, and then has to find as much again.
-    """
-
-    def __init__(self) -> None:
-        self.room: Tensor | None = None
-
-    def of(self, dtype: torch.dtype) -> Tensor:
-        if self.room is None:
-            self.room = torch.empty(CHUNK, dtype=torch.uint8)
-        return self.room.view(dtype)
-
-
-class _File:
-    """An open file: what is read later is of the file whose header was read, whatever is renamed meanwhile."""
-
-    def __init__(self, path: Path, scratch: _Scratch) -> None:
-        self.path, self.scratch = path, scratch
-        self.handle = open(path, "rb", buffering=0)  # noqa: SIM115 - it stays open as long as its tensors
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            self.handle.close()
-
-    def fill(self, out: Tensor, start: int) -> None:
-        """Read a contiguous CPU tensor's bytes from a place in the file."""
-        try:
-            self.handle.seek(start)
-            view, done = _bytes(out), 0
-            while done < len(view):  # one call reads at most 2 GiB
-                count = self.handle.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{self.path}: truncated while it was read")
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
-
-    def entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Entry:
-        def fill(out: Tensor, part: int | None) -> None:
-            at = start + (part or 0) * math.prod(shape[1:]) * dtype.itemsize
-            if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
-                self.fill(out, at)
-                return
-            if not out.is_contiguous():
-                whole = torch.empty(out.shape, dtype=dtype)
-                self.fill(whole, at)
-                out.copy_(whole)
-                return
-            flat, step = out.view(-1), CHUNK // dtype.itemsize
-            for first in range(0, len(flat), step):
-                to = flat[first : first + step]
-                read = self.scratch.of(dtype)[: len(to)]
-                self.fill(read, at + first * dtype.itemsize)
-                to.copy_(read)
-
-        return Entry(dtype, shape, fill, self.path)
-
-
-def _read_header(path: Path, scratch: _Scratch) -> dict[str, Entry]:
-    """The tensors of one file. All that a header says is checked against the file's size before it is believed."""
-
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: truncated or malformed: {what}")
-
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
-        file = _File(path, scratch)
-        size = os.fstat(file.handle.fileno()).st_size
-        length = int.from_bytes(file.handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise wrong(f"a header of {length} bytes in a file of {size}")
-        if length > HEADER_LIMIT:
-            raise wrong(f"a header of {length} bytes: at most {HEADER_LIMIT}")
-        text = file.handle.read(length)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{_short(str(path))}: cannot be read: {error}") from None
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"its header is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise wrong("its header is no JSON object")
-    if not isinstance(header.pop("__metadata__", {}), dict):
-        raise wrong("its __metadata__ is no JSON object")
-    begin = 8 + length
-    entries, spans = {}, []
-    for name, info in header.items():
-        try:
-            dtype, shape, start, end = _checked(info, size - begin)
-        except ValueError as error:
-            raise wrong(f"{_short(name)} {error}") from None
-        entries[name] = file.entry(dtype, shape, begin + start)
-        spans.append((start, end, name))
-    at = 0
-    for start, end, name in sorted(spans):
-        if start != at:
-            raise wrong(f"{_short(name)} begins at byte {start} of the tensors, where {at} is next")
-        at = end
-    if at != size - begin:
-        raise wrong(f"its tensors have {at} bytes, and the file {size - begin}")
-    return entries
-
-
-def _checked(info: Any, size: int) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """A header's (dtype, shape, start, end) of one tensor in a file with `size` bytes of tensors, or ValueError."""
-    if not isinstance(info, dict):
-        raise ValueError("is not described")
-    name, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"has dtype {_short(name)}: one of {', '.join(DTYPES)}")
-    if not _counts(shape) or len(shape) > 64 or math.prod(max(1, n) for n in shape) >= 1 << 60:
-        raise ValueError(f"has shape {_short(shape)}")
-    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
-        raise ValueError(f"has data_offsets {_short(offsets)} in {size} bytes of tensors")
-    dtype = DTYPES[name]
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise ValueError(f"is {name} {shape} in {offsets[1] - offsets[0]} bytes")
-    return dtype, tuple(shape), offsets[0], offsets[1]
-
-
-def _counts(value: Any) -> TypeGuard[list[int]]:
-    """A list of whole numbers from 0 that a file can have."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"two entries named {_short(twice)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    """A value from a file as an error may show it: on one line, and not a megabyte of it."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -533,7 +254,7 @@ def check_tensors(
     unexpected = [name for name in tensors if name not in expected and name not in ignored]
     if unexpected:
         where = tensors.where(unexpected[0]) or source
-        raise CheckpointError(f"{where}: unexpected tensor {_short(unexpected[0])}{_more(unexpected)}")
+        raise CheckpointError(f"{where}: unexpected tensor {quoted(unexpected[0])}{_more(unexpected)}")
     for name, shape in expected.items():
         if tensors.shape(name) != tuple(shape):
             has, where = list(tensors.shape(name)), tensors.where(name) or source

@@ -24,15 +24,17 @@ from typing import Any
 import torch
 
 from handful import __version__, checkpoint, report
-from handful.config import BalanceConfig, ModelConfig, TrainConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig, TrainConfig
+from handful.config_io import to_dict
 from handful.cost import cost
 from handful.data import Data
-from handful.engine import Sampling, generate_tokens
 from handful.errors import ConfigError, TrainingError
 from handful.families.io import load_decoder
+from handful.generate import generate_tokens
 from handful.machine import machine
 from handful.model import Decoder
 from handful.runs import Run, check_folder, read_events
+from handful.sampling import Sampling
 from handful.train import Event, interrupts, train
 
 __all__ = ["LABELS", "Team", "compare", "line_up", "steps_within", "teams", "twins"]

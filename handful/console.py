@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from handful.cost import Cost
-from handful.finding import balance_of, describe_balance, experts_of, late_routing, mixtures_of
+from handful.finding import describe_balance, late_routing, mixtures_of, team_balance, team_experts
 from handful.presets import Preset
 from handful.units import duration, si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
+    from handful.cache_replay import Replay
     from handful.ceilings import Ceilings
     from handful.experts.choice import Timed
     from handful.plan import Plan
-    from handful.trace import Replay
     from handful.upcycle import Report
     from handful.verify import Verification
 
@@ -131,8 +131,8 @@ def comparison_table(document: Mapping[str, Any]) -> Table:
     several = len(mixtures_of(document)) > 1
     if several:
         rows += [
-            ("experts", lambda t: experts_of(t) or ""),
-            ("balance", lambda t: (balance_of(t) or "").replace(", ", "\n")),
+            ("experts", lambda t: team_experts(t) or ""),
+            ("balance", lambda t: (team_balance(t) or "").replace(", ", "\n")),
             ("", None),
         ]
     rows += [

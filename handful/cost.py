@@ -27,7 +27,7 @@ from math import comb
 from typing import Any
 
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
-from handful.count import Attention, Counted, Part, Pass, Weights, counted
+from handful.count import Attended, Counted, Part, Pass, Weights, counted
 from handful.errors import ConfigError
 
 __all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Precision", "Traffic", "cost"]
@@ -107,7 +107,7 @@ def matrix_flops(model: Counted, when: Pass) -> int:
     return 2 * numbers + (0 if model.state is None else model.state.flops)
 
 
-def attended_flops(attention: Attention, when: Pass, context: int) -> int:
+def attended_flops(attention: Attended, when: Pass, context: int) -> int:
     """FLOPs per token of attending, in all of its layers; in training and prefill of the mean token, rounded down."""
     if when not in attention.passes:
         return 0
@@ -121,7 +121,7 @@ def attended_flops(attention: Attention, when: Pass, context: int) -> int:
     return attention.layers * attention.flops * pairs // context
 
 
-def held_tokens(attention: Attention, context: int) -> int:
+def held_tokens(attention: Attended, context: int) -> int:
     """To how many the last token of the context attends."""
     tokens = context // attention.every
     return tokens if attention.window is None else min(attention.window, tokens)

@@ -1,7 +1,7 @@
 """What a model is made of, from its config alone: which matrices in how many layers, what its tokens do to each other,
 what a sequence leaves in memory. `cost.py` prices it.
 
-    Counted = Weights (attention, experts, norms, …) + Attention (who attends to whom) + State (what a recurrence keeps)
+    Counted = Weights (attention, experts, norms, …) + Attended (who attends to whom) + State (what a recurrence keeps)
 
 `count` makes one of a ModelConfig, `count_encoder_decoder` of an EncoderDecoderConfig. Families that neither describes
 (Mamba layers, hyper-connections, …) are counted in `families/hybrids.py`, straight from their config.json.
@@ -19,7 +19,7 @@ from typing import Literal
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
 
 __all__ = [
-    "Attention",
+    "Attended",
     "Counted",
     "Pass",
     "Shape",
@@ -88,7 +88,7 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class Attended:
     """How tokens attend in layers that are alike.
 
     flops         of one token attending to one: a score and a weighted value, for every head of one layer.
@@ -134,7 +134,7 @@ class Counted:
     """
 
     weights: tuple[Weights, ...]
-    attention: tuple[Attention, ...] = ()
+    attention: tuple[Attended, ...] = ()
     state: State | None = None
     context: int | None = None
     sent: int = 0
@@ -170,10 +170,10 @@ def grouped_attention(width: int, heads: int, kv_heads: int, head_dim: int) -> t
     return (query, width), (key, width), (key, width), (width, query)
 
 
-def scores(layers: int, heads: int, kv_heads: int, head_dim: int, window: int | None = None) -> Attention:
+def scores(layers: int, heads: int, kv_heads: int, head_dim: int, window: int | None = None) -> Attended:
     """Grouped-query attention's sums and cache."""
     per_token = heads * 4 * head_dim  # 2 for a score, 2 for a weighted value, in each of d numbers
-    return Attention(
+    return Attended(
         layers=layers, flops=per_token, decode_flops=per_token, cached=2 * kv_heads * head_dim, window=window
     )
 
@@ -270,7 +270,7 @@ def _moe(config: ModelConfig, router: RouterConfig, layers: int) -> Iterable[Wei
         yield Weights(part="shared_experts", layers=layers, matrices=matrices)
 
 
-def _scores(config: ModelConfig) -> tuple[Attention, ...]:
+def _scores(config: ModelConfig) -> tuple[Attended, ...]:
     H, L = config.heads, config.layers
     if config.mla is not None:
         m = config.mla
@@ -278,7 +278,7 @@ def _scores(config: ModelConfig) -> tuple[Attention, ...]:
         # what the projection cost.
         latent = H * 2 * (m.kv_rank + m.rope_dim + m.kv_rank)
         expanded = H * 2 * (m.nope_dim + m.rope_dim + m.v_dim)
-        return (Attention(layers=L, flops=expanded, decode_flops=latent, cached=m.kv_rank + m.rope_dim),)
+        return (Attended(layers=L, flops=expanded, decode_flops=latent, cached=m.kv_rank + m.rope_dim),)
     shape = H, config.n_kv_heads, config.d_head
     if config.window is None:
         return (scores(L, *shape),)
@@ -346,9 +346,9 @@ def count_encoder_decoder(config: EncoderDecoderConfig) -> Counted:
     return Counted(
         weights=tuple(weights),
         attention=(
-            Attention(layers=encoder, flops=per_token, decode_flops=per_token, cached=0, causal=False, passes=source),
-            Attention(layers=decoder, flops=per_token, decode_flops=per_token, cached=2 * H * d, passes=target),
-            Attention(
+            Attended(layers=encoder, flops=per_token, decode_flops=per_token, cached=0, causal=False, passes=source),
+            Attended(layers=decoder, flops=per_token, decode_flops=per_token, cached=2 * H * d, passes=target),
+            Attended(
                 layers=decoder, flops=per_token, decode_flops=per_token, cached=2 * H * d, causal=False, passes=target
             ),
         ),

@@ -7,19 +7,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from handful.config import ModelConfig, from_dict
+from handful.config import ModelConfig
+from handful.config_io import from_dict
 from handful.units import si
 from handful.verdict import CHANCE, Verdict, judge, tokens_per_expert_weight
 
 __all__ = [
-    "balance_of",
+    "Doc",
     "describe_balance",
-    "experts_of",
     "finding",
     "finite",
     "late_routing",
     "loss_of",
     "mixtures_of",
+    "team_balance",
+    "team_experts",
 ]
 
 Doc = Mapping[str, Any]
@@ -196,13 +198,13 @@ def finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def experts_of(team: Doc) -> str | None:
+def team_experts(team: Doc) -> str | None:
     """A mixture's experts in words: "64, 2 a token"."""
     router = team["model"]["router"]
     return None if router is None else f"{router['experts']}, {router['top_k']} a token"
 
 
-def balance_of(team: Doc) -> str | None:
+def team_balance(team: Doc) -> str | None:
     """What keeps a mixture's experts busy, in words: "switch 0.03", "none"."""
     if team["model"]["router"] is None:
         return None

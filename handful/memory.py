@@ -1,8 +1,8 @@
 """A model in less memory than it needs: what every token uses is held, experts wait on disk until they are chosen.
 
-    pack(folder, file)             its experts, in one file that they can be read from one by one
-    load(folder, memory_bytes)     a model and the store of its experts; packs them first if that is not done
-    attach(model, file, bytes)     the same for a model that is loaded already, whose experts leave memory
+    pack_experts(folder, file)      its experts, in one file that they can be read from one by one
+    load_offloaded(folder, bytes)   a model and the store of its experts; packs them first if that is not done
+    attach(model, file, bytes)      the same for a model that is loaded already, whose experts leave memory
 
 What is in memory is `handful.experts.stored`; what is on disk, `handful.experts.disk`.
 """
@@ -11,35 +11,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from handful.checkpoint import Tensors
 from handful.data import default_cache
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts import Experts
 from handful.experts.disk import UNKNOWN, Layout, PackFile, layout_of, sole_writer, write_pack
 from handful.experts.stored import DEFAULT_POLICY, Store, StoredExperts
-from handful.families.fill import fill
 from handful.families.io import find_tokenizer, open_checkpoint
+from handful.families.materialize import Progress, materialize
+from handful.lazy_tensors import Tensors
 from handful.model import Decoder
 from handful.moe import MoE
-from handful.quantize import pack as quantized
+from handful.quantize import pack
 
-__all__ = ["attach", "load", "pack", "resident_bytes"]
+__all__ = ["attach", "load_offloaded", "pack_experts", "resident_bytes"]
 
 Model = Decoder | EncoderDecoder
-Progress = Callable[[int, int], None]
 
 LARGEST_HEADER = 1 << 26  # bytes of a file's header that are looked at
 
 
-def pack(
+def pack_experts(
     source: str | Path | nn.Module,
     path: str | Path,
     *,
@@ -95,7 +94,7 @@ def attach(
         raise
 
 
-def load(
+def load_offloaded(
     path_or_repo: str | Path,
     memory_bytes: int,
     *,
@@ -117,7 +116,7 @@ def load(
     policy, read_ahead                as in `attach`.
     progress    of packing: is told (bytes done, bytes in all).
 
-    Close the store when the model is done with. Errors as those of `handful.load`, `pack` and `attach`.
+    Close the store when the model is done with. Errors as those of `handful.load`, `pack_experts` and `attach`.
     """
     model, state, folder = open_checkpoint(path_or_repo, backend)
     layout = _layout(model, state, folder, quantize, group, dtype)
@@ -135,7 +134,7 @@ def load(
         for name in modules:
             model.set_submodule(name, nn.Identity())
         kept = {name: state.entry(name) for name in state if name.rpartition(".")[0] not in modules}
-        fill(model, Tensors(kept), dtype=dtype, quantize=quantize, group=group)
+        materialize(model, Tensors(kept), dtype=dtype, quantize=quantize, group=group)
         for name, module in modules.items():
             model.set_submodule(name, module)
         store = _exchange(model, opened, memory_bytes, policy, read_ahead)
@@ -258,7 +257,7 @@ def _write(path: str | Path, layout: Layout, state: Tensors, progress: Progress 
         if layout.bits:
             for key in ("gate_up", "down"):
                 name = f"{layout.layers[layer]}.{key}[{expert}]"
-                packed = quantized(found[key], layout.bits, layout.group, name)
+                packed = pack(found[key], layout.bits, layout.group, name)
                 found |= {key: packed.codes, f"{key}_scales": packed.scales}
         return found
 

@@ -25,13 +25,13 @@ __all__ = [
     "dead",
     "dropped",
     "entropy",
-    "load",
+    "expert_load",
     "max_vio",
     "stats",
 ]
 
 
-def load(routing: Routing) -> Tensor:
+def expert_load(routing: Routing) -> Tensor:
     """(E,) the share of the T·K assignments that chose each expert; sums to 1."""
     return routing.chosen_E / routing.chosen_E.sum().clamp_min(1)
 

@@ -26,8 +26,8 @@ __all__ = [
     "MX_GROUP",
     "Mxfp4",
     "Packed",
-    "check",
     "check_format",
+    "check_weight",
     "error",
     "pack",
     "pack_mxfp4",
@@ -113,7 +113,7 @@ def check_format(bits: int, group: int) -> None:
         raise ConfigError(f"group = {group}: one of {', '.join(map(str, GROUPS))}")
 
 
-def check(weight: Tensor, name: str = "weight") -> None:
+def check_weight(weight: Tensor, name: str = "weight") -> None:
     """ConfigError, naming the tensor, unless it can be quantised: floating, (..., O, I), every value finite."""
     if weight.dim() < 2 or not weight.is_floating_point():
         raise ConfigError(f"{name} is {_describe(weight)}: only floating (..., outputs, inputs) can be quantised")
@@ -134,10 +134,11 @@ def pack(weight: Tensor, bits: int = 4, group: int = 32, name: str = "weight") -
     Each scale is rounded to bfloat16 first, and the q follow from the rounded one: q = weight / scale, to the nearest,
     ties to even. Memory beyond the result is a few slices, whatever the weight's size.
 
-    name   what errors call it. ConfigError for other bits (8, 4) or groups (32, 128), or a weight that `check` refuses.
+    name   what errors call it. ConfigError for other bits (8, 4) or groups (32, 128), or a weight that `check_weight`
+           refuses.
     """
     check_format(bits, group)
-    check(weight, name)
+    check_weight(weight, name)
     *lead, inputs = weight.shape
     columns, largest, device = columns_of(inputs, group), LARGEST[bits], weight.device
     codes = torch.empty(*lead, columns * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=device)
@@ -314,9 +315,9 @@ def pack_mxfp4(weight: Tensor, name: str = "weight") -> Mxfp4:
     A group's scale is the power of two under its largest magnitude, over 4, the power of two in the largest code: what
     is beyond 6 scales then is held as 6. Codes are the nearest, ties to the even one.
 
-    ConfigError, by `name`, for inputs that are no multiple of 32, or a weight that `check` refuses.
+    ConfigError, by `name`, for inputs that are no multiple of 32, or a weight that `check_weight` refuses.
     """
-    check(weight, name)
+    check_weight(weight, name)
     *lead, inputs = weight.shape
     if inputs % MX_GROUP:
         raise ConfigError(f"{name} has {inputs} inputs: MXFP4 needs a multiple of {MX_GROUP}")

@@ -20,9 +20,10 @@ import torch
 
 from handful import __version__
 from handful.checkpoint import write_file
-from handful.config import ModelConfig, from_dict
+from handful.config import ModelConfig
+from handful.config_io import from_dict
 from handful.errors import DataError
-from handful.finding import balance_of, experts_of, finding, finite, late_routing, loss_of, mixtures_of
+from handful.finding import Doc, finding, finite, late_routing, loss_of, mixtures_of, team_balance, team_experts
 from handful.observe import collapsed
 from handful.units import PREFIXES, size
 
@@ -34,8 +35,6 @@ __all__ = [
     "speed_range",
     "write",
 ]
-
-Doc = Mapping[str, Any]
 
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
 _DENSE_COLORS = {"dense-active": "var(--dense-active)", "dense-total": "var(--dense-total)"}
@@ -243,8 +242,8 @@ _SPANS = {"Training": "train_range", "Decoding": "decode_range"}  # what a speed
 _REACHED = "Reached the small dense model’s final loss after"
 # Group, measure, unit, and how to read the value from a team. {"mean", "spread"} values are losses; a text is itself.
 _MEASURES: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
-    ("What it is", "Experts", "", experts_of),
-    ("What it is", "Balance", "", balance_of),
+    ("What it is", "Experts", "", team_experts),
+    ("What it is", "Balance", "", team_balance),
     ("Size and cost", "Total parameters", "", lambda t: t["parameters"]["total"]),
     ("Size and cost", "Active parameters per token", "", lambda t: t["parameters"]["active"]),
     ("Size and cost", "Training FLOPs per token", "FLOP", lambda t: t["train_flops_per_token"]),

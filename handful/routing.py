@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handful.errors import RoutingError
 
-__all__ = ["Choice", "Plan", "Routing"]
+__all__ = ["Choice", "Routing", "SortedAssignments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,8 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """A routing's computed assignments, sorted by expert: sort once, use in every matrix product.
+class SortedAssignments:
+    """A routing's computed assignments in the order of experts: sort once, use in every matrix product.
 
     order_N     positions in the flattened (T, K) assignments, grouped by expert, earlier tokens first; dropped
                 assignments are left out, so N can be below T·K.
@@ -93,12 +93,12 @@ class Routing:
     def top_k(self) -> int:
         return self.experts_TK.shape[1]
 
-    def plan(self) -> Plan:
+    def plan(self) -> SortedAssignments:
         """Sort the assignments by expert; computed once. RoutingError for an expert that does not exist."""
         return self._plan
 
     @cached_property
-    def _plan(self) -> Plan:
+    def _plan(self) -> SortedAssignments:
         experts_N = self.experts_TK.flatten()
         if self.dropped_TK is not None:
             kept_N = (~self.dropped_TK.flatten()).nonzero().squeeze(1)
@@ -114,7 +114,7 @@ class Routing:
                 raise RoutingError(f"routing names expert {wrong}: there are {self.experts}, counted from 0")
         offsets_E = torch.searchsorted(sorted_N, torch.arange(self.experts, device=sorted_N.device), right=True)
         counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
-        return Plan(order_N, order_N // self.top_k, counts_E, offsets_E)
+        return SortedAssignments(order_N, order_N // self.top_k, counts_E, offsets_E)
 
     @cached_property
     def chosen_E(self) -> Tensor:

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from handful import __version__, checkpoint
-from handful.config import ModelConfig, TrainConfig, to_dict
+from handful.config import ModelConfig, TrainConfig
+from handful.config_io import to_dict
 from handful.data import Data
 from handful.errors import CheckpointError, ConfigError
 from handful.families.io import checkpoint_files, read_into

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from handful import checkpoint
-from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig, from_dict, read_toml, to_dict
+from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
+from handful.config_io import from_dict, read_toml, to_dict
 from handful.data import Data, load_data
 from handful.errors import CheckpointError, ConfigError
 from handful.families import config_from_hf
@@ -36,10 +37,10 @@ from handful.text import SMALLEST_VOCAB
 from handful.tokenizer_files import has_tokenizer
 
 __all__ = [
-    "Asked", "Only", "balance_like", "balance_of", "check_asked", "resumed_settings", "training_settings",
+    "Asked", "TrainOnly", "balance_like", "check_training", "named_balance", "resumed_settings", "training_settings",
 ]  # fmt: skip
 
-Only = Literal["all", "experts", "routers"]  # what is trained; shared experts are experts
+TrainOnly = Literal["all", "experts", "routers"]  # what is trained; shared experts are experts
 
 BALANCE_WEIGHT = 0.01
 BALANCES = ("none", "switch", "global", "sequence", "gshard", "loss-free")
@@ -68,7 +69,7 @@ class Asked:
     model: Callable[[int], ModelConfig]
     train: TrainConfig
     start: Path | None = None
-    only: Only = "all"
+    only: TrainOnly = "all"
     said: frozenset[str] = frozenset()
 
     def load_data(self, progress: Callable[[str], None] | None = None) -> Data:
@@ -77,7 +78,7 @@ class Asked:
         return load_data(given.pop("source", None), progress=progress, **given)
 
 
-def balance_of(kind: str, like: Preset | None) -> BalanceConfig:
+def named_balance(kind: str, like: Preset | None) -> BalanceConfig:
     """The balance of a name: a loss at the preset's weight or 0.01, "loss-free" or "none". ConfigError lists them."""
     if kind not in BALANCES:
         raise ConfigError(f"balance = {kind!r}: one of {', '.join(BALANCES)}")
@@ -124,11 +125,11 @@ def resumed_settings(folder: Path) -> Asked:
     )  # fmt: skip
 
 
-def _only(name: str) -> Only:
-    for known in get_args(Only):
+def _only(name: str) -> TrainOnly:
+    for known in get_args(TrainOnly):
         if name == known:
             return known  # type: ignore[no-any-return]
-    raise ConfigError(f"only = {name!r}: one of {', '.join(get_args(Only))}")
+    raise ConfigError(f"only = {name!r}: one of {', '.join(get_args(TrainOnly))}")
 
 
 def training_settings(
@@ -184,7 +185,7 @@ def training_settings(
     kind = _typed("balance", balance or written.get("balance", ""), str)
     dense = name == "none"
     like = preset(name) if name and not dense else None
-    settings = _train(train, like, balance_of(kind, like) if kind else None, dense)
+    settings = _train(train, like, named_balance(kind, like) if kind else None, dense)
     needs_bias = bool(settings.balance.bias_rate)
     context = max(settings.context, _typed("model.context", model.get("context", 0), int))
 
@@ -195,7 +196,7 @@ def training_settings(
     return Asked(origin=origin, model=of, train=settings, only=trained, said=frozenset(train))
 
 
-def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: str, only: Only) -> Asked:
+def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: str, only: TrainOnly) -> Asked:
     folder = find_folder(start)
     config = config_from_hf(checkpoint.read_json(folder / "config.json"))
     if origin.get("source") is None:  # more of the text that it knows
@@ -204,12 +205,12 @@ def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: 
         raise ConfigError(f"from = {start!r}: it has no tokenizer.json, which the text is read by")
     balance = BalanceConfig() if only == "experts" else balance_like(start, folder, config)
     if kind and kind != balance.loss:
-        asked = balance_of(kind, None)
+        asked = named_balance(kind, None)
         balance = replace(asked, weight=balance.weight) if asked.weight and balance.weight else asked
     base = small_training(dtype="auto", lr=START_LR, balance=balance)
     base = replace(base, context=min(base.context, config.context))
     train = _laid_over(base, values, config.router is None)
-    check_asked(config, train, only)
+    check_training(config, train, only)
     if train.context > config.context:
         raise ConfigError(f"train.context = {train.context}: at most {config.context}, the model's")
     return Asked(
@@ -217,11 +218,11 @@ def _going_on(start: str, origin: dict[str, Any], values: dict[str, Any], kind: 
     )  # fmt: skip
 
 
-def check_asked(config: ModelConfig, settings: TrainConfig, only: str) -> None:
+def check_training(config: ModelConfig, settings: TrainConfig, only: str) -> None:
     """ConfigError for a model, a training and what is trained that do not go together, whatever the text."""
     router, balance = config.router, settings.balance
-    if only not in get_args(Only):
-        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(Only))}")
+    if only not in get_args(TrainOnly):
+        raise ConfigError(f"only = {only!r}: one of {', '.join(get_args(TrainOnly))}")
     if only != "all" and router is None:
         raise ConfigError(f"only = {only!r}: 'all' for a dense model")
     if only == "experts" and balance != BalanceConfig():

@@ -27,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from handful.checkpoint import write_file
 from handful.errors import CheckpointError, ConfigError, DataError
 from handful.hub import TOKENIZER_FILES, fetch, repository
-from handful.tokenizer_files import build, byte_of_char, chat_templates, guarded, named_tokens, read_files
+from handful.tokenizer_files import build, byte_of_char, chat_templates, guarded, named_tokens, read_tokenizer_files
 
 __all__ = ["END_OF_TEXT", "SMALLEST_VOCAB", "Stream", "Tokenizer", "load_tokenizer", "train_tokenizer", "trained"]
 
@@ -91,7 +91,7 @@ def load_tokenizer(source: str | Path, *, any_text: bool = True) -> Tokenizer:
         except CheckpointError as error:
             raise DataError(f"tokenizer {error}") from None
     with guarded(f"tokenizer {str(source)!r}"):
-        files = read_files(path)
+        files = read_tokenizer_files(path)
         inner = build(files)
         tokenizer = Tokenizer(inner, _end_of_text(inner, files, path), any_text=any_text, files=files)
         tokenizer.encode_batch([_PROBE])

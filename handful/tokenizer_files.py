@@ -1,11 +1,12 @@
 """The files of a tokenizer: which there are, what they say, and how they become one of the `tokenizers` library.
 
-    read_files(folder)       name -> bytes of all that belongs to a tokenizer, which a checkpoint hands on unchanged
-    build(files)             tokenizer.json, tiktoken.model (Kimi-K2, Moonlight) or vocab.json and merges.txt (GPT-2,
-                             Qwen2), as a `tokenizers.Tokenizer`
-    named_tokens(files)      bos_token, eos_token, … as tokenizer_config.json or special_tokens_map.json names them
-    chat_templates(files)    the chat templates by name
-    guarded(what)            whatever the library does about a malformed file, as one DataError
+    read_tokenizer_files(folder)   name -> bytes of all that belongs to a tokenizer, which a checkpoint hands on
+                                   unchanged
+    build(files)                   tokenizer.json, tiktoken.model (Kimi-K2, Moonlight) or vocab.json and merges.txt
+                                   (GPT-2, Qwen2), as a `tokenizers.Tokenizer`
+    named_tokens(files)            bos_token, eos_token, … by tokenizer_config.json or special_tokens_map.json
+    chat_templates(files)          the chat templates by name
+    guarded(what)                  whatever the library does about a malformed file, as one DataError
 
 No code of a checkpoint is run.
 """
@@ -38,8 +39,8 @@ __all__ = [
     "guarded",
     "has_tokenizer",
     "named_tokens",
-    "read_files",
     "read_settings",
+    "read_tokenizer_files",
 ]
 
 # What a tokenizer can be made from; the first that is there is taken.
@@ -83,7 +84,7 @@ def _vocabulary(folder: Path) -> str | None:
     return next((name for name in found if name != "vocab.json" or (folder / "merges.txt").is_file()), None)
 
 
-def read_files(path: Path) -> dict[str, bytes]:
+def read_tokenizer_files(path: Path) -> dict[str, bytes]:
     """A tokenizer's files in a folder, or beside a tokenizer.json (which may have another name). OSError if the
     vocabulary is not there, DataError for a file of absurd size."""
     if path.is_dir():

@@ -34,10 +34,10 @@ from handful.evaluate import evaluate
 from handful.experts import FeedForward, activate
 from handful.families import config_to_hf, why_not_public
 from handful.families.weights import shapes
+from handful.meta_device import meta_device
 from handful.model import Decoder
-from handful.shapes import shapes_alone
 
-__all__ = ["Method", "Partition", "Report", "Side", "check_asked", "report", "upcycle"]
+__all__ = ["Method", "Partition", "Report", "Side", "check_upcycle", "report", "upcycle"]
 
 Method = Literal["copy", "granular", "split"]
 Partition = Literal["coactivation", "weights", "random"]
@@ -81,7 +81,7 @@ def upcycle(
     dense = model.config
     if model.state_dict().keys() != shapes(dense).keys():
         raise ConfigError("upcycle model: its weights are quantised: load it without")
-    top_k, slices = check_asked(
+    top_k, slices = check_upcycle(
         dense, method, experts=experts, top_k=top_k, slices=slices, noise=noise, partition=partition
     )
     watched = (partition or "coactivation") == "coactivation"
@@ -124,14 +124,14 @@ def upcycle(
         else:
             for layer in range(dense.layers):
                 convert(layer, None)
-    with shapes_alone():
+    with meta_device():
         made = Decoder(config, backend=backend)
     made.load_state_dict(state, strict=True, assign=True)
     made.tokenizer, made.origin = model.tokenizer, model.origin
     return made.eval()
 
 
-def check_asked(
+def check_upcycle(
     dense: ModelConfig,
     method: Method = "copy",
     *,

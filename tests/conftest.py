@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# A failure in what tests share is told as one of their own.
+pytest.register_assert_rewrite("builders")
+
 # The same examples on every run, however busy the machine.
 settings.register_profile("handful", deadline=None, derandomize=True)
 settings.load_profile("handful")

@@ -11,50 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from builders import LATENT, LLAMA3, MLA, SHAPES, SMALL, YARN, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from handful.attention import Attention, LatentAttention
-from handful.config import MLAConfig, ModelConfig, RopeScaling
+from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
 from handful.model import Decoder
 from handful.positions import KVCache, Span, rope_frequency, rope_table, rotate
 
 F64 = torch.float64
 CPU = torch.device("cpu")
-
-SMALL = ModelConfig(
-    vocab=13, width=8, layers=2, heads=4, kv_heads=2, ffn=10, qk_norm="head", rope_theta=100.0, context=32
-)
-LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_context=40, low_freq_factor=1.0, high_freq_factor=4.0)
-YARN = RopeScaling(kind="yarn", factor=4.0, original_context=16, beta_fast=2.0, beta_slow=0.2)
-DEEPSEEK_YARN = replace(YARN, mscale=0.7, mscale_all_dim=1.2)
-MLA = MLAConfig(q_rank=5, kv_rank=6, nope_dim=3, rope_dim=4, v_dim=5)
-LATENT = replace(SMALL, qk_norm="none", head_dim=None, mla=MLA, rope_adjacent=True)
-
-SHAPES: dict[str, ModelConfig] = {
-    "grouped-query": SMALL,
-    "multi-head": replace(SMALL, kv_heads=4),
-    "one key-value head": replace(SMALL, kv_heads=1),
-    "plain": replace(SMALL, qk_norm="none"),
-    "full norm": replace(SMALL, qk_norm="full"),
-    "biases": replace(SMALL, qkv_bias=True, o_bias=True),
-    "partial rotary": replace(SMALL, head_dim=8, rotary_fraction=0.5),
-    "wide heads": replace(SMALL, head_dim=6, qk_norm="full"),
-    "adjacent pairs": replace(SMALL, head_dim=8, rotary_fraction=0.5, rope_adjacent=True),
-    "scaled scores": replace(SMALL, attention_scale=0.3),
-    "sinks": replace(SMALL, sinks=True),
-    "window": replace(SMALL, window=3),
-    "window of one": replace(SMALL, window=1),
-    "window and sinks, by turns": replace(SMALL, window=2, full_layers=(1,), sinks=True),
-    "linear": replace(SMALL, head_dim=8, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
-    "llama3": replace(SMALL, head_dim=8, rope_scaling=LLAMA3),
-    "yarn": replace(SMALL, head_dim=8, rope_scaling=YARN),
-    "latent": LATENT,
-    "latent, queries whole": replace(LATENT, mla=replace(MLA, q_rank=None), rope_adjacent=False),
-    "latent, yarn": replace(LATENT, rope_scaling=DEEPSEEK_YARN),
-}
 
 
 def decoder(config: ModelConfig) -> Decoder:
@@ -65,10 +34,6 @@ def decoder(config: ModelConfig) -> Decoder:
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn_like(p))
     return model
-
-
-def tokens(B: int, S: int) -> Tensor:
-    return torch.randint(SMALL.vocab, (B, S))
 
 
 def close(got: Tensor, want: Tensor, rel: float = 1e-12) -> None:

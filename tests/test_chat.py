@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from builders import moe
 from hypothesis import given
 from hypothesis import strategies as st
 from public_tokenizers import PUBLIC, Public, byte_level, settings
-from tiny import moe
 
 import handful
 from handful.chat import Conversation, chat, chat_request, chat_tokens, render
 from handful.cli import main
-from handful.engine import Engine, Sampling, stop_ids
+from handful.engine import Engine
 from handful.errors import CheckpointError, ConfigError, DataError
 from handful.families.io import load, load_decoder, save
+from handful.generate import stop_ids
 from handful.model import Decoder
+from handful.sampling import Sampling
 from handful.text import Tokenizer, load_tokenizer
 
 # Written as public ones are: what each uses of Jinja, and of what transformers gives it.

@@ -22,9 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from handful import checkpoint
+from handful import checkpoint, safetensors_file
 from handful.checkpoint import check_tensors, point, read_json, read_tensors, shards, write_file, write_folder
 from handful.errors import CheckpointError, ConfigError
+from handful.lazy_tensors import Entry, Tensors
 
 A = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 B = torch.ones(4, dtype=torch.bfloat16)
@@ -80,13 +81,13 @@ def test_shards_are_read_through_the_index(folder: Path) -> None:
 
 def test_reading_is_lazy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
-    fill = checkpoint._File.fill
+    fill = safetensors_file._File.fill
 
     def spy(file: Any, out: Tensor, start: int) -> None:
         read.append((file.path.name, out.nbytes))
         fill(file, out, start)
 
-    monkeypatch.setattr(checkpoint._File, "fill", spy)
+    monkeypatch.setattr(safetensors_file._File, "fill", spy)
     tensors = read_tensors(folder)
     check_tensors({"a": (2, 3), "b": (4,)}, tensors)
     assert tensors.entry("b").dtype == torch.bfloat16
@@ -100,7 +101,7 @@ def test_reading_is_lazy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensor_is_read_into_any_dtype_and_any_layout(
     folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK", chunk)
+    monkeypatch.setattr(safetensors_file, "CHUNK", chunk)
     tensors = read_tensors(folder)
     assert tensors.entry("a").read(dtype=torch.float64).equal(A.double())
     whole = torch.zeros(3, 2, 2)
@@ -108,7 +109,7 @@ def test_a_tensor_is_read_into_any_dtype_and_any_layout(
     assert whole[:, :, 1].t().equal(A)
     assert whole[:, :, 0].count_nonzero() == 0
     # One that is in memory is as it is, or in another dtype.
-    held = checkpoint.Tensors.of({"a": A}).entry("a")
+    held = Tensors.of({"a": A}).entry("a")
     assert held.read().data_ptr() == A.data_ptr()
     assert held.read(1, torch.bfloat16).equal(A[1].bfloat16())
 
@@ -187,16 +188,16 @@ def test_tensors_are_made_one_at_a_time_when_they_are_written(tmp_path: Path) ->
     alive: list[int] = []
     made: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
-    def entry(value: float) -> checkpoint.Entry:
+    def entry(value: float) -> Entry:
         def fill(out: Tensor, part: int | None) -> None:
             assert part is not None
             made.add(out)
             alive.append(len(made))
             out.fill_(value + part)
 
-        return checkpoint.Entry(torch.float32, (3, 4), fill)
+        return Entry(torch.float32, (3, 4), fill)
 
-    write_file(tmp_path / "a.safetensors", checkpoint.Tensors({"x": entry(0), "y": entry(10)}))
+    write_file(tmp_path / "a.safetensors", Tensors({"x": entry(0), "y": entry(10)}))
     assert max(alive) <= 2
     assert len(alive) == 6
     assert read_tensors(tmp_path / "a.safetensors")["y"][:, 0].tolist() == [10, 11, 12]
@@ -315,7 +316,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
         return run
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", counted(checkpoint._write_tensors))
+    monkeypatch.setattr(checkpoint, "write_tensors", counted(safetensors_file.write_tensors))
     for name in ("fsync", "rename", "replace"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
 
@@ -424,7 +425,7 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"model: cannot be written: No space left on device$"):
         write_folder(path, {"model.safetensors": {"a": A + 1}})
     with pytest.raises(CheckpointError, match=r"b\.safetensors: cannot be written: No space left on device$"):

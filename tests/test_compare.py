@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, Event, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
+from builders import VOCAB, Event, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 
 from handful import __version__
 from handful.compare import (
@@ -30,7 +30,8 @@ from handful.compare import (
     teams,
     twins,
 )
-from handful.config import BalanceConfig, ModelConfig, to_dict
+from handful.config import BalanceConfig, ModelConfig
+from handful.config_io import to_dict
 from handful.cost import cost
 from handful.data import Batches, Data, load_data
 from handful.errors import ConfigError, TrainingError

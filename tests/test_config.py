@@ -10,16 +10,8 @@ from typing import Any
 
 import pytest
 
-from handful.config import (
-    BalanceConfig,
-    MLAConfig,
-    ModelConfig,
-    RouterConfig,
-    TrainConfig,
-    from_dict,
-    read_toml,
-    to_dict,
-)
+from handful.config import BalanceConfig, MLAConfig, ModelConfig, RouterConfig, TrainConfig
+from handful.config_io import from_dict, read_toml, to_dict
 from handful.errors import ConfigError
 from handful.presets import PRESETS, small_model, small_training
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import Event, moe, of_kind, tiny_data, training
 from rich.console import Console
 from rich.table import Table
-from tiny import Event, moe, of_kind, tiny_data, training
 
 from handful.config import ModelConfig
 from handful.console import (

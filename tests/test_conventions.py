@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import tiktoken
 import torch
+from builders import dense, moe, training, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 from public_tokenizers import KIMI_SETTINGS, KIMI_SPECIALS, PUBLIC, RANKS, Public, byte_level, framed
-from tiny import dense, moe, training, write_text
 
 from handful import checkpoint
 from handful.config import BalanceConfig
 from handful.data import load_data
-from handful.engine import Engine, Request, Sampling, sampling_of, stop_ids, text_request
+from handful.engine import Engine, Request
 from handful.errors import CheckpointError, DataError, HandfulError
 from handful.families.io import load, load_decoder, save
+from handful.generate import sampling_of, stop_ids, text_request
 from handful.model import Decoder
-from handful.sampling import Sampler
+from handful.sampling import Sampler, Sampling
 from handful.settings import training_settings
 from handful.text import END_OF_TEXT, Tokenizer, load_tokenizer, train_tokenizer
 from handful.tokenizer_files import KIMI_WORDS

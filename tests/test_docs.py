@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import typer
-from tiny import moe, training, write_text
+from builders import moe, training, write_text
 
 from handful.cli import app
 from handful.compare import compare, teams
-from handful.config import RouterConfig, to_dict
+from handful.config import RouterConfig
+from handful.config_io import to_dict
 from handful.data import load_data
 from handful.presets import small_training
 from handful.settings import training_settings

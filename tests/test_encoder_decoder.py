@@ -12,28 +12,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import SWITCH
 from torch import Tensor
 
 from handful.balance import switch_loss, z_loss
-from handful.config import EncoderDecoderConfig, RouterConfig, from_dict, to_dict
+from handful.config import EncoderDecoderConfig, RouterConfig
+from handful.config_io import from_dict, to_dict
 from handful.encoder_decoder import Attention, EncoderDecoder, OutputCache, bucket
 from handful.errors import ConfigError
 from handful.moe import MoE
 
 F64 = torch.float64
-SMALL = EncoderDecoderConfig(
-    vocab=13, width=8, encoder_layers=2, decoder_layers=3, heads=2, head_dim=5, ffn=6, encoder_moe_every=2,
-    decoder_moe_every=1, buckets=8, max_distance=9, router=RouterConfig(experts=4, top_k=1, normalize=False),
-)  # fmt: skip
 
 
 def model(seed: int = 0, **changes: Any) -> EncoderDecoder:
     torch.manual_seed(seed)
-    return EncoderDecoder(replace(SMALL, **changes)).to(F64).eval()
+    return EncoderDecoder(replace(SWITCH, **changes)).to(F64).eval()
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(2, SMALL.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, SWITCH.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def close(found: Tensor, right: Tensor) -> bool:
@@ -59,7 +57,7 @@ def test_buckets_by_hand() -> None:
 @torch.no_grad()
 def test_attention_against_a_plain_rewrite() -> None:
     torch.manual_seed(0)
-    attention = Attention(SMALL).to(F64)
+    attention = Attention(SWITCH).to(F64)
     x_OD, y_SD = torch.randn(3, 8, dtype=F64), torch.randn(4, 8, dtype=F64)
     bias_HOS = torch.randn(2, 3, 4, dtype=F64)
     q, k, v = x_OD @ attention.q.weight.t(), y_SD @ attention.k.weight.t(), y_SD @ attention.v.weight.t()
@@ -133,20 +131,20 @@ def test_inputs_of_nothing_but_padding_give_numbers() -> None:
 @torch.no_grad()
 def test_an_output_sees_all_inputs_and_the_outputs_before_it() -> None:
     # With few places too: a later token never takes an earlier one's.
-    net = model(router=replace(SMALL.router, sequence_capacity=1))
+    net = model(router=replace(SWITCH.router, sequence_capacity=1))
     inputs_BS, outputs_BO = tokens(1, 6), tokens(1, 6, seed=1)
     right, _ = net(inputs_BS, outputs_BO)
-    outputs_BO[0, 3] = (outputs_BO[0, 3] + 1) % SMALL.vocab
+    outputs_BO[0, 3] = (outputs_BO[0, 3] + 1) % SWITCH.vocab
     changed, _ = net(inputs_BS, outputs_BO)
     assert changed[:, :3].equal(right[:, :3])
     assert not close(changed[:, 3:4], right[:, 3:4])
-    inputs_BS[0, 5] = (inputs_BS[0, 5] + 1) % SMALL.vocab
+    inputs_BS[0, 5] = (inputs_BS[0, 5] + 1) % SWITCH.vocab
     assert not close(net(inputs_BS, outputs_BO)[0][:, :1], right[:, :1])
 
 
 @torch.no_grad()
 def test_a_sequence_is_as_it_is_alone_whatever_stands_beside_it() -> None:
-    net = model(router=replace(SMALL.router, sequence_capacity=2))
+    net = model(router=replace(SWITCH.router, sequence_capacity=2))
     inputs_BS, outputs_BO = tokens(3, 6), tokens(3, 6, seed=1)
     right, routings = net(inputs_BS, outputs_BO)
     assert sum(int(routing.dropped_TK.sum()) for routing in routings) > 0
@@ -184,7 +182,7 @@ def test_it_learns_to_copy_with_balanced_experts() -> None:
     torch.manual_seed(0)
     router = RouterConfig(experts=4, top_k=1, normalize=False, sequence_capacity=4, jitter=0.01)
     sizes: dict[str, Any] = {"width": 32, "heads": 4, "head_dim": 8, "ffn": 32, "buckets": 32, "max_distance": 128}
-    net = EncoderDecoder(replace(SMALL, encoder_layers=2, decoder_layers=2, router=router, **sizes)).train()
+    net = EncoderDecoder(replace(SWITCH, encoder_layers=2, decoder_layers=2, router=router, **sizes)).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=6e-3)
     losses = []
     for step in range(80):
@@ -209,15 +207,15 @@ def test_it_learns_to_copy_with_balanced_experts() -> None:
 
 def test_which_layers_are_moe() -> None:
     for every, layers in {0: [], 1: [0, 1, 2, 3, 4, 5], 2: [1, 3, 5], 3: [1, 4], 4: [1, 5], 6: [1], 9: [1]}.items():
-        config = replace(SMALL, encoder_layers=6, decoder_layers=6, encoder_moe_every=every)
+        config = replace(SWITCH, encoder_layers=6, decoder_layers=6, encoder_moe_every=every)
         assert [i for i in range(6) if config.encoder_is_moe(i)] == layers
         config = replace(config, encoder_moe_every=1, decoder_moe_every=every)
         assert [i for i in range(6) if config.decoder_is_moe(i)] == layers
 
 
 def test_config_as_plain_values_and_back() -> None:
-    assert from_dict(EncoderDecoderConfig, to_dict(SMALL)) == SMALL
-    assert replace(SMALL, head_dim=None).head_dim == 4
+    assert from_dict(EncoderDecoderConfig, to_dict(SWITCH)) == SWITCH
+    assert replace(SWITCH, head_dim=None).head_dim == 4
 
 
 def test_some_layer_must_be_moe() -> None:
@@ -227,11 +225,11 @@ def test_some_layer_must_be_moe() -> None:
                 f"{stack}_layers": layers, f"{stack}_moe_every": every, f"{other}_moe_every": 0,
             }  # fmt: skip
             if has:
-                config = replace(SMALL, **changes)
+                config = replace(SWITCH, **changes)
                 assert any(map(config.encoder_is_moe, range(5))) or any(map(config.decoder_is_moe, range(5)))
             else:
                 with pytest.raises(ConfigError, match="one that makes an MoE layer"):
-                    replace(SMALL, **changes)
+                    replace(SWITCH, **changes)
 
 
 @pytest.mark.parametrize(
@@ -252,4 +250,4 @@ def test_some_layer_must_be_moe() -> None:
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^encoder_decoder.*{message}"):
-        replace(SMALL, **changes)
+        replace(SWITCH, **changes)

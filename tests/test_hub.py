@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fresh
 import pytest
-from tiny import moe
+from builders import moe
 
 from handful.families.io import load, save
 from handful.model import Decoder

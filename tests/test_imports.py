@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import fresh
 import pytest
-from tiny import moe
+from builders import moe
 
 import handful
 from handful.families.io import save
@@ -22,13 +23,15 @@ PACKAGE = Path(handful.__file__).parent
 
 # A module imports from lower tiers and, within its own, from those that stand before it.
 TIERS = [
-    ["errors", "units", "config", "presets", "machine", "verdict"],
+    ["errors", "units", "config", "config_io", "presets", "machine", "verdict"],
     [
         "routing",
-        "shapes",
+        "meta_device",
         "loss",
         "count",
         "cost",
+        "lazy_tensors",
+        "safetensors_file",
         "checkpoint",
         "hub",
         "tokenizer_files",
@@ -39,28 +42,36 @@ TIERS = [
         "data",
         "quantize",
     ],
-    ["experts", "balance", "observe", "placement"],
+    ["experts", "balance", "observe"],
     ["sampling", "origin", "positions", "attention", "moe", "model", "encoder_decoder", "evaluate", "scores"],
-    ["families", "memory", "upcycle", "transformers"],
+    ["families", "memory", "upcycle", "router_watch", "transformers"],
     [
         "runs",
         "settings",
-        "watch",
+        "monitor",
+        "train_step",
         "train",
         "engine",
+        "generate",
         "chat",
         "ceilings",
+        "forecast",
         "plan",
-        "trace",
+        "cache_replay",
         "finding",
         "report",
         "verify",
     ],
-    ["compare", "server"],
+    ["compare"],
     ["width", "progress", "console", "cli"],
     ["__main__"],
 ]
 ORDER = [module for tier in TIERS for module in tier]
+
+# Files that import each other, round about, and are to stop.
+KNOWN_CIRCLES = {
+    frozenset(f"experts/{name}.py" for name in ("at_once", "grouped", "layer", "native", "reference")),
+}
 
 HEAVY = [
     "datasets",
@@ -83,15 +94,17 @@ def module_of(path: Path) -> str:
     return "handful" if parts == ("__init__",) else parts[0]
 
 
-def imported(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, int]]:
-    """The dotted names that `tree` imports, and their lines. Imports for type checkers alone are left out.
+def imported(tree: ast.AST, package: list[str], types: bool = False) -> Iterator[tuple[str, int]]:
+    """The dotted names that `tree` imports, and their lines. Imports for type checkers alone are left out, but with
+    `types`.
 
     `package` is the package that holds the file, against which relative imports are resolved.
     """
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        checking = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        if isinstance(node, ast.If) and checking and not types:
             for other in node.orelse:
-                yield from imported(ast.Module([other], []), package)
+                yield from imported(ast.Module([other], []), package, types)
         elif isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -99,7 +112,52 @@ def imported(tree: ast.AST, package: list[str]) -> Iterator[tuple[str, int]]:
             source = ".".join([*base, *([node.module] if node.module else [])])
             yield from ((f"{source}.{alias.name}", node.lineno) for alias in node.names)
         else:
-            yield from imported(node, package)
+            yield from imported(node, package, types)
+
+
+def files_imported(path: Path) -> set[str]:
+    """The files that a file of the package imports, anywhere and for type checkers too."""
+    package = ["handful", *path.relative_to(PACKAGE).parent.parts]
+    names = (name for name, _ in imported(ast.parse(path.read_text()), package, types=True))
+    return {file for name in names if (file := file_of(name)) is not None} - {name_of(path)}
+
+
+def file_of(dotted: str) -> str | None:
+    """The file of the package that a dotted import reaches, as `name_of` gives it; None if it reaches none."""
+    first, *parts = dotted.split(".")
+    if first != "handful" or not parts:
+        return None
+    parts = [*handful._HOMES.get(parts[0], parts[0]).split("."), *parts[1:]]
+    for count in range(len(parts), 0, -1):
+        path = PACKAGE.joinpath(*parts[:count])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return name_of(file)
+    return None
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def circles(imports: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Files each of which reaches all the others, by what each imports."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        left = [start]
+        while left:
+            new = imports.get(left.pop(), set()) - found
+            found |= new
+            left += new
+        return found
+
+    reach = {file: reached(file) for file in imports}
+    return {
+        frozenset(other for other in reach[file] if file in reach.get(other, ()))
+        for file in imports
+        if file in reach[file]
+    }
 
 
 def target(dotted: str) -> str | None:
@@ -159,6 +217,43 @@ def test_every_file_keeps_to_the_tiers() -> None:
 
 def test_every_module_stands_in_a_tier() -> None:
     assert {module_of(path) for path in PACKAGE.rglob("*.py")} - {"handful"} <= set(ORDER)
+
+
+def test_every_tier_names_what_exists() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    assert [entry for entry in ORDER if entry not in modules] == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == set()
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"a"}, "e": {"a"}}) == {frozenset("abcd")}
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"c"}}) == {frozenset("ab"), frozenset("cd")}
+    assert file_of("handful.experts.grouped.grouped") == "experts/grouped.py"
+    assert file_of("handful.experts.Experts") == "experts/__init__.py"
+    assert file_of("handful.load") == "families/io.py"
+    assert [file_of(name) for name in ("handful", "handful.__version__", "torch.nn")] == [None, None, None]
+
+
+def test_no_files_import_each_other() -> None:
+    # The package's own __init__ imports a name when it is asked for.
+    files = set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"}
+    assert circles({name_of(path): files_imported(path) for path in files}) == KNOWN_CIRCLES
+
+
+def test_no_test_file_imports_another() -> None:
+    """What they share is in `builders.py` and its neighbours. The text of child processes counts too."""
+    found = []
+    for path in Path(__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        imports = [name for name, _ in imported(tree, [])]
+        imports += re.findall(r"^ *(?:from|import) (test_\w+)", "\n".join(texts), re.MULTILINE)
+        found += [f"{path.name} imports {name}" for name in imports if name.startswith("test_")]
+    assert found == []
 
 
 def test_import_is_light() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from handful.config import RouterConfig
 from handful.moe import NotCausalWarning, Router
-from handful.observe import LoadStats, coactivation, collapsed, dead, dropped, entropy, load, max_vio, stats
+from handful.observe import LoadStats, coactivation, collapsed, dead, dropped, entropy, expert_load, max_vio, stats
 from handful.routing import Routing
 
 
@@ -32,8 +32,8 @@ DROPPED = [[False, False], [False, True], [True, False], [True, True]]
 
 
 def test_load_counts_what_was_chosen() -> None:
-    assert load(routing_of(CHOSEN, 4)).tolist() == [0.5, 0.375, 0.125, 0]
-    assert load(routing_of(CHOSEN, 4, DROPPED)).tolist() == [0.5, 0.375, 0.125, 0]
+    assert expert_load(routing_of(CHOSEN, 4)).tolist() == [0.5, 0.375, 0.125, 0]
+    assert expert_load(routing_of(CHOSEN, 4, DROPPED)).tolist() == [0.5, 0.375, 0.125, 0]
 
 
 def test_max_vio() -> None:

@@ -19,7 +19,7 @@ from handful.config import ModelConfig, RouterConfig
 from handful.errors import RoutingError
 from handful.model import Decoder
 from handful.moe import MoE, UntrainableWarning
-from handful.observe import coactivation, dropped, load
+from handful.observe import coactivation, dropped, expert_load
 from handful.positions import KVCache
 from handful.routing import Choice, Routing
 
@@ -66,7 +66,7 @@ def test_padding_changes_nothing(changes: dict[str, Any], training: bool, real: 
     for name, loss in LOSSES.items():
         assert torch.allclose(loss(routing), loss(alone), atol=1e-6), name
         assert bool(loss(routing).isfinite()), name
-    assert torch.allclose(load(routing), load(alone))
+    assert torch.allclose(expert_load(routing), expert_load(alone))
     assert coactivation(routing).equal(coactivation(alone))
     assert dropped(routing) == pytest.approx(dropped(alone))
 
@@ -104,7 +104,7 @@ def test_losses_of_no_tokens_are_zero(name: str) -> None:
         loss = LOSSES[name](routing)
         assert loss.item() == 0
         assert not gradient(layer, loss + 0 * layer.router.weight.sum()).any()
-        assert not load(routing).any()
+        assert not expert_load(routing).any()
 
 
 def test_a_mask_of_another_shape_or_type_is_refused() -> None:

@@ -11,28 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from builders import BASE, JAMBA, Call, calling, document, mistake, moe
 from rich.console import Console
-from test_cli import Call, calling, document, mistake
-from test_pricing import BASE, JAMBA
-from tiny import moe
 
 from handful import ceilings, memory
+from handful.cache_replay import check_recording, replay
 from handful.ceilings import Ceilings, Overhead, cache_file, measure_overhead
 from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
 from handful.console import plan_line, plan_tables
-from handful.engine import Engine, Request, Sampling
+from handful.engine import Engine, Request
 from handful.errors import ConfigError, HandfulError
 from handful.experts import Experts
 from handful.experts.disk import PackFile
 from handful.experts.quantized import quantize_model, weights_of
 from handful.experts.stored import Store, StoredExperts, StoreStats
 from handful.families.pricing import count_from_hf
+from handful.forecast import EFFICIENCY, FORMATS, STREAM
 from handful.machine import Measured, machine
 from handful.model import Decoder, KVCache
 from handful.observe import Recorder, Recording
-from handful.plan import EFFICIENCY, FORMATS, PROCESS, STREAM, Plan, plan
+from handful.plan import PROCESS, Plan, plan
 from handful.presets import PRESETS
-from handful.trace import check_recording, replay
+from handful.sampling import Sampling
 from handful.units import parse_bytes
 
 NONE = Overhead(**{field.name: 0.0 for field in fields(Overhead)})
@@ -85,7 +85,7 @@ REAL = moe({"experts": 6}, layers=3, tied=False, dense_first=1, ffn=24, shared_w
 def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_path: Path) -> None:
     bits, wide = FORMATS[dtype], torch.float32 if dtype == "float32" else torch.bfloat16
     model = Decoder(shape).to(wide).eval()
-    layout = memory.pack(model, tmp_path / "pack", quantize=bits or None)
+    layout = memory.pack_experts(model, tmp_path / "pack", quantize=bits or None)
     found = plan(shape, QUICK, dtype=dtype, batch=3)
     assert found.expert == layout.record_bytes
     assert found.experts == layout.records == 12
@@ -479,7 +479,7 @@ def test_a_replay_by_hand() -> None:
 
 
 def test_a_replay_plays_no_more_than_it_has_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handful.trace.USES", 7)
+    monkeypatch.setattr("handful.cache_replay.USES", 7)
     assert replay(recorded(*[[[0, 1]]] * 20), 4).tokens == 3
     assert replay(recorded(*[[[0, 1], [0, 1], [0, 1], [0, 1]]] * 20), 4).tokens == 1
 
@@ -498,7 +498,7 @@ def test_a_replay_hits_as_the_store_does(read_ahead: bool, tmp_path: Path) -> No
     torch.manual_seed(3)
     shape = moe({"experts": 8}, layers=3, context=128)
     model = Decoder(shape).eval()
-    memory.pack(model, tmp_path / "pack")
+    memory.pack_experts(model, tmp_path / "pack")
     found = plan(shape, QUICK, dtype="float32", memory=memory.resident_bytes(model) + 13 * 4096)
     assert found.expert == 4096
     recorder, passes = Recorder(), 0

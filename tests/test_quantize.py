@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import FORMATS, distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,16 +26,7 @@ from handful.errors import CheckpointError, ConfigError
 from handful.quantize import Mxfp4, Packed, error, pack, pack_mxfp4, pack_stack, unpack, unpack_mxfp4
 
 F64, BF16 = torch.float64, torch.bfloat16
-FORMATS = [(4, 32), (4, 128), (8, 32), (8, 128)]
 LARGEST = {8: 127, 4: 7}
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖; where nothing is wanted, nothing may come."""
-    assert got.shape == want.shape
-    got, want = got.detach().to(F64), want.detach().to(F64)
-    size, off = float(want.norm()), float((got - want).norm())
-    return off / size if size else (0.0 if off == 0 else math.inf)
 
 
 def same(a: Packed, b: Packed) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import moe, write_text
+from builders import moe, write_text
 
 from handful.cli import main
 from handful.data import load_data

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders import VOCAB, dense, moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, dense, moe
 from torch import Tensor
 
 from handful.balance import switch_loss

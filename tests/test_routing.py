@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from handful.errors import RoutingError
-from handful.routing import Plan, Routing
+from handful.routing import Routing, SortedAssignments
 
 
 def routing_of(
@@ -24,7 +24,7 @@ def routing_of(
     return Routing(even, even, chosen, torch.ones(chosen.shape), None if dropped is None else torch.tensor(dropped))
 
 
-def plain(plan: Plan) -> list[list[int]]:
+def plain(plan: SortedAssignments) -> list[list[int]]:
     return [t.tolist() for t in (plan.order_N, plan.token_N, plan.counts_E, plan.offsets_E)]
 
 

@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import moe, of_kind, read_lines, timeless, tiny_data, training, write_text
+from builders import moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 from torch import Tensor
 
 from handful import __version__, checkpoint
-from handful.config import BalanceConfig, to_dict
+from handful.config import BalanceConfig
+from handful.config_io import to_dict
 from handful.data import Data, load_data
 from handful.errors import CheckpointError, ConfigError
 from handful.families.io import load
 from handful.model import Decoder
 from handful.runs import Run, read_events
-from handful.train import make_optimizer, train
+from handful.train import train
+from handful.train_step import make_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders import moe, tiny_data
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import moe, tiny_data
 
 from handful.errors import ConfigError
 from handful.model import Decoder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import dense, moe, tiny_data, training
+from builders import dense, moe, tiny_data, training
 
 from handful.config import BalanceConfig, ModelConfig, RouterConfig, TrainConfig
 from handful.errors import CheckpointError, ConfigError
@@ -15,7 +15,15 @@ from handful.families.io import save
 from handful.model import Decoder
 from handful.presets import ACTIVE_WIDTH, PRESETS, small_model, small_training
 from handful.runs import Run
-from handful.settings import BALANCE_WEIGHT, BIAS_RATE, START_LR, Asked, balance_of, resumed_settings, training_settings
+from handful.settings import (
+    BALANCE_WEIGHT,
+    BIAS_RATE,
+    START_LR,
+    Asked,
+    named_balance,
+    resumed_settings,
+    training_settings,
+)
 
 VOCAB = 60
 
@@ -185,17 +193,17 @@ def test_a_context_longer_than_the_small_models_makes_the_model_longer(tmp_path:
 
 @pytest.mark.parametrize("kind", ["switch", "global", "sequence", "gshard"])
 def test_a_balance_loss_takes_the_presets_weight(kind: str) -> None:
-    assert balance_of(kind, None) == BalanceConfig(loss=kind, weight=BALANCE_WEIGHT)  # type: ignore[arg-type]
-    assert balance_of(kind, PRESETS["mixtral"]) == BalanceConfig(loss=kind, weight=0.02)  # type: ignore[arg-type]
+    assert named_balance(kind, None) == BalanceConfig(loss=kind, weight=BALANCE_WEIGHT)  # type: ignore[arg-type]
+    assert named_balance(kind, PRESETS["mixtral"]) == BalanceConfig(loss=kind, weight=0.02)  # type: ignore[arg-type]
 
 
 def test_the_other_balances() -> None:
-    assert balance_of("none", PRESETS["mixtral"]) == BalanceConfig()
-    assert balance_of("loss-free", PRESETS["mixtral"]) == BalanceConfig(bias_rate=BIAS_RATE)
+    assert named_balance("none", PRESETS["mixtral"]) == BalanceConfig()
+    assert named_balance("loss-free", PRESETS["mixtral"]) == BalanceConfig(bias_rate=BIAS_RATE)
     with pytest.raises(
         ConfigError, match=r"^balance = 'lossfree': one of none, switch, global, sequence, gshard, loss-free$"
     ):
-        balance_of("lossfree", None)
+        named_balance("lossfree", None)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import moe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from public_tokenizers import KIMI, KIMI_SETTINGS, PUBLIC
-from tiny import moe
 
 from handful.chat import render
 from handful.errors import CheckpointError, ConfigError, DataError

@@ -24,23 +24,25 @@ import fresh
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, Event, dense, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
+from builders import VOCAB, Event, dense, moe, of_kind, read_lines, timeless, tiny_data, training, write_text
 from torch import Tensor
 
 from handful import checkpoint, report
 from handful.balance import global_loss, z_loss
 from handful.cli import main
-from handful.config import BalanceConfig, ModelConfig, TrainConfig, from_dict
+from handful.config import BalanceConfig, ModelConfig, TrainConfig
+from handful.config_io import from_dict
 from handful.data import Batches, Data, heldout_batches, load_data
 from handful.errors import CheckpointError, ConfigError, DataError, TrainingError
 from handful.evaluate import evaluate
 from handful.experts.quantized import quantize_model
 from handful.families.io import load, save
 from handful.model import Decoder
+from handful.monitor import TensorBoardWarning, tensorboard
 from handful.runs import Run
-from handful.train import _Stepper, lr_at, make_optimizer, pick_dtype, train
+from handful.train import pick_dtype, train
+from handful.train_step import Stepper, lr_at, make_optimizer
 from handful.upcycle import upcycle
-from handful.watch import TensorBoardWarning, tensorboard
 
 module: Any = sys.modules["handful.train"]  # `handful.train` is the function
 
@@ -120,7 +122,7 @@ def test_weight_decay_shrinks_matrices_and_nothing_else() -> None:
 
 def one_step(model: Decoder, settings: TrainConfig, optimizer: torch.optim.Optimizer, data: Data, step: int = 0) -> Any:
     batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
-    stepper = _Stepper(model.config, settings, model, optimizer, "cpu")  # type: ignore[arg-type]
+    stepper = Stepper(model.config, settings, model, optimizer, "cpu")  # type: ignore[arg-type]
     return stepper.step(step, *batches.at(step))
 
 
@@ -485,7 +487,7 @@ def test_a_bad_gradient_is_named(name: str, data: Data, tmp_path: Path, monkeypa
 def test_a_bad_loss_is_named(
     part: str, function: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = sys.modules["handful.evaluate"] if part == "loss" else module
+    owner = sys.modules["handful.evaluate" if part == "loss" else "handful.train_step"]
     real, training_calls = getattr(owner, function), 0
 
     def broken(*args: Any) -> Tensor:

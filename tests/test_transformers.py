@@ -536,7 +536,7 @@ def test_what_was_seen_is_what_observe_and_balance_take() -> None:
     with plugin.watch(model) as seen:
         model(ids_BS)
     routings: list[Routing] = list(seen.routings().values())
-    load_LE = torch.stack([observe.load(routing) for routing in routings])
+    load_LE = torch.stack([observe.expert_load(routing) for routing in routings])
     stats = observe.stats(load_LE, [observe.dropped(routing) for routing in routings])
     assert stats.dropped == [0.0, 0.0]
     assert all(0 < value < 1 for value in stats.entropy)

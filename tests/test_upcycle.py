@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, dense, moe, tiny_data
+from builders import VOCAB, dense, moe, tiny_data
 from torch import Tensor
 
 from handful.data import Data, heldout_batches

@@ -63,7 +63,7 @@ def open_model(
 ) -> tuple[Decoder | EncoderDecoder, Store | None]:
     """The model that a name means, and with a memory budget the store of its experts, to be closed."""
     from handful.families.io import load
-    from handful.memory import load as load_within
+    from handful.memory import load_offloaded
     from handful.progress import LoadProgress
     from handful.units import parse_bytes
 
@@ -75,7 +75,7 @@ def open_model(
     with LoadProgress(open_screen()) as progress:
         if memory is None:
             return load(model, quantize=bits[quant], progress=progress), None
-        return load_within(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
+        return load_offloaded(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
 
 
 def given_settings(
@@ -97,7 +97,7 @@ def given_settings(
 def settle(model: Decoder | EncoderDecoder, given: dict[str, Any]) -> tuple[Sampling, str | None]:
     """How tokens are drawn: as was said, or else as the model's generation_config.json asks, or else by default; with a
     seed. And what to say about it: what is the model's own wish."""
-    from handful.engine import sampling_of
+    from handful.generate import sampling_of
 
     base = sampling_of(model)
     sampling = dataclasses.replace(base, **given)

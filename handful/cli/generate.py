@@ -79,7 +79,8 @@ def run(
     from handful.chat import chat_request
     from handful.console import memory_line
     from handful.encoder_decoder import EncoderDecoder
-    from handful.engine import Engine, generate, stream, text_request
+    from handful.engine import Engine
+    from handful.generate import generate, stream, text_request
     from handful.observe import Recorder
 
     settings = given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)

@@ -29,12 +29,12 @@ def run(
     """Whether a model runs on this computer, and how fast, from its config alone: nothing else is downloaded."""
     from dataclasses import asdict
 
+    from handful.cache_replay import check_recording, replay
     from handful.ceilings import ceilings
     from handful.console import plan_line, plan_tables
     from handful.cost import cost as price
     from handful.observe import Recording
     from handful.plan import plan
-    from handful.trace import check_recording, replay
     from handful.units import parse_bytes
     from handful.width import show
 

@@ -62,11 +62,11 @@ def run(
     """Train a model; the run folder holds its events, checkpoints and report."""
     from handful import report, runs
     from handful.console import facts
+    from handful.monitor import tensorboard
     from handful.progress import RunProgress
     from handful.settings import resumed_settings, training_settings
     from handful.train import train
     from handful.units import duration
-    from handful.watch import tensorboard
     from handful.width import show
 
     screen = open_screen()

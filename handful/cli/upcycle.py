@@ -57,7 +57,7 @@ def run(
     from handful.data import Batches, load_data
     from handful.families.io import find_config, find_folder, save
     from handful.runs import NOTE, TEXT, text_behind
-    from handful.upcycle import check_asked, report, upcycle
+    from handful.upcycle import check_upcycle, report, upcycle
     from handful.width import show
 
     screen = open_screen()
@@ -69,7 +69,7 @@ def run(
     if not isinstance(found_config, ModelConfig):
         raise ConfigError(f"upcycle model = {dense!r}: a decoder is needed")
     # What is wrong is said before gigabytes are read.
-    top_k, _ = check_asked(
+    top_k, _ = check_upcycle(
         found_config, cast("Method", method), experts=experts, top_k=top_k, slices=slices, noise=noise,
         partition=cast("Partition | None", partition),
     )  # fmt: skip

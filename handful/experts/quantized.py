@@ -27,7 +27,7 @@ from handful.experts.layer import BACKENDS, Experts, Linear, _first_rows, check_
 from handful.experts.native import available, compute_dtype, linear, plain_inference, quantized_experts, takes
 from handful.experts.reference import activate
 from handful.machine import native_error
-from handful.quantize import Packed, check, check_format, error, pack, unpack
+from handful.quantize import Packed, check_format, check_weight, error, pack, unpack
 from handful.routing import Routing
 
 __all__ = [
@@ -300,14 +300,14 @@ def quantize_model(model: nn.Module, bits: int = 4, group: int = 32, skip: Seque
     skip   names of modules or weights to leave as they are; `*` stands for anything ("head", "layers.0", "*.attn.*").
 
     ConfigError, before anything is replaced, for other bits (8, 4) or groups (32, 128), a name in `skip` that matches
-    nothing, one that splits an Experts, and a weight that cannot be quantised (see `handful.quantize.check`).
+    nothing, one that splits an Experts, and a weight that cannot be quantised (see `handful.quantize.check_weight`).
     """
     check_format(bits, group)
     rows = _survey(model, skip)
     chosen = _choose(model, {row.name: row.reason for row in rows})
     for path in chosen:
         for key in weights_of(model.get_submodule(path)):
-            check(model.get_parameter(f"{path}.{key}"), f"{path}.{key}")
+            check_weight(model.get_parameter(f"{path}.{key}"), f"{path}.{key}")
     places: dict[nn.Module, list[str]] = {}  # a module may stand in several
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)

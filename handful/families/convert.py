@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from handful.checkpoint import Tensors, check_tensors
-from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig, from_dict, to_dict
+from handful.checkpoint import check_tensors
+from handful.config import EncoderDecoderConfig, ModelConfig, RouterConfig
+from handful.config_io import from_dict, to_dict
 from handful.errors import CheckpointError, ConfigError, HandfulError
 from handful.families import (
     deepseek,
@@ -32,16 +33,17 @@ from handful.families import (
     qwen3_moe,
     switch_transformers,
 )
-from handful.families.counted import COUNTED
-from handful.families.elsewhere import hint
+from handful.families.config_fields import refusal, setting
+from handful.families.count_only import COUNT_ONLY
 from handful.families.family import Family, has_dense, is_harmless
 from handful.families.fp8 import unscaled
 from handful.families.hybrids import HYBRIDS
-from handful.families.rows import refusal, setting
+from handful.families.plugin_types import plugin_hint
 from handful.families.weights import from_public, shapes, to_public
+from handful.lazy_tensors import Tensors
 
 __all__ = [
-    "COUNTED",
+    "COUNT_ONLY",
     "RUN",
     "carried",
     "config_from_hf",
@@ -167,15 +169,15 @@ def why_not_public(config: ModelConfig) -> str | None:
 
 def _family(values: Mapping[str, Any]) -> Family:
     model_type = values.get("model_type")
-    for family in (*RUN, *COUNTED):
+    for family in (*RUN, *COUNT_ONLY):
         if model_type == family.model_type or model_type in family.also:
             return family
     if isinstance(model_type, str) and model_type in HYBRIDS:
         lacks = HYBRIDS[model_type][1]
-        raise refusal("model_type", model_type, f"can be counted but not run: it has {lacks}{hint(model_type)}")
+        raise refusal("model_type", model_type, f"can be counted but not run: it has {lacks}{plugin_hint(model_type)}")
     names = ", ".join(family.model_type for family in RUN)
     known = f"must be one of {names}, {OURS}"
-    raise refusal("model_type", model_type, f"{known}{hint(model_type) if isinstance(model_type, str) else ''}")
+    raise refusal("model_type", model_type, f"{known}{plugin_hint(model_type) if isinstance(model_type, str) else ''}")
 
 
 def _choose(config: ModelConfig, like: str | None = None) -> tuple[Family | None, str]:

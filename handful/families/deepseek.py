@@ -5,9 +5,9 @@ The first DeepSeek family, before MLA. Transformers itself does not have it; oth
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, FullAttention, Rope
+from handful.families.attention_fields import AttentionBias, FullAttention, Rope
+from handful.families.config_fields import DECODER, Field, GatedActivation, Only, SharedExperts
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Only, SharedExperts
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, moe_names
 
 FAMILY = Family(
@@ -16,7 +16,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         FullAttention(),
         Field("n_routed_experts", "router.experts"),

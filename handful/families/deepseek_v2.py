@@ -5,27 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from handful.config import ModelConfig
-from handful.families.attention_rows import Latent, Rope, WholeHeads
-from handful.families.family import Family
-from handful.families.rows import (
+from handful.families.attention_fields import Latent, Rope, WholeHeads
+from handful.families.config_fields import (
     DECODER,
-    Activation,
     Field,
+    GatedActivation,
     Implied,
     Only,
-    Row,
     SharedExperts,
+    TableRow,
     Values,
     get,
     refusal,
     setting,
 )
+from handful.families.family import Family
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, Names, moe_names
 
 METHODS = ("greedy", "group_limited_greedy")
 
 
-class TopKMethod(Row):
+class TopKMethod(TableRow):
     """Whether a token's experts are limited to groups; a group's score is its best expert's."""
 
     keys = ("topk_method", "n_group", "topk_group")
@@ -45,10 +45,10 @@ class TopKMethod(Row):
 
 
 # What the third model has too.
-LATENT_DECODER: tuple[Row, ...] = (
+LATENT_DECODER: tuple[TableRow, ...] = (
     *DECODER,
     Rope(),
-    Activation(),
+    GatedActivation(),
     Latent(),
     Only("attention_bias", False, counts=True),
     Field("n_routed_experts", "router.experts", also="num_local_experts"),

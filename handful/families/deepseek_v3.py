@@ -5,10 +5,10 @@ Scores are sigmoids, selection alone sees a balance bias, and a group's score is
 
 from __future__ import annotations
 
+from handful.families.config_fields import Field, Groups, Implied, Only, Quantized
 from handful.families.deepseek_v2 import LATENT_DECODER, LATENT_NAMES
 from handful.families.family import Family
 from handful.families.fp8 import BLOCK
-from handful.families.rows import Field, Groups, Implied, Only, Quantized
 from handful.families.weights import FUSED
 
 FAMILY = Family(

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handful.config import ModelConfig, from_dict
+from handful.config import ModelConfig
+from handful.config_io import from_dict
 from handful.errors import CheckpointError, ConfigError
-from handful.families.elsewhere import hint
-from handful.families.rows import Row, Values, refusal
+from handful.families.config_fields import TableRow, Values, refusal
+from handful.families.plugin_types import plugin_hint
 from handful.families.weights import Names
 
 __all__ = ["NO_MATHS", "Family", "check_known", "has_dense", "is_harmless", "read_rows"]
@@ -116,23 +117,23 @@ class Family:
     names                      its tensors (`weights.py`). The first table is written; the others are read too.
     dense                      it has no router.
     later_tokens               a layer past the last, which predicts a later token, may stand in it and is not read.
-    counted_only               why our decoder cannot run it; "" if it can.
+    lacks                      what it has and our decoder cannot run; "": it can run all.
     """
 
     model_type: str
     architecture: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     names: tuple[Names, ...] = ()
     also: tuple[str, ...] = ()
     dense: bool = False
     later_tokens: bool = False
-    counted_only: str = ""
+    lacks: str = ""
 
     def read(self, values: Values, *, count_only: bool = False) -> ModelConfig:
         """A config.json's values as our config. CheckpointError names a field that is missing, malformed or, unless
         only counting, one whose maths our decoder does not have."""
-        if self.counted_only and not count_only:
-            lacks = f"it has {self.counted_only}{hint(self.model_type)}"
+        if self.lacks and not count_only:
+            lacks = f"it has {self.lacks}{plugin_hint(self.model_type)}"
             raise refusal("model_type", self.model_type, f"can be counted but not run: {lacks}")
         nested = read_rows(self.rows, values, count_only=count_only)
         if not count_only:
@@ -152,7 +153,7 @@ class Family:
         return out
 
 
-def read_rows(rows: Sequence[Row], values: Values, *, count_only: bool = False) -> dict[str, Any]:
+def read_rows(rows: Sequence[TableRow], values: Values, *, count_only: bool = False) -> dict[str, Any]:
     """What rows read of a config.json, nested as our configs are. CheckpointError as in `Family.read`."""
     nested: dict[str, Any] = {}
     for row in rows:
@@ -169,7 +170,7 @@ def read_rows(rows: Sequence[Row], values: Values, *, count_only: bool = False) 
     return nested
 
 
-def check_known(model_type: str, rows: Sequence[Row], values: Values, harmless: frozenset[str]) -> None:
+def check_known(model_type: str, rows: Sequence[TableRow], values: Values, harmless: frozenset[str]) -> None:
     """CheckpointError for a field that says something, that no row knows and that may change logits."""
     known = harmless.union(*(row.keys for row in rows))
     for key, value in values.items():

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from handful.checkpoint import Entry, Tensors
 from handful.errors import CheckpointError
+from handful.lazy_tensors import Entry, Tensors
 
 __all__ = ["BLOCK", "unscaled"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, FullAttention, HeadNorm, Rope
+from handful.families.attention_fields import AttentionBias, FullAttention, HeadNorm, Rope
+from handful.families.config_fields import DECODER, Field, GatedActivation, Groups, Implied, Quantized, SharedExperts
 from handful.families.family import Family
 from handful.families.fp8 import BLOCK
-from handful.families.rows import DECODER, Activation, Field, Groups, Implied, Quantized, SharedExperts
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -14,7 +14,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(partial=0.5),
-        Activation(),
+        GatedActivation(),
         AttentionBias(output=False),
         FullAttention(),
         HeadNorm(),

@@ -6,9 +6,9 @@ transformers reads too.
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, Rope, Window
+from handful.families.attention_fields import AttentionBias, Rope, Window
+from handful.families.config_fields import DECODER, Field, Implied, Only, Quantized
 from handful.families.family import Family
-from handful.families.rows import DECODER, Field, Implied, Only, Quantized
 from handful.families.weights import DECODER_NAMES, Stored
 
 FAMILY = Family(

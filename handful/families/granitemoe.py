@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, AttentionScale, FullAttention, Rope
+from handful.families.attention_fields import AttentionBias, AttentionScale, FullAttention, Rope
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Implied
 from handful.families.weights import DECODER_NAMES
 
 FAMILY = Family(
@@ -13,7 +13,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         FullAttention(),
         AttentionScale("attention_multiplier"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from handful.config import ModelConfig, RouterConfig
 from handful.count import (
-    Attention,
+    Attended,
     Counted,
     Shape,
     State,
@@ -26,8 +26,8 @@ from handful.count import (
     tables,
 )
 from handful.errors import CheckpointError
-from handful.families.fields import Fields
-from handful.families.rows import refusal
+from handful.families.config_fields import refusal
+from handful.families.config_reader import ConfigReader
 
 __all__ = ["HYBRIDS"]
 
@@ -46,7 +46,7 @@ def _router(layers: int, experts: int, width: int, biased: int = 0) -> list[Weig
     return [Weights(part="routers", layers=layers, matrices=((experts, width),), packed=False), *balance]
 
 
-def _heads(f: Fields, width: int, kv_heads: int | None = None) -> tuple[int, int, int]:
+def _heads(f: ConfigReader, width: int, kv_heads: int | None = None) -> tuple[int, int, int]:
     """Heads, key-value heads and a head's width."""
     H = f.size("num_attention_heads")
     J = f.size("num_key_value_heads", default=H if kv_heads is None else kv_heads)
@@ -58,11 +58,11 @@ def _heads(f: Fields, width: int, kv_heads: int | None = None) -> tuple[int, int
     return H, J, d
 
 
-def _tied(f: Fields) -> bool:
+def _tied(f: ConfigReader) -> bool:
     return f.flag("tie_word_embeddings", False, told=True)
 
 
-def phimoe(f: Fields) -> Counted:
+def phimoe(f: ConfigReader) -> Counted:
     """Phi-3.5-MoE (arXiv:2404.14219): norms, projections and output layer have biases."""
     D, V, L, F = (f.size(n) for n in ("hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size"))
     E, K = f.size("num_local_experts"), f.size("num_experts_per_tok")
@@ -85,7 +85,7 @@ def phimoe(f: Fields) -> Counted:
     )
 
 
-def hunyuan_v1_moe(f: Fields) -> Counted:
+def hunyuan_v1_moe(f: ConfigReader) -> Counted:
     """Hunyuan-A13B: a decoder with QK-norm per head and one shared expert."""
     D, L = f.size("hidden_size"), f.size("num_hidden_layers")
     H, J, d = _heads(f, D)
@@ -112,7 +112,7 @@ def hunyuan_v1_moe(f: Fields) -> Counted:
     )
 
 
-def jamba(f: Fields) -> Counted:
+def jamba(f: ConfigReader) -> Counted:
     """Jamba (arXiv:2403.19887): one attention layer among Mamba layers, an MoE in every other layer."""
     D, V, L, F = (f.size(n) for n in ("hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size"))
     E, K = f.size("num_experts", default=16), f.size("num_experts_per_tok", default=2)
@@ -148,7 +148,7 @@ def jamba(f: Fields) -> Counted:
     )
 
 
-def _periodic(f: Fields, name: str, layers: int, period: int, offset: int) -> int:
+def _periodic(f: ConfigReader, name: str, layers: int, period: int, offset: int) -> int:
     """How many layers i have i mod period = offset."""
     period, offset = f.size(f"{name}_period", default=period), f.size(f"{name}_offset", default=offset, least=0)
     if offset >= period:
@@ -162,7 +162,7 @@ def _state(layers: int, inner: int, states: int, convolved: int, kernel: int) ->
     return State(numbers=numbers, flops=RECURRENCE * layers * inner * states)
 
 
-def nemotron_h(f: Fields) -> Counted:
+def nemotron_h(f: ConfigReader) -> Counted:
     """Nemotron-H and Nemotron 3 (arXiv:2504.03624): every layer is one of Mamba-2, attention, MoE or feed-forward."""
     D, V = f.size("hidden_size"), f.size("vocab_size")
     kinds = _kinds(f)
@@ -219,7 +219,7 @@ def nemotron_h(f: Fields) -> Counted:
 PATTERN = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
 
-def _kinds(f: Fields) -> list[str]:
+def _kinds(f: ConfigReader) -> list[str]:
     """What each layer is: a list of names, or a string of one letter for each."""
     layers = f.size("num_hidden_layers", default=0, least=0, told=False)
     _, named = f.get("layers_block_type", "layer_types")
@@ -241,7 +241,7 @@ def _kinds(f: Fields) -> list[str]:
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
 
-def deepseek_v4(f: Fields) -> Counted:
+def deepseek_v4(f: ConfigReader) -> Counted:
     """DeepSeek-V4: compressed attention of two kinds, hyper-connections, and routing by token in the first layers."""
     D, V, L, F = (f.size(n) for n in ("hidden_size", "vocab_size", "num_hidden_layers", "moe_intermediate_size"))
     E, K = f.size("n_routed_experts"), f.size("num_experts_per_tok")
@@ -276,7 +276,7 @@ def deepseek_v4(f: Fields) -> Counted:
     # A key is its own value: the cache holds one vector of it.
     pair = H * 4 * d
     attended = [
-        Attention(layers=L, flops=pair, decode_flops=pair, cached=d, window=f.size("sliding_window", default=128))
+        Attended(layers=L, flops=pair, decode_flops=pair, cached=d, window=f.size("sliding_window", default=128))
     ]
     if sparse := kinds.count(SPARSE):
         heads, width = f.size("index_n_heads", default=64), f.size("index_head_dim", default=128)
@@ -290,15 +290,15 @@ def deepseek_v4(f: Fields) -> Counted:
         # The index scores all compressed tokens, and attention takes the best; the cache holds both's keys.
         score, best = heads * 2 * (width + 1), f.size("index_topk", default=512)
         attended += [
-            Attention(layers=sparse, flops=score, decode_flops=score, cached=width + d, every=every[SPARSE]),
-            Attention(layers=sparse, flops=pair, decode_flops=pair, cached=0, window=best, every=every[SPARSE]),
+            Attended(layers=sparse, flops=score, decode_flops=score, cached=width + d, every=every[SPARSE]),
+            Attended(layers=sparse, flops=pair, decode_flops=pair, cached=0, window=best, every=every[SPARSE]),
         ]
     if heavy := kinds.count(HEAVY):
         weights += [
             Weights(part="attention", layers=heavy, matrices=((d, D), (d, D)), vectors=every[HEAVY] * d),
             Weights(part="norms", layers=heavy, vectors=d),
         ]
-        attended.append(Attention(layers=heavy, flops=pair, decode_flops=pair, cached=d, every=every[HEAVY]))
+        attended.append(Attended(layers=heavy, flops=pair, decode_flops=pair, cached=d, every=every[HEAVY]))
     notes = []
     if hashed:
         notes.append(f"in {hashed} layers a table of the vocabulary names each token's experts; it is not counted")
@@ -312,7 +312,7 @@ def deepseek_v4(f: Fields) -> Counted:
     )
 
 
-def _compressed(f: Fields, layers: int) -> list[str]:
+def _compressed(f: ConfigReader, layers: int) -> list[str]:
     """What each layer attends to."""
     if (kinds := f.names("layer_types", (SLIDING, SPARSE, HEAVY), layers)) is not None:
         return kinds
@@ -326,19 +326,19 @@ def _compressed(f: Fields, layers: int) -> list[str]:
     return ([HEAVY] * 2 + [SPARSE if i % 2 else HEAVY for i in range(layers)])[:layers]
 
 
-def _rates(f: Fields) -> dict[str, int]:
+def _rates(f: ConfigReader) -> dict[str, int]:
     """How many tokens are compressed into one."""
     _, given = f.get("compress_rates")
     if given is not None and not isinstance(given, dict):
         raise refusal("compress_rates", given, "an object")
-    inner = Fields({SPARSE: 4, HEAVY: 128, **(given or {})})
+    inner = ConfigReader({SPARSE: 4, HEAVY: 128, **(given or {})})
     return {
         SPARSE: f.size("compress_rate_csa", default=inner.size(SPARSE), told=False),
         HEAVY: f.size("compress_rate_hca", default=inner.size(HEAVY), told=False),
     }
 
 
-def _hashed(f: Fields, layers: int) -> int:
+def _hashed(f: ConfigReader, layers: int) -> int:
     """How many layers choose experts by the token alone."""
     kinds = f.names("mlp_layer_types", ("hash_moe", "moe"), layers)
     first = f.size("num_hash_layers", default=3, least=0, told=kinds is None)
@@ -346,7 +346,7 @@ def _hashed(f: Fields, layers: int) -> int:
 
 
 # model_type -> how it is counted, and what it has that keeps it from being run.
-HYBRIDS: dict[str, tuple[Callable[[Fields], Counted], str]] = {
+HYBRIDS: dict[str, tuple[Callable[[ConfigReader], Counted], str]] = {
     "deepseek_v4": (deepseek_v4, "compressed attention, hyper-connections and routing by token"),
     "hunyuan_v1_moe": (hunyuan_v1_moe, "QK-norm after RoPE"),
     "jamba": (jamba, "Mamba layers"),

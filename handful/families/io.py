@@ -17,16 +17,17 @@ from handful.count import Counted
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts.quantized import PackedWeight
-from handful.families import config_from_hf, config_to_hf, switch_transformers, tensors_from_hf, tensors_to_hf
-from handful.families.convert import carried
-from handful.families.fill import Progress, fill
+from handful.families import switch_transformers
+from handful.families.convert import carried, config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf
+from handful.families.materialize import Progress, materialize
 from handful.families.precision import precision_from_hf
 from handful.families.pricing import count_from_hf
 from handful.hub import TOKENIZER_FILES, WEIGHTS, fetch
+from handful.lazy_tensors import Tensors
+from handful.meta_device import meta_device
 from handful.model import Decoder
 from handful.origin import read_origin
 from handful.quantize import check_format
-from handful.shapes import shapes_alone
 from handful.text import Tokenizer, load_tokenizer
 from handful.tokenizer_files import has_tokenizer
 
@@ -123,14 +124,12 @@ def load(
         check_format(quantize, group)
     model, state, folder = open_checkpoint(path_or_repo, backend)
     tokenizer = find_tokenizer(folder, model)
-    fill(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
+    materialize(model, state, dtype=dtype, device=device, quantize=quantize, group=group, progress=progress)
     model.tokenizer = tokenizer
     return model.eval()
 
 
-def open_checkpoint(
-    path_or_repo: str | Path, backend: str = "auto"
-) -> tuple[Decoder | EncoderDecoder, checkpoint.Tensors, Path]:
+def open_checkpoint(path_or_repo: str | Path, backend: str = "auto") -> tuple[Decoder | EncoderDecoder, Tensors, Path]:
     """A model without memory, its checkpoint's tensors under our names, checked and not read yet, and its folder.
 
     CheckpointError as in `load`.
@@ -142,7 +141,7 @@ def open_checkpoint(
     if switch_transformers.is_encoder_decoder(values):
         shape = switch_transformers.config_from_hf(values)
         state = switch_transformers.tensors_from_hf(shape, checkpoint.read_tensors(folder))
-        with shapes_alone():
+        with meta_device():
             model = EncoderDecoder(shape, backend=backend)
     else:
         config = config_from_hf(values)
@@ -152,13 +151,13 @@ def open_checkpoint(
         if config.layers > len(tensors):
             raise CheckpointError(f"config.json: {config.layers} layers: the checkpoint has {len(tensors)} tensors")
         state = tensors_from_hf(config, tensors)
-        with shapes_alone():
+        with meta_device():
             model = Decoder(config, backend=backend)
     model.origin = read_origin(folder, values)
-    return model, checkpoint.Tensors.of(state), folder
+    return model, Tensors.of(state), folder
 
 
-def _has_head_of_its_own(tensors: checkpoint.Tensors) -> bool:
+def _has_head_of_its_own(tensors: Tensors) -> bool:
     """The tensors hold an output embedding that is not the input's, whatever config.json says of it: as transformers,
     which ties two tensors only where they are equal."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
@@ -230,7 +229,7 @@ def checkpoint_files(
 
 def read_into(model: Decoder, folder: Path) -> None:
     """Read a checkpoint folder's weights into a decoder of the same shape, one tensor at a time."""
-    state = checkpoint.Tensors.of(tensors_from_hf(model.config, checkpoint.read_tensors(folder)))
+    state = Tensors.of(tensors_from_hf(model.config, checkpoint.read_tensors(folder)))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             state.entry(name).fill(tensor, None)

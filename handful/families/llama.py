@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, FullAttention, Rope, WholeHeads
+from handful.families.attention_fields import AttentionBias, FullAttention, Rope, WholeHeads
+from handful.families.config_fields import DECODER, Field, GatedActivation, Only
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Only
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
 FAMILY = Family(
@@ -14,7 +14,7 @@ FAMILY = Family(
         *DECODER,
         WholeHeads(),
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         FullAttention(),
         Field("head_dim", "head_dim", default=None),

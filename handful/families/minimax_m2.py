@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import FullAttention, Rope
+from handful.families.attention_fields import FullAttention, Rope
+from handful.families.config_fields import DECODER, Aside, Everywhere, Field, GatedActivation, Implied, Only, Quantized
 from handful.families.family import Family
 from handful.families.fp8 import BLOCK
-from handful.families.rows import DECODER, Activation, Aside, Everywhere, Field, Implied, Only, Quantized
 from handful.families.weights import DECODER_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -14,7 +14,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(theta=5e6, partial=1.0),
-        Activation(),
+        GatedActivation(),
         FullAttention(),
         Field("head_dim", "head_dim", default=128),
         Field("num_local_experts", "router.experts", also="num_experts"),

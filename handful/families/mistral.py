@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import Rope, Window
+from handful.families.attention_fields import Rope, Window
+from handful.families.config_fields import DECODER, Field, GatedActivation
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
 FAMILY = Family(
@@ -13,7 +13,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         Window(default=4096),
         Field("head_dim", "head_dim", default=None),
         Field("intermediate_size", "ffn"),

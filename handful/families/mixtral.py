@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import Rope, Window
+from handful.families.attention_fields import Rope, Window
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Implied
 from handful.families.weights import DECODER_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -13,7 +13,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(theta=1e6),
-        Activation(),
+        GatedActivation(),
         Window(),
         Field("head_dim", "head_dim", default=None),
         Field("num_local_experts", "router.experts", also="num_experts"),

@@ -21,10 +21,9 @@ from typing import Any
 
 from handful.cost import Precision
 from handful.count import Part
+from handful.families.config_fields import Values
 
 __all__ = ["precision_from_hf"]
-
-Values = Mapping[str, Any]
 
 # Linear maps of the layers: what every method packs unless it is told not to. The router of experts is left alone by
 # all of them, embeddings and the output layer too.

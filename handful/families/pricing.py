@@ -12,23 +12,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from handful.config import EncoderDecoderConfig, ModelConfig, from_dict
+from handful.config import EncoderDecoderConfig, ModelConfig
+from handful.config_io import from_dict
 from handful.count import Counted, count, count_encoder_decoder
 from handful.errors import CheckpointError, ConfigError
 from handful.families import switch_transformers
+from handful.families.config_fields import Values, refusal
+from handful.families.config_reader import EXPERTS, SHARED, ConfigReader, check_sizes
 from handful.families.convert import OURS, RUN, config_from_hf
-from handful.families.counted import COUNTED
+from handful.families.count_only import COUNT_ONLY
 from handful.families.family import NO_MATHS, has_dense, is_harmless
-from handful.families.fields import EXPERTS, SHARED, Fields, check_sizes
 from handful.families.hybrids import HYBRIDS
-from handful.families.rows import Values, refusal
 
 __all__ = ["count_from_hf"]
 
 # Text models that multimodal configs name apart from the family.
 ALIASES = {"llama4_text": "llama4"}
 ROPE = ("rope_scaling", "rope_parameters")
-KNOWN = {name for family in (*RUN, *COUNTED) for name in (family.model_type, *family.also)} | {OURS}
+KNOWN = {name for family in (*RUN, *COUNT_ONLY) for name in (family.model_type, *family.also)} | {OURS}
 
 
 def count_from_hf(values: Values) -> ModelConfig | EncoderDecoderConfig | Counted:
@@ -70,12 +71,12 @@ def _of_a_table(values: Values) -> ModelConfig | Counted:
     # RoPE has no parameters: a form of it that is not known here is no reason not to count.
     config = config_from_hf({k: v for k, v in values.items() if k not in ROPE}, count_only=True)
     family = str(values["model_type"])
-    lacks = next((f"it has {other.counted_only}" for other in COUNTED if other.model_type == family), why)
+    lacks = next((f"it has {other.lacks}" for other in COUNT_ONLY if other.model_type == family), why)
     return dataclasses.replace(count(config), family=family, lacks=lacks, notes=_other_parts(values))
 
 
 def _counted_by(family: str, values: Values) -> Counted:
-    fields = Fields(values)
+    fields = ConfigReader(values)
     read, lacks = HYBRIDS[family]
     found = read(fields)
     notes = [*found.notes]
@@ -149,7 +150,7 @@ NO_COUNT = NO_MATHS | {
 
 def _unknown(values: Values, family: str) -> Counted:
     """A plain decoder by common field names: RMSNorm, grouped-query attention, gated feed-forward networks."""
-    f = Fields(values)
+    f = ConfigReader(values)
     f.only("is_encoder_decoder", False)
     width = f.size("hidden_size", "d_model", "n_embd")
     heads = f.size("num_attention_heads", "n_heads", "num_heads", "n_head")
@@ -186,7 +187,7 @@ def _unknown(values: Values, family: str) -> Counted:
     )
 
 
-def _latent(f: Fields) -> dict[str, Any]:
+def _latent(f: ConfigReader) -> dict[str, Any]:
     """Multi-head latent attention."""
     rank = f.size("q_lora_rank") if f.get("q_lora_rank")[1] is not None else None
     names = {"nope_dim": "qk_nope_head_dim", "rope_dim": "qk_rope_head_dim", "v_dim": "v_head_dim"}
@@ -196,7 +197,7 @@ def _latent(f: Fields) -> dict[str, Any]:
     }
 
 
-def _grouped(f: Fields, width: int, heads: int) -> dict[str, Any]:
+def _grouped(f: ConfigReader, width: int, heads: int) -> dict[str, Any]:
     """Grouped-query attention."""
     bias = f.flag("attention_bias", False)
     return {
@@ -207,7 +208,7 @@ def _grouped(f: Fields, width: int, heads: int) -> dict[str, Any]:
     }
 
 
-def _unknown_ffn(f: Fields) -> dict[str, Any]:
+def _unknown_ffn(f: ConfigReader) -> dict[str, Any]:
     """The feed-forward part: dense, or routed from some layer on and every so many layers."""
     if all(f.values.get(name) is None for name in EXPERTS):
         return {"ffn": f.size("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff")}

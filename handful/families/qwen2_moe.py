@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import Rope, Window
+from handful.families.attention_fields import Rope, Window
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied, SparseLayers, Values, get
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Implied, SparseLayers, Values, get
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
 
 
@@ -18,7 +18,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         Window(switch=True, slides=_slides),
         SparseLayers(),
         Field("qkv_bias", "qkv_bias", default=True),

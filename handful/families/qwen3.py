@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, Rope, Window
+from handful.families.attention_fields import AttentionBias, Rope, Window
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied, get
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Implied, get
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES
 
 FAMILY = Family(
@@ -13,7 +13,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         Window(switch=True, slides=lambda layer, values: layer >= get(values, "max_window_layers", 28)),
         Field("head_dim", "head_dim", default=128),

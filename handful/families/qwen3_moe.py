@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import AttentionBias, Rope, Window
+from handful.families.attention_fields import AttentionBias, Rope, Window
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied, Only, Quantized, SparseLayers
 from handful.families.family import Family
 from handful.families.fp8 import BLOCK
-from handful.families.rows import DECODER, Activation, Field, Implied, Only, Quantized, SparseLayers
 from handful.families.weights import DECODER_NAMES, DENSE_NAMES, FUSED, moe_names
 
 FAMILY = Family(
@@ -14,7 +14,7 @@ FAMILY = Family(
     rows=(
         *DECODER,
         Rope(),
-        Activation(),
+        GatedActivation(),
         AttentionBias(),
         Window(switch=True),
         SparseLayers(),

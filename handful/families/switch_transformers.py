@@ -16,13 +16,15 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from handful.checkpoint import Entry, Tensors, check_tensors
-from handful.config import EncoderDecoderConfig, ModelConfig, from_dict, to_dict
+from handful.checkpoint import check_tensors
+from handful.config import EncoderDecoderConfig, ModelConfig
+from handful.config_io import from_dict, to_dict
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
+from handful.families.config_fields import Field, Implied, Only, TableRow, Values, get, refusal, setting
 from handful.families.family import NO_MATHS, check_known, read_rows
-from handful.families.rows import Field, Implied, Only, Row, Values, get, refusal, setting
 from handful.families.weights import FLOATS, shapes_of, where
+from handful.lazy_tensors import Entry, Tensors
 
 __all__ = ["config_from_hf", "config_to_hf", "is_encoder_decoder", "shapes", "tensors_from_hf", "tensors_to_hf"]
 
@@ -35,7 +37,7 @@ OURS, OURS_KEY = "handful", "encoder_decoder"
 
 
 @dataclass(frozen=True)
-class MoEEvery(Row):
+class MoEEvery(TableRow):
     """Which layers of a stack are MoE. The step is what counts; where it is absent, the number of them says it."""
 
     stack: str
@@ -59,7 +61,7 @@ class MoEEvery(Row):
 
 
 @dataclass(frozen=True)
-class DecoderLayers(Row):
+class DecoderLayers(TableRow):
     """As many as the encoder's where it does not say."""
 
     keys = ("num_decoder_layers",)
@@ -72,7 +74,7 @@ class DecoderLayers(Row):
 
 
 @dataclass(frozen=True)
-class StartStop(Row):
+class StartStop(TableRow):
     """The output's first token, which is T5's padding, and its last, which may be null: none."""
 
     keys = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
@@ -87,7 +89,7 @@ class StartStop(Row):
 
 
 @dataclass(frozen=True)
-class Activation(Row):
+class DenseActivation(TableRow):
     """By its own name: the public form has no gated ones."""
 
     keys = ("dense_act_fn",)
@@ -103,7 +105,7 @@ class Activation(Row):
         return {"dense_act_fn": setting(config, "activation")}
 
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[TableRow, ...] = (
     Field("vocab_size", "vocab"),
     Field("d_model", "width", also="hidden_size"),
     Field("num_layers", "encoder_layers"),
@@ -113,7 +115,7 @@ ROWS: tuple[Row, ...] = (
     Field("d_ff", "ffn"),
     MoEEvery("encoder"),
     MoEEvery("decoder"),
-    Activation(),
+    DenseActivation(),
     Field("relative_attention_num_buckets", "buckets", default=32),
     Field("relative_attention_max_distance", "max_distance", default=128),
     Field("layer_norm_epsilon", "norm_eps", default=1e-6),

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from handful.checkpoint import Entry, Tensors, check_tensors
+from handful.checkpoint import check_tensors
 from handful.config import ModelConfig
 from handful.errors import CheckpointError
+from handful.lazy_tensors import Entry, Tensors
+from handful.meta_device import meta_device
 from handful.model import Decoder
 from handful.quantize import MX_GROUP, unpack_mxfp4
-from handful.shapes import shapes_alone
 
 __all__ = [
     "DECODER_NAMES",
@@ -110,7 +111,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of the model that `make` makes, without allocating them."""
     try:
-        with shapes_alone(), warnings.catch_warnings(action="ignore"):
+        with meta_device(), warnings.catch_warnings(action="ignore"):
             return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
     except (OverflowError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
@@ -118,7 +119,7 @@ def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Rows of one of our tensors, and where they lie with them: in one tensor, or with {e} in one of each expert.
 
     shape     of these rows in ours, of one expert's matrix (or vector) where ours is a stack of them.
@@ -177,7 +178,7 @@ class Part:
         return ours.mT if self.stored.transposed else ours
 
 
-def parts(ours: str, theirs: tuple[str | Stored, ...], shape: tuple[int, ...]) -> list[Part]:
+def parts(ours: str, theirs: tuple[str | Stored, ...], shape: tuple[int, ...]) -> list[TensorPart]:
     """Where one of our tensors lies, by the names that a table has for it."""
     layer, name = split(ours)
     stack = name.startswith(EXPERTS)
@@ -188,7 +189,7 @@ def parts(ours: str, theirs: tuple[str | Stored, ...], shape: tuple[int, ...]) -
         stored = entry if isinstance(entry, Stored) else Stored(entry)
         stored = dataclasses.replace(stored, name=(f"model.{layer}" if layer else "") + stored.name)
         own = (each, *rest) if shape else ()
-        found.append(Part(stored, slice(i * each, (i + 1) * each), own, shape[0] if stack else None))
+        found.append(TensorPart(stored, slice(i * each, (i + 1) * each), own, shape[0] if stack else None))
     return found
 
 
@@ -209,7 +210,7 @@ def to_public(config: ModelConfig, names: Names, state: Mapping[str, Tensor]) ->
     return Tensors(entries)
 
 
-def _entries(part: Part, tensor: Tensor) -> dict[str, Entry]:
+def _entries(part: TensorPart, tensor: Tensor) -> dict[str, Entry]:
     """Their tensors that hold a part of ours."""
     assert not part.stored.mxfp4, "such a table is read and never written"
     rows = tensor
@@ -238,7 +239,7 @@ def from_public(
     """
     tensors = Tensors.of(found)
     wanted = shapes(config)
-    plan: dict[str, list[Part]] = {}
+    plan: dict[str, list[TensorPart]] = {}
     for ours, shape in wanted.items():
         key = split(ours)[1]
         known = list(dict.fromkeys(table[key] for table in tables if key in table))
@@ -255,7 +256,7 @@ def from_public(
     return Tensors({ours: _assembled(layout, wanted[ours], tensors) for ours, layout in plan.items()})
 
 
-def _assembled(layout: list[Part], shape: tuple[int, ...], found: Tensors) -> Entry:
+def _assembled(layout: list[TensorPart], shape: tuple[int, ...], found: Tensors) -> Entry:
     """One of ours that is read from theirs. CheckpointError for a dtype that cannot be."""
     first = layout[0]
     dtype = torch.bfloat16 if first.stored.mxfp4 else found.entry(first.names()[0]).dtype

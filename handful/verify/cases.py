@@ -22,7 +22,7 @@ from torch import Tensor
 from handful.config import GATED, Activation
 from handful.quantize import Packed, pack, unpack
 
-__all__ = ["ACTIVATIONS", "FORMATS", "Case", "Drawn", "Format", "draw", "draw_cases", "place", "roundings"]
+__all__ = ["ACTIVATIONS", "F64", "FORMATS", "Case", "Drawn", "Format", "draw", "draw_cases", "place", "roundings"]
 
 F64 = torch.float64
 ACTIVATIONS: Sequence[Activation] = get_args(Activation)

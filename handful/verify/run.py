@@ -28,7 +28,9 @@ from handful.errors import ConfigError
 from handful.experts import BACKENDS
 from handful.machine import native_error
 from handful.verify.cases import FORMATS
-from handful.verify.examine import Row, Subject, checks_of, examine, lost
+from handful.verify.checks import checks_of
+from handful.verify.examine import Row, examine, lost
+from handful.verify.subjects import Subject
 
 __all__ = ["CASES", "Row", "Verification", "verify"]
 

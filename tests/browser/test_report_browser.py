@@ -8,13 +8,12 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-import runpy
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from comparisons import document, several
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -23,9 +22,6 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
 from handful import report
-
-made = runpy.run_path(str(Path(__file__).parents[1] / "test_report.py"))
-document, several = made["document"], made["several"]
 
 QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync")  # fmt: skip

@@ -32,10 +32,10 @@ from handful.families import (
     why_not_public,
 )
 from handful.families.convert import RUN, TRAINING_ONLY
-from handful.families.elsewhere import PLUGGABLE
 from handful.families.family import has_dense
 from handful.families.io import find_config
 from handful.families.io import load_decoder as load
+from handful.families.plugin_types import PLUGIN_TYPES
 from handful.model import Decoder
 from handful.presets import PRESETS
 
@@ -45,7 +45,7 @@ transformers.utils.logging.set_verbosity_error()
 
 MODELS = [
     entry
-    for entry in json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+    for entry in json.loads((Path(__file__).parents[1] / "data" / "models.json").read_text())
     if entry["config"]["model_type"] != "switch_transformers"  # no decoder
 ]
 
@@ -679,7 +679,7 @@ def test_the_plug_in_is_offered_where_it_works() -> None:
     """To the families whose experts transformers lets others compute, and to no other."""
     models = Path(transformers.__file__).parent / "models"
     marked = {file.parent.name for file in models.glob("*/modeling_*.py") if "\n@use_experts_impl" in file.read_text()}
-    assert marked - {family.model_type for family in RUN} == PLUGGABLE
+    assert marked - {family.model_type for family in RUN} == PLUGIN_TYPES
     offer = "; transformers runs it, with our experts after `import handful.transformers`"
     for model_type, offered in (
         ("ernie4_5_moe", True),

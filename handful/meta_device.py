@@ -1,4 +1,4 @@
-"""Models of which only the shapes are wanted."""
+"""Models without memory, on torch's meta device: of which only the shapes are wanted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["shapes_alone"]
+__all__ = ["meta_device"]
 
 
 class _Unmade(TorchFunctionMode):
@@ -32,7 +32,7 @@ class _Unmade(TorchFunctionMode):
 
 
 @contextmanager
-def shapes_alone() -> Iterator[None]:
+def meta_device() -> Iterator[None]:
     """Modules that are made here have parameters without memory or values, on torch's "meta" device."""
     with torch.device("meta"), _Unmade():
         yield

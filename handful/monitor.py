@@ -1,4 +1,4 @@
-"""What watches a training: statistics of its routing, the warning of a collapse, TensorBoard.
+"""Monitors a training: statistics of its routing, the warning of a collapse, TensorBoard.
 
 Legend: L MoE layers · E experts
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from handful.config import ModelConfig, TrainConfig
 from handful.observe import collapsed, stats
 
-__all__ = ["CollapseWatch", "Event", "Sink", "TensorBoardWarning", "routing_event", "tensorboard"]
+__all__ = ["CollapseMonitor", "Event", "Sink", "TensorBoardWarning", "routing_event", "tensorboard"]
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]  # somewhere that events go
@@ -33,7 +33,7 @@ def routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: i
     return {"event": "routing", "step": step, "tokens": tokens, **vars(stats(load_LE, dropped_L))}
 
 
-class CollapseWatch:
+class CollapseMonitor:
     """Says of a layer that its routing has collapsed, once each time, when it has been so for three routing events.
 
     Those of the warm-up do not count: the first steps often look collapsed until the balance takes hold.

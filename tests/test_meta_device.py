@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import dense, moe
+from builders import dense, moe
 from torch import nn
 
 from handful.config import EncoderDecoderConfig, MLAConfig, RouterConfig
 from handful.encoder_decoder import EncoderDecoder
+from handful.meta_device import meta_device
 from handful.model import Decoder
-from handful.shapes import shapes_alone
 
 SWITCH = EncoderDecoderConfig(
     vocab=13, width=8, encoder_layers=2, decoder_layers=2, heads=2, head_dim=5, ffn=6,
@@ -45,7 +45,7 @@ def test_shapes_are_those_of_torchs_meta_device(shape: object) -> None:
 
     with torch.device("meta"):
         right = described(make())
-    with shapes_alone():
+    with meta_device():
         found = described(make())
     assert found == right
     assert len(found) > 8

@@ -1,6 +1,6 @@
 """Rows of a family's table that say how it attends: positions, windows, heads, biases, latents.
 
-Legend as in `rows.py`: a row ties fields of a config.json to settings of ours.
+Legend as in `config_fields.py`: a row ties fields of a config.json to settings of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handful.config import MOST_LAYERS, ModelConfig
-from handful.families.rows import Row, Values, get, refusal, setting
+from handful.families.config_fields import TableRow, Values, get, refusal, setting
 
 __all__ = [
     "AttentionBias",
@@ -46,7 +46,7 @@ SCALINGS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Rope(Row):
+class Rope(TableRow):
     """RoPE's base, how it is scaled, and with `partial` the share of a head that it turns.
 
     Transformers 5 keeps all of it in `rope_parameters`; before, it was `rope_theta`, `rope_scaling` and
@@ -127,7 +127,7 @@ def _rope_kind(rope: Values) -> Any:
 
 
 @dataclass(frozen=True)
-class FullAttention(Row):
+class FullAttention(TableRow):
     """The family has no sliding window: a config that asks for one is refused."""
 
     keys = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
@@ -140,7 +140,7 @@ class FullAttention(Row):
 
 
 @dataclass(frozen=True)
-class Window(Row):
+class Window(TableRow):
     """A sliding window, and the layers that have it.
 
     default   where `sliding_window` is absent.
@@ -199,7 +199,7 @@ class Window(Row):
         return out
 
 
-class WholeHeads(Row):
+class WholeHeads(TableRow):
     """Transformers takes this family only where the heads divide the model's width, whatever a head's own width is."""
 
     def check(self, values: Values) -> None:
@@ -209,7 +209,7 @@ class WholeHeads(Row):
 
 
 @dataclass(frozen=True)
-class AttentionScale(Row):
+class AttentionScale(TableRow):
     """What scores are multiplied by, where a family says it: 1 over the root of a head's width is ours without one."""
 
     key: str
@@ -228,7 +228,7 @@ class AttentionScale(Row):
 
 
 @dataclass(frozen=True)
-class Latent(Row):
+class Latent(TableRow):
     """Multi-head latent attention's sizes. Transformers writes two more, which follow from them."""
 
     fields: ClassVar[dict[str, str]] = {
@@ -258,7 +258,7 @@ class Latent(Row):
 
 
 @dataclass(frozen=True)
-class AttentionBias(Row):
+class AttentionBias(TableRow):
     """One field for the biases of query, key and value, and in most families of the output too."""
 
     output: bool = True
@@ -275,7 +275,7 @@ class AttentionBias(Row):
 
 
 @dataclass(frozen=True)
-class HeadNorm(Row):
+class HeadNorm(TableRow):
     """A switch for QK-norm per head."""
 
     keys = ("use_qk_norm",)

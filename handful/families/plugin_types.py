@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["PLUGGABLE", "hint"]
+__all__ = ["PLUGIN_TYPES", "plugin_hint"]
 
-PLUGGABLE = frozenset(
+PLUGIN_TYPES = frozenset(
     [
         "afmoe",
         "aria",
@@ -64,8 +64,8 @@ PLUGGABLE = frozenset(
 )
 
 
-def hint(model_type: object) -> str:
+def plugin_hint(model_type: object) -> str:
     """What to add to a refusal: the plug-in, where it would work."""
-    if model_type not in PLUGGABLE:
+    if model_type not in PLUGIN_TYPES:
         return ""
     return "; transformers runs it, with our experts after `import handful.transformers`"

@@ -21,12 +21,13 @@ from handful.checkpoint import read_json
 from handful.cli import main
 from handful.config import EncoderDecoderConfig, RouterConfig
 from handful.encoder_decoder import EncoderDecoder
-from handful.engine import Sampling, answer_tokens, generate
 from handful.errors import CheckpointError, ConfigError, DataError
 from handful.experts.quantized import quantize_model
 from handful.families import load, save
 from handful.families.io import find_config
 from handful.families.switch_transformers import config_from_hf, config_to_hf
+from handful.generate import answer_tokens, generate
+from handful.sampling import Sampling
 from handful.text import load_tokenizer, train_tokenizer
 
 transformers: Any = importlib.import_module("transformers")

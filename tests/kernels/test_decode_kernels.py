@@ -13,9 +13,9 @@ from typing import Any
 import fresh
 import pytest
 import torch
+from builders import SHAPES, SMALL, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import SHAPES, SMALL, tokens
 from torch import Tensor
 from torch.library import opcheck
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import BASE, JAMBA
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -23,30 +24,11 @@ from handful.families import config_from_hf
 from handful.families.hybrids import HYBRIDS
 from handful.families.pricing import count_from_hf
 
-MODELS = json.loads((Path(__file__).parent / "data" / "models.json").read_text())
+MODELS = json.loads((Path(__file__).parents[1] / "data" / "models.json").read_text())
 CONFIGS: dict[str, dict[str, Any]] = {entry["name"]: entry["config"] for entry in MODELS}
 
-# Sizes that differ from each other and from every default.
-BASE: dict[str, Any] = {
-    "vocab_size": 37,
-    "hidden_size": 24,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 PHIMOE = {"intermediate_size": 13, "num_local_experts": 5, "num_experts_per_tok": 2}
 HUNYUAN = {"intermediate_size": 13, "moe_intermediate_size": 13, "num_experts": 5, "moe_topk": 2, "head_dim": 10}
-JAMBA = {
-    "intermediate_size": 13,
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "expert_layer_period": 3,
-    "attn_layer_period": 4,
-    "attn_layer_offset": 2,
-}
 MAMBA = {"mamba_d_state": 3, "mamba_d_conv": 2, "mamba_expand": 3}
 NEMOTRON = {
     "num_hidden_layers": 6,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
+from builders import ACTIVATIONS, Case, agree, case, cases, distance, routing_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,132 +30,6 @@ grouped_module: Any = importlib.import_module("handful.experts.grouped")
 F64 = torch.float64
 BACKENDS = [*(["native"] if available() else []), "grouped", "reference"]
 EXACT = {"native": torch.float32, "grouped": F64, "reference": F64}  # the widest that each computes in
-ACTIVATIONS: Sequence[Activation] = get_args(Activation)
-
-
-def routing_of(experts_TK: Any, experts: int, weights_TK: Tensor, dropped_TK: Any = None) -> Routing:
-    chosen_TK = torch.as_tensor(experts_TK, dtype=torch.long)
-    even_TE = torch.full((len(chosen_TK), experts), 1 / experts)
-    out_TK = None if dropped_TK is None else torch.as_tensor(dropped_TK, dtype=torch.bool)
-    return Routing(even_TE, even_TE, chosen_TK, weights_TK, out_TK)
-
-
-def make(count: int, width: int, hidden: int, **kwargs: Any) -> Experts:
-    """Experts in float64 whose biases, if any, are not zero."""
-    experts = Experts(count, width, hidden, **kwargs).to(F64)
-    with torch.no_grad():
-        for bias in (experts.gate_up_bias, experts.down_bias):
-            if bias is not None:
-                bias.normal_()
-    return experts
-
-
-@dataclass
-class Result:
-    """What a layer gave, and the gradient of everything that went in."""
-
-    y_TD: Tensor
-    gradients: dict[str, Tensor]
-
-
-def run(
-    experts: Experts, backend: str, x_TD: Tensor, routing: Routing, up_TD: Tensor, dtype: torch.dtype = F64
-) -> Result:
-    """One pass each way, on copies in `dtype`; `up_TD` is the gradient of the output."""
-    twin = Experts(
-        experts.count,
-        x_TD.shape[1],
-        experts.down.shape[2],
-        activation=experts.activation,
-        bias=experts.down_bias is not None,
-        backend=backend,
-    )
-    twin.to(F64).load_state_dict(experts.state_dict())
-    twin.to(dtype)
-    x_TD = x_TD.detach().to(dtype).requires_grad_()
-    # Routers weigh in float32 at least.
-    weights_TK = routing.weights_TK.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    y_TD = twin(x_TD, replace(routing, weights_TK=weights_TK))
-    y_TD.backward(up_TD.to(y_TD.dtype))
-    inputs = {"x": x_TD, "weights": weights_TK, **dict(twin.named_parameters())}
-    gradients = {}
-    for name, value in inputs.items():
-        assert value.grad is not None, name
-        assert value.grad.dtype == value.dtype
-        gradients[name] = value.grad
-    return Result(y_TD.detach(), gradients)
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖; where nothing is wanted, nothing may come."""
-    assert got.shape == want.shape
-    got, want = got.detach().to(F64), want.detach().to(F64)
-    size, off = float(want.norm()), float((got - want).norm())
-    return off / size if size else (0.0 if off == 0 else math.inf)
-
-
-def agree(got: Result, want: Result, bound: float) -> None:
-    assert distance(got.y_TD, want.y_TD) <= bound
-    assert got.gradients.keys() == want.gradients.keys()
-    for name, gradient in want.gradients.items():
-        assert distance(got.gradients[name], gradient) <= bound, name
-
-
-@dataclass
-class Case:
-    experts: Experts
-    x_TD: Tensor
-    routing: Routing
-    up_TD: Tensor
-
-
-def case(
-    T: int,
-    E: int,
-    K: int,
-    D: int,
-    F: int,
-    *,
-    activation: Activation = "swiglu",
-    bias: bool = False,
-    load: str = "even",
-    drop: float = 0.0,
-    strided: bool = False,
-    seed: int = 0,
-) -> Case:
-    """A layer with everything drawn afresh. `load`: even, skewed (the first experts are favoured), or one (the last
-    K experts get everything)."""
-    torch.manual_seed(seed)
-    taste_TE = torch.rand(T, E)
-    if load == "skewed":
-        taste_TE = taste_TE.pow(torch.arange(1, E + 1))
-    elif load == "one":
-        taste_TE = torch.arange(E).float().expand(T, E)
-    dropped_TK = torch.rand(T, K) < drop if drop else None
-    routing = routing_of(taste_TE.topk(K).indices, E, torch.rand(T, K, dtype=F64) + 0.1, dropped_TK)
-    x_TD = torch.randn(D, T, dtype=F64).T if strided else torch.randn(T, D, dtype=F64)
-    experts = make(E, D, F, activation=activation, bias=bias)
-    return Case(experts, x_TD, routing, torch.randn(T, D, dtype=F64))
-
-
-@st.composite
-def cases(draw: st.DrawFn, tokens: tuple[int, int] = (0, 20), widths: tuple[int, int] = (1, 9)) -> Case:
-    E = draw(st.integers(1, 9))
-    return case(
-        draw(st.integers(*tokens)),
-        E,
-        draw(st.integers(1, E)),
-        draw(st.integers(*widths)),
-        draw(st.integers(*widths)),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
-        bias=draw(st.booleans()),
-        load=draw(st.sampled_from(["even", "skewed", "one"])),
-        drop=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        strided=draw(st.booleans()),
-        seed=draw(st.integers(0, 10**6)),
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The truth.
 

@@ -1,4 +1,4 @@
-"""Fields of a config.json, each checked as it is read: for families that are counted without rows of their own."""
+"""A reader of config.json that checks each field: for families that are counted without rows of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 from handful.config import MOST_LAYERS
 from handful.errors import CheckpointError
-from handful.families.rows import Values, refusal
+from handful.families.config_fields import REQUIRED, Values, refusal
 
-__all__ = ["EXPERTS", "SHARED", "Fields", "check_sizes"]
+__all__ = ["EXPERTS", "SHARED", "ConfigReader", "check_sizes"]
 
-REQUIRED = object()
 LARGEST = 2**48
 # Beyond these no model is near, and counting would no longer be quick.
 MOST_EXPERTS = 100_000
@@ -41,7 +40,7 @@ def _short(value: int) -> int | float:
         return float("inf")
 
 
-class Fields:
+class ConfigReader:
     """A config.json's values, and which of them were read.
 
     used      the fields that were asked for.

@@ -31,7 +31,8 @@ from handful.machine import native_error
 from handful.quantize import Packed, unpack
 from handful.routing import Routing
 from handful.verify.cases import ACTIVATIONS, FORMATS, LOADS, MEMORY, SIZES, Case, draw, draw_cases, place
-from handful.verify.examine import Row, Tally, checks_of, examine
+from handful.verify.checks import checks_of
+from handful.verify.examine import Row, Tally, examine
 from handful.verify.run import LEVELS, Verification, verify
 
 # The module, and not the function of its name.

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from handful.config import ModelConfig
-from handful.engine import generate_tokens
 from handful.errors import CheckpointError
 from handful.families import config_from_hf, why_not_public
 from handful.families.io import load_decoder, save
 from handful.families.pricing import count_from_hf
+from handful.generate import generate_tokens
 
 transformers: Any = importlib.import_module("transformers")  # its types know less than its configs accept
 transformers.utils.logging.disable_progress_bar()

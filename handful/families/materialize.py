@@ -1,5 +1,5 @@
-"""Fill a model that has no memory yet from a checkpoint, one tensor at a time, in the dtype, on the device and in the
-form that it is to have.
+"""Give memory to a model that has none, and read a checkpoint into it: one tensor at a time, in the dtype, on the
+device and in the form that it is to have.
 
 What is held beyond the model itself is one of its tensors, or one expert's where the checkpoint holds experts otherwise
 or where they are packed.
@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from handful.checkpoint import Entry, Tensors
 from handful.experts.quantized import quantizable, twin, weights_of
+from handful.lazy_tensors import Entry, Tensors
 from handful.quantize import Packed, pack, pack_stack
 
-__all__ = ["Progress", "fill"]
+__all__ = ["Progress", "materialize"]
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def fill(
+def materialize(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     *,

@@ -16,17 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from tiny import of_kind, read_lines, write_text
+from builders import Call, Ended, calling, document, mistake, of_kind, read_lines, write_text
 
 from handful import __version__
 from handful.cli import main
-from handful.config import to_dict
+from handful.config_io import to_dict
 from handful.data import Batches, load_data
 from handful.evaluate import batch_loss
 from handful.families.io import load
@@ -59,29 +59,6 @@ dtype = "float32"
 """
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
-
-
-def calling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["handful", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture
 def handful(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """`handful …` as it is called from a shell, with a wide terminal."""
@@ -110,27 +87,6 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(home)
     monkeypatch.setenv("HANDFUL_CACHE", str(home / "cache"))
     return home
-
-
-def document(result: Result) -> Any:
-    """What `--json` printed: all of stdout is one document, of plain JSON."""
-    assert result.code == 0, result.err
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(result.out, parse_constant=refuse)
-
-
-def mistake(result: Result) -> str:
-    """What a mistake printed: one line on stderr, nothing on stdout, exit status 1."""
-    assert (result.code, result.out) == (1, "")
-    assert "Traceback" not in result.err
-    line, end = result.err[:-1], result.err[-1:]
-    assert end == "\n"
-    assert "\n" not in line
-    assert line.startswith("error ")
-    return line.removeprefix("error ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,9 +779,8 @@ def test_generate_within_a_budget(handful: Call, at_home: Path, monkeypatch: pyt
 
 def test_generate_is_interrupted(handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C shows, and records, what there is."""
-    from handful import engine
-
-    real = engine.stream
+    generating: Any = importlib.import_module("handful.generate")  # the name is the function's
+    real = generating.stream
 
     def stream(*args: Any) -> Iterator[Any]:
         for number, delta in enumerate(real(*args)):
@@ -833,7 +788,7 @@ def test_generate_is_interrupted(handful: Call, at_home: Path, monkeypatch: pyte
                 raise KeyboardInterrupt
             yield delta
 
-    monkeypatch.setattr(engine, "stream", stream)
+    monkeypatch.setattr(generating, "stream", stream)
     result = handful("generate", "run", "the", "--seed", "1", "--json", "--routing", "routing.safetensors")
     found = json.loads(result.out)
     assert (result.code, found["finish"], found["tokens"]) == (130, "interrupted", 4)
@@ -922,7 +877,7 @@ def test_compare_reuses_what_is_finished(handful: Call, at_home: Path, tmp_path:
     assert to_a_file == f"out = '{tmp_path / 'file'}': a file; name a folder by --out"
 
 
-def mistake_after(result: Result) -> str:
+def mistake_after(result: Ended) -> str:
     """The last line of a call that failed after it had said something."""
     assert (result.code, result.out) == (1, "")
     assert "Traceback" not in result.err

@@ -22,18 +22,19 @@ from handful.errors import CheckpointError
 
 __all__ = [
     "DECODER",
-    "Activation",
+    "REQUIRED",
     "Aside",
     "Everywhere",
     "Field",
+    "GatedActivation",
     "Groups",
     "Implied",
     "Inside",
     "Only",
     "Quantized",
-    "Row",
     "SharedExperts",
     "SparseLayers",
+    "TableRow",
     "Values",
     "get",
     "refusal",
@@ -68,7 +69,7 @@ def refusal(key: str, value: Any, right: str) -> CheckpointError:
 # Rows.
 
 
-class Row:
+class TableRow:
     """A piece of a family's table. This one says nothing; each kind says some of it."""
 
     @property
@@ -89,7 +90,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Field(Row):
+class Field(TableRow):
     """A field and the setting that it is. `also` is another name for it, read but not written."""
 
     key: str
@@ -110,7 +111,7 @@ class Field(Row):
 
 
 @dataclass(frozen=True)
-class Implied(Row):
+class Implied(TableRow):
     """A setting that goes without saying in this family."""
 
     path: str
@@ -121,7 +122,7 @@ class Implied(Row):
 
 
 @dataclass(frozen=True)
-class Only(Row):
+class Only(TableRow):
     """A field that must be absent, null or `value`. With `counts`, another value would change the parameters too."""
 
     key: str
@@ -143,7 +144,7 @@ class Only(Row):
 
 
 @dataclass(frozen=True)
-class Everywhere(Row):
+class Everywhere(TableRow):
     """A list that says one thing of every layer, and must say it of all."""
 
     key: str
@@ -160,14 +161,14 @@ class Everywhere(Row):
 
 
 @dataclass(frozen=True)
-class Aside(Row):
+class Aside(TableRow):
     """Fields that describe what stands beside the model and is not read: heads that predict later tokens."""
 
     keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Activation(Row):
+class GatedActivation(TableRow):
     """The gated activation, named after what the gate goes through."""
 
     keys = ("hidden_act",)
@@ -183,7 +184,7 @@ class Activation(Row):
 
 
 @dataclass(frozen=True)
-class Quantized(Row):
+class Quantized(TableRow):
     """How the family is published, quantised: the tensors say the rest themselves, and become plain ones when read."""
 
     method: str
@@ -203,7 +204,7 @@ class Quantized(Row):
 
 
 @dataclass(frozen=True)
-class SparseLayers(Row):
+class SparseLayers(TableRow):
     """Which layers are MoE: every n-th, without those that `mlp_only_layers` lists."""
 
     keys = ("decoder_sparse_step", "mlp_only_layers")
@@ -223,7 +224,7 @@ class SparseLayers(Row):
 
 
 @dataclass(frozen=True)
-class SharedExperts(Row):
+class SharedExperts(TableRow):
     """How many experts of the routed ones' width are shared; ours are one expert of their summed width."""
 
     key: str = "n_shared_experts"
@@ -246,7 +247,7 @@ class SharedExperts(Row):
 
 
 @dataclass(frozen=True)
-class Groups(Row):
+class Groups(TableRow):
     """Group-limited selection (DeepSeek-V2, V3), with how a group is scored."""
 
     score: str
@@ -266,11 +267,11 @@ class Groups(Row):
 
 
 @dataclass(frozen=True)
-class Inside(Row):
+class Inside(TableRow):
     """Rows of an object within the config.json, or of the config.json itself where it has no such object."""
 
     key: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -282,7 +283,7 @@ class Inside(Row):
 
 
 # What nearly every family has under the same names.
-DECODER: tuple[Row, ...] = (
+DECODER: tuple[TableRow, ...] = (
     Field("vocab_size", "vocab"),
     Field("hidden_size", "width"),
     Field("num_hidden_layers", "layers"),

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from builders import dense, moe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import dense, moe
 from torch import Tensor, nn
 
-from handful import checkpoint
+from handful import safetensors_file
 from handful.checkpoint import read_json, read_tensors, write_file, write_folder
 from handful.config import ModelConfig
 from handful.errors import CheckpointError, ConfigError
@@ -229,7 +229,7 @@ def test_nothing_is_read_before_all_is_right(
     assert where is not None
     shard = dict(read_tensors(where))
     write_file(where, {key: t for key, t in {**shard, name: wrong}.items() if t is not None})
-    monkeypatch.setattr(checkpoint._File, "fill", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(safetensors_file._File, "fill", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(CheckpointError, match=rf"{where.name}: tensor '{name}' {said}"):
         load(tmp_path / "saved")
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from handful.families.attention_rows import Rope
+from handful.families.attention_fields import Rope
+from handful.families.config_fields import DECODER, Field, GatedActivation, Implied, Inside, Only, SharedExperts
 from handful.families.family import Family
-from handful.families.rows import DECODER, Activation, Field, Implied, Inside, Only, SharedExperts
 
-COUNTED: tuple[Family, ...] = (
+COUNT_ONLY: tuple[Family, ...] = (
     Family(
         model_type="ernie4_5_moe",
         architecture="Ernie4_5_MoeForCausalLM",
         rows=(
             *DECODER,
             Rope(theta=500000.0),
-            Activation(),
+            GatedActivation(),
             Field("moe_num_experts", "router.experts"),
             Field("moe_k", "router.top_k"),
             Field("moe_intermediate_size", "expert_width"),
@@ -25,7 +25,7 @@ COUNTED: tuple[Family, ...] = (
             Only("use_bias", False, counts=True),
             Implied("router.balance_bias", True),
         ),
-        counted_only="tensors that are not read here",
+        lacks="tensors that are not read here",
     ),
     Family(
         model_type="llama4",
@@ -37,7 +37,7 @@ COUNTED: tuple[Family, ...] = (
                 (
                     *DECODER,
                     Field("rope_theta", "rope_theta", default=500000.0),
-                    Activation(),
+                    GatedActivation(),
                     Field("head_dim", "head_dim", default=128),
                     Field("num_local_experts", "router.experts"),
                     Field("num_experts_per_tok", "router.top_k"),
@@ -51,7 +51,7 @@ COUNTED: tuple[Family, ...] = (
                 ),
             ),
         ),
-        counted_only="chunked attention and layers without RoPE",
+        lacks="chunked attention and layers without RoPE",
     ),
     Family(
         model_type="dbrx",
@@ -73,6 +73,6 @@ COUNTED: tuple[Family, ...] = (
                 ),
             ),
         ),
-        counted_only="LayerNorm and clipped projections",
+        lacks="LayerNorm and clipped projections",
     ),
 )

@@ -17,8 +17,8 @@ import fresh
 import levels
 import pytest
 import torch
+from builders import ACTIVATIONS, Case, Result, agree, case, cases, distance, routing_of, run
 from hypothesis import given
-from test_experts import ACTIVATIONS, Case, Result, agree, case, cases, distance, routing_of, run
 from torch import Tensor, nn
 
 from handful.attention import attend

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import VOCAB, dense, moe, tiny_data, training
 from safetensors.torch import save_file
-from tiny import VOCAB, dense, moe, tiny_data, training
 from torch import Tensor
 
 import handful
@@ -31,7 +31,8 @@ from handful.hub import TOKENIZER_FILES
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model
 from handful.text import END_OF_TEXT
-from handful.train import make_optimizer, train
+from handful.train import train
+from handful.train_step import make_optimizer
 
 transformers: Any = importlib.import_module("transformers")  # its types know less than its classes accept
 transformers.utils.logging.disable_progress_bar()
@@ -134,7 +135,8 @@ def test_transformers_reads_the_tokenizer(saved: Path, data: Data) -> None:
 
 
 def test_transformers_generates_what_we_generate(saved: Path, data: Data) -> None:
-    from handful.engine import Sampling, generate_tokens
+    from handful.generate import generate_tokens
+    from handful.sampling import Sampling
 
     prompt = data.tokenizer.encode("the router of an expert")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)

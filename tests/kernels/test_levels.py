@@ -23,7 +23,7 @@ from handful.quantize import BLOCK, GRID, PIECE
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no kernels: {native_error()}")
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 # Files of one level each. Beside them only bandwidth.cpp may hold instructions beyond the baseline, by functions of its
 # own with a target each.

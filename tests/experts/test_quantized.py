@@ -18,14 +18,12 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import FORMATS, dense, distance, moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantize import FORMATS, distance
-from tiny import dense, moe
 from torch import Tensor, nn
 
 from handful.config import Activation, ModelConfig
-from handful.engine import Sampling, generate_tokens
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.evaluate import evaluate
 from handful.experts import Experts
@@ -38,9 +36,11 @@ from handful.experts.quantized import (
     quantize_model,
 )
 from handful.experts.reference import reference
+from handful.generate import generate_tokens
 from handful.model import Decoder
 from handful.quantize import Packed, error, pack, unpack
 from handful.routing import Routing
+from handful.sampling import Sampling
 
 F64, BF16 = torch.float64, torch.bfloat16
 ACTIVATIONS: Sequence[Activation] = get_args(Activation)

@@ -15,15 +15,16 @@ from typing import Any
 import fresh
 import pytest
 import torch
+from builders import moe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as library_load
-from tiny import moe
 
-from handful.checkpoint import DTYPES, HEADER_LIMIT, INDEX, read_json, read_tensors, write_file
+from handful.checkpoint import INDEX, read_json, read_tensors, write_file
 from handful.errors import CheckpointError, ConfigError
 from handful.families.io import find_config, load, save
 from handful.model import Decoder
+from handful.safetensors_file import DTYPES, HEADER_LIMIT
 
 A = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 B = torch.ones(4, dtype=torch.bfloat16)
