@@ -42,7 +42,7 @@ import handful
 from handful import memory
 from handful.ceilings import ceilings
 from handful.experts.cache import POLICIES, belady, simulate
-from handful.experts.stored import Store
+from handful.experts.store import Store
 from handful.model import Decoder
 from handful.moe import Router
 from handful.plan import plan

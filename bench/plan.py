@@ -27,7 +27,7 @@ from handful.attention import Attention
 from handful.ceilings import Ceilings, measure_overhead
 from handful.config import ModelConfig, RouterConfig
 from handful.engine import CHUNK, Engine, Request
-from handful.experts.quantized import quantize_model
+from handful.experts.quantize_model import quantize_model
 from handful.forecast import FORMATS
 from handful.machine import machine, measure
 from handful.model import Decoder
@@ -127,7 +127,7 @@ def shares(formats: list[str], repeats: int) -> list[dict[str, Any]]:
         matrices = [matrix for layer in layers for matrix in (layer.q, layer.k, layer.v, layer.o)]
         one, many = torch.randn(1, 1, 2048).to(wide), torch.randn(1, CHUNK, 2048).to(wide)
         short, long = KVCache(shape, 1, past, dtype=wide), KVCache(shape, 1, past, dtype=wide)
-        for t in (t for held in long.held for t in held):
+        for t in (t for held in long.keys_values for t in held):
             t.normal_()
         long.length = past - 1
         x, w = torch.randn(1024, 2048).to(wide), torch.randn(2048, 2048).to(wide)
@@ -155,7 +155,7 @@ def shares(formats: list[str], repeats: int) -> list[dict[str, Any]]:
         size = sum(t.nbytes for layer in layers for t in (*layer.parameters(), *layer.buffers()))
         flops = 2 * 4 * shape.layers * 2048 * 2048 * CHUNK
         scores = 4 * shape.layers * 2048 * CHUNK * (CHUNK + 1) / 2
-        cached = sum(t.nbytes for held in long.held for t in held)
+        cached = sum(t.nbytes for held in long.keys_values for t in held)
         rows.append({
             "format": dtype, "matrices": size / took["matrices"] / read,
             "attention": cached / (took["all"] - took["one"]) / read,

@@ -29,7 +29,7 @@ def gguf_file() -> Path:
 
 
 def read_gguf(path: Path, *, eos: str | None = None) -> Decoder:
-    """A llama in GGUF as our decoder, in float32: what was quantised is multiplied out. With its tokenizer, which has
+    """A llama in GGUF as our decoder, in float32: what was quantized is multiplied out. With its tokenizer, which has
     the model's chat template and ends a text with `eos` (None: as the file says, with the end of an answer)."""
     import gguf  # type: ignore[import-not-found]
 

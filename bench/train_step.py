@@ -55,7 +55,7 @@ def ours(config: ModelConfig, tokens_BS: torch.Tensor, dtype: str, backend: str 
 
 
 def our_loss(model: Decoder, tokens_BS: torch.Tensor) -> torch.Tensor:
-    x_BSD, _ = model.hidden(tokens_BS[:, :-1])
+    x_BSD, _ = model.hidden_states(tokens_BS[:, :-1])
     return linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
 
 

@@ -164,7 +164,7 @@ INLINE bool any(I lanes) { return _mm512_test_epi32_mask(bits<__m512i>(lanes), b
 INLINE F noise_of(F scale, F inverse) { return (scale * inverse) * (scale * inverse) * (kGroup / 48.0f); }
 
 // A token that would be off by more than the limit, because few of its values are most of it, has its coarsest groups
-// twice: what is left of their values is quantised again.
+// twice: what is left of their values is quantized again.
 void quantize(uint32_t* panel, const float* values, int64_t width, float limit) {
   constexpr int kHalves = kPanel / W, kBlock = kByteDepth / kGroup;
   const int64_t groups = (width + kGroup - 1) / kGroup;

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from handful.experts import Experts
-    from handful.experts.quantized import quantize_model
+    from handful.experts.quantize_model import quantize_model
     from handful.families.io import load, save
     from handful.generate import generate
     from handful.model import Decoder
@@ -67,7 +67,7 @@ _HOMES = {
     "generate": "generate",
     "load": "families.io",
     "plan": "plan",
-    "quantize_model": "experts.quantized",
+    "quantize_model": "experts.quantize_model",
     "save": "families.io",
     "train": "train",
     "upcycle": "upcycle",

@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from handful import kernels
 from handful.config import ModelConfig
 from handful.experts import Linear
-from handful.experts.at_once import Operation, attend_layer, is_bare, maps_of, norm_of
-from handful.experts.layer import multiply_all
-from handful.experts.native import DTYPES, OneToken, attend_many, attend_one, available, plain_inference, rms_norm
+from handful.kernels import with_kernel
 from handful.positions import Span, rotate, yarn_factor
 
-__all__ = ["Attention", "LatentAttention", "RMSNorm", "attend", "attend_at_once", "make_attention"]
+__all__ = ["Attention", "LatentAttention", "RMSNorm", "attend", "make_attention"]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,17 +30,9 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)
 
+    @with_kernel(kernels.rms_norm)
     def forward(self, x: Tensor) -> Tensor:
-        if available() and plain_inference(x, self.weight):
-            return rms_norm(x, self.weight, self.eps or 0.0)
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
-
-    def norm_for_kernels(self) -> tuple[Tensor, float] | None:
-        """Weight and epsilon, if our kernels are to norm x in plain inference."""
-        weight = self._parameters.get("weight")
-        if weight is None or not available() or weight.dtype not in DTYPES:
-            return None
-        return weight, self.eps or 0.0
 
 
 def attend(
@@ -81,7 +72,7 @@ class Attention(nn.Module):
         super().__init__()
         H, J, d, D = config.heads, config.n_kv_heads, config.d_head, config.width
         self.layer = layer
-        self.heads, self.kv_heads, self.head_dim, self.inner = H, J, d, H * d
+        self.heads, self.head_dim, self.inner = H, d, H * d
         self.window = config.window_of(layer)
         self.scale = d**-0.5 if config.attention_scale is None else config.attention_scale
         self.qk_norm = config.qk_norm
@@ -98,64 +89,35 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(J * d if full else d, eps=config.norm_eps)
 
     def forward(self, x_BSD: Tensor, span: Span) -> Tensor:
-        B, S, _ = x_BSD.shape
-        q, k, v = multiply_all(x_BSD, self.q, self.k, self.v)
-        # One new token of each sequence is our kernels': through torch it is some thirty calls.
-        one = self._one_token(span) if span.decodes and available() and plain_inference(q) else None
-        if one is not None:
-            out_TX = attend_one(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), one)
-            return self.o(out_TX.view(q.shape))  # type: ignore[no-any-return]
+        q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BSHd, k_BSJd = q.view(B, S, self.heads, self.head_dim), k.view(B, S, self.kv_heads, self.head_dim)
+        q_BSHd, k_BSJd, v_BSJd = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm == "head":
             q_BSHd, k_BSJd = self.q_norm(q_BSHd), self.k_norm(k_BSJd)
-        q_BSHd, k_BSJd = rotate(q_BSHd, span.rope, self.adjacent), rotate(k_BSJd, span.rope, self.adjacent)
-        v_BSJd = v.view(B, S, self.kv_heads, self.head_dim)
-        out: Tensor = self.o(span.over(self._look, q_BSHd, k_BSJd, v_BSJd))
+        out: Tensor = self.o(self.attend(q_BSHd, k_BSJd, v_BSJd, span))
         return out
 
-    def _one_token(self, span: Span) -> OneToken | None:
-        """What our kernels are given of one new token of each sequence; None where they cannot stand for the norms."""
-        norms = None
-        if self.qk_norm != "none":
-            q_norm, k_norm = norm_of(self._modules["q_norm"]), norm_of(self._modules["k_norm"])
-            if q_norm is None or k_norm is None:
-                return None
-            norms = q_norm[0], k_norm[0]
-        caches = span.caches
-        held, lengths = [cache.held[self.layer] for cache in caches], [cache.length for cache in caches]
-        return OneToken(
-            norms, self.eps, self.qk_norm == "full", span.rope, self.adjacent, held, lengths, self.window, self.scale,
-            self.sinks,
-        )  # fmt: skip
+    @with_kernel(kernels.decode_attention)
+    def attend(self, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor, span: Span) -> Tensor:
+        """What the heads find: (B, S, H·d)."""
+        q_BSHd, k_BSJd = rotate(q_BSHd, span.rope, self.adjacent), rotate(k_BSJd, span.rope, self.adjacent)
+        return span.per_sequence(self._attend_sequence, q_BSHd, k_BSJd, v_BSJd)
 
-    def at_once(self, norm: nn.Module | None, x_BSD: Tensor, span: Span, residual_scale: float) -> Operation | None:
-        """What `attend_at_once` says, where the modules in it allow it."""
-        modules, D = self._modules, x_BSD.shape[-1]
-        given = (modules.get("q"), D), (modules.get("k"), D), (modules.get("v"), D), (modules.get("o"), self.inner)
-        maps = maps_of(given, x_BSD.shape[:-1].numel(), x_BSD.dtype)
-        before, one = norm_of(norm), self._one_token(span)
-        if maps is None or before is None or one is None or len({bias is None for bias in maps.biases[:3]}) > 1:
-            return None
-        return attend_layer(before, maps, one, residual_scale)
-
-    def _look(self, span: Span, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor) -> Tensor:
-        B, S = q_BSHd.shape[:2]
+    def _attend_sequence(self, span: Span, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Tensor) -> Tensor:
         k_BJPd, v_BJPd = k_BSJd.transpose(1, 2), v_BSJd.transpose(1, 2)
         if span.cache is not None:
             k_BJPd, v_BJPd = span.cache.append(self.layer, k_BJPd, v_BJPd)
-        mask = span.masks[self.window]
+        mask, S = span.masks[self.window], q_BSHd.shape[1]
         if S == 1 and self.window is not None and k_BJPd.shape[2] > self.window:
             # One token looks at the end of the cache alone, whatever its length.
             k_BJPd, v_BJPd = k_BJPd[:, :, -self.window :], v_BJPd[:, :, -self.window :]
             mask = None if mask is None else mask[..., -self.window :]
-        # A mask of two dimensions says no more than causality and the window.
-        plain = available() and plain_inference(q_BSHd) and q_BSHd.dtype == k_BJPd.dtype
-        if plain and S > 1 and (mask is None or mask.dim() == 2):
-            return attend_many(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, self.window, self.scale, self.sinks)
-        out_BHSd = attend(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, mask, self.scale, self.sinks)
-        return out_BHSd.transpose(1, 2).reshape(B, S, -1)
+        return self._attend_masked(q_BSHd.transpose(1, 2), k_BJPd, v_BJPd, mask)
+
+    @with_kernel(kernels.prefill_attention)
+    def _attend_masked(self, q_BHSd: Tensor, k_BJPd: Tensor, v_BJPd: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(q_BHSd, k_BJPd, v_BJPd, mask, self.scale, self.sinks).transpose(1, 2).flatten(2)
 
 
 class LatentAttention(nn.Module):
@@ -199,10 +161,10 @@ class LatentAttention(nn.Module):
         latent_BSc, kr_BSr = self.kv_down(x_BSD).split([m.kv_rank, m.rope_dim], dim=-1)
         kr_BSr = rotate(kr_BSr.unsqueeze(2), span.rope, self.adjacent).squeeze(2)
         held_BS = torch.cat([self.kv_norm(latent_BSc), kr_BSr], dim=-1)
-        out: Tensor = self.o(span.over(self._look, qn_BSHn, qr_BSHr, held_BS))
+        out: Tensor = self.o(span.per_sequence(self._attend_sequence, qn_BSHn, qr_BSHr, held_BS))
         return out
 
-    def _look(self, span: Span, qn_BSHn: Tensor, qr_BSHr: Tensor, held_BS: Tensor) -> Tensor:
+    def _attend_sequence(self, span: Span, qn_BSHn: Tensor, qr_BSHr: Tensor, held_BS: Tensor) -> Tensor:
         m, (B, S) = self.mla, held_BS.shape[:2]
         held_B1P = held_BS.unsqueeze(1)
         if span.cache is not None:
@@ -222,16 +184,6 @@ class LatentAttention(nn.Module):
             q_BHSd = torch.cat([qn_BSHn, qr_BSHr], dim=-1).transpose(1, 2)
             out_BSHv = attend(q_BHSd, k_BHPd, v_BHPv, mask, self.scale).transpose(1, 2)
         return out_BSHv.reshape(B, S, -1)
-
-
-def attend_at_once(
-    attention: nn.Module | None, norm: nn.Module | None, x_BSD: Tensor, span: Span, residual_scale: float
-) -> Operation | None:
-    """x + residual_scale · attention(norm(x), span) as one operation with the same bits, for one new token of each
-    sequence and any x like this one, that `nobody_looks` at; None where the modules must be called."""
-    if not is_bare(attention, Attention) or not available() or not span.decodes:
-        return None
-    return attention.at_once(norm, x_BSD, span, residual_scale)
 
 
 def make_attention(config: ModelConfig, layer: int) -> Attention | LatentAttention:

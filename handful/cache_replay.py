@@ -14,7 +14,7 @@ from handful.config import EncoderDecoderConfig, ModelConfig
 from handful.count import Counted, counted
 from handful.errors import ConfigError
 from handful.experts.cache import belady, simulate
-from handful.experts.stored import DEFAULT_POLICY
+from handful.experts.store import DEFAULT_POLICY
 from handful.observe import Recording
 
 __all__ = ["Replay", "check_recording", "replay"]

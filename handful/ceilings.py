@@ -23,9 +23,9 @@ from handful.config import ModelConfig, RouterConfig
 from handful.data import default_cache
 from handful.engine import Engine, Request
 from handful.errors import HandfulError
-from handful.experts.disk import PackFile, layout_of, write_pack
-from handful.experts.quantized import quantize_model
-from handful.experts.stored import Store
+from handful.experts.expert_file import PackFile, layout_of, write_pack
+from handful.experts.quantize_model import quantize_model
+from handful.experts.store import Store
 from handful.machine import Machine, machine, measure
 from handful.memory import attach, pack_experts, resident_bytes
 from handful.model import Decoder

@@ -28,15 +28,7 @@ from handful.errors import CheckpointError, ConfigError
 from handful.lazy_tensors import Entry, Tensors
 from handful.safetensors_file import Scratch, quoted, read_header, write_tensors
 
-__all__ = [
-    "check_tensors",
-    "point",
-    "read_json",
-    "read_tensors",
-    "shards",
-    "write_file",
-    "write_folder",
-]
+__all__ = ["check_tensors", "point", "read_json", "read_tensors", "shards", "write_file", "write_folder"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -17,7 +17,7 @@ from handful.units import duration, si, size
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
     from handful.cache_replay import Replay
     from handful.ceilings import Ceilings
-    from handful.experts.choice import Timed
+    from handful.experts.selection import Timed
     from handful.plan import Plan
     from handful.upcycle import Report
     from handful.verify import Verification
@@ -307,10 +307,7 @@ def plan_tables(name: str, machine: Ceilings, plans: Sequence[Plan], replays: Se
         ("to work with", lambda p: size(p.working)),
     ]
     if first.experts:
-        rows += [
-            ("one expert", lambda p: size(p.expert)),
-            ("least --memory", lambda p: size(p.least)),
-        ]
+        rows += [("one expert", lambda p: size(p.expert)), ("least --memory", lambda p: size(p.least))]
     if any(p.memory is not None for p in plans):
         rows += [
             ("--memory", lambda p: "not needed" if p.memory is None else size(p.memory)),

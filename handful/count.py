@@ -64,7 +64,7 @@ class Weights:
     copies, active  how many are held (E experts), and how many of them a token uses (K).
     untrained  of the vectors, those that no gradient reaches (the router's balance bias).
     passes     in which a token is multiplied by them.
-    packed     `quantize_model` quantises the matrices.
+    packed     `quantize_model` quantizes the matrices.
     """
 
     part: Part

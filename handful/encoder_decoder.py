@@ -110,7 +110,7 @@ def hide(bias: Tensor, hidden: Tensor) -> Tensor:
     return bias.masked_fill(hidden, max(HIDDEN, torch.finfo(bias.dtype).min))
 
 
-class Attention(nn.Module):
+class T5Attention(nn.Module):
     """T5's attention: scores are not divided by anything (the weights are that much smaller), but have a bias."""
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
@@ -140,16 +140,16 @@ class Attention(nn.Module):
         return x.view(B, S, self.heads, inner // self.heads).transpose(1, 2)
 
 
-class Block(nn.Module):
+class T5Block(nn.Module):
     """One layer: attention, in a decoder cross-attention too, and a feed-forward network or an MoE."""
 
     def __init__(self, config: EncoderDecoderConfig, *, cross: bool, moe: bool, backend: str) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = T5Attention(config)
         if cross:
             self.cross_norm = RMSNorm(config.width, eps=config.norm_eps)
-            self.cross = Attention(config)
+            self.cross = T5Attention(config)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn: MoE | FeedForward
         if moe:
@@ -181,12 +181,12 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.decoder = config, decoder
         self.position = nn.Embedding(config.buckets, config.heads)
-        self.layers = nn.ModuleList(Block(config, cross=decoder, moe=is_moe, backend=backend) for is_moe in moe)
+        self.layers = nn.ModuleList(T5Block(config, cross=decoder, moe=is_moe, backend=backend) for is_moe in moe)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
 
     @property
-    def blocks(self) -> list[Block]:
-        return [block for block in self.layers if isinstance(block, Block)]
+    def blocks(self) -> list[T5Block]:
+        return [block for block in self.layers if isinstance(block, T5Block)]
 
     def bias(self, past: int, new: int) -> Tensor:
         """What the scores of `new` tokens after `past` held ones are given, (1, H, new, past + new)."""

@@ -261,7 +261,7 @@ class Engine:
         caches = [job._cache for job in jobs if job._cache is not None]
         tokens_1T = torch.tensor([[token for _, tokens in batch for token in tokens]], device=device)
         cache = caches[0] if len(caches) == 1 else KVCaches(caches, new)
-        x_1TD, routings = self.model.hidden(tokens_1T, cache)
+        x_1TD, routings = self.model.hidden_states(tokens_1T, cache)
         if self.on_routing is not None:
             self.on_routing(jobs, new, routings)
         ready, last, end = [], [], 0

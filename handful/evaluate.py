@@ -25,7 +25,7 @@ def autocast(like: Tensor, dtype: str) -> torch.autocast:
 def batch_loss(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> tuple[Tensor, list[Routing]]:
     """The mean loss of a batch in nats per token, with its graph, and the routings that it came by."""
     with autocast(inputs_BS, dtype):
-        x_BSD, routings = model.hidden(inputs_BS)
+        x_BSD, routings = model.hidden_states(inputs_BS)
         return linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, targets_BS.flatten()), routings
 
 

@@ -21,8 +21,8 @@ from handful.ceilings import Ceilings
 from handful.cost import BYTES, attended_flops, held_bytes, held_tokens
 from handful.count import Counted, Pass, Weights
 from handful.errors import ConfigError
-from handful.experts.disk import Layout
-from handful.experts.native import FEW
+from handful.experts.expert_file import Layout
+from handful.kernels.extension import gemv_max_tokens
 
 __all__ = ["EFFICIENCY", "FORMATS", "Efficiency", "Step", "forecast"]
 
@@ -31,7 +31,7 @@ STREAM = 400  # bytes that norms, sums and the like move for each number of the 
 STEP, CODES_STEP = 8, 16  # tokens that the kernels multiply at once by floats, and by codes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Efficiency:
     """The shares of this computer's ceilings that a format's sums reach.
 
@@ -53,39 +53,12 @@ class Efficiency:
 # `machine.measure` takes. The rest, attention with its norms and RoPE: `python bench/plan.py --shares`. With few tokens
 # codes take about as many instructions as bytes allow, so that where memory is quick they reach less of its rate: their
 # shares stand between what was seen at 30 and at 45 GB/s.
+# experts, matrices, attention; experts_product, matrices_product, attention_product
 EFFICIENCY = {
-    "float32": Efficiency(
-        experts=0.94,
-        matrices=0.9,
-        attention=0.8,
-        experts_product=1.2,
-        matrices_product=1.0,
-        attention_product=0.5,
-    ),
-    "bfloat16": Efficiency(
-        experts=0.94,
-        matrices=0.9,
-        attention=0.7,
-        experts_product=1.2,
-        matrices_product=1.0,
-        attention_product=0.35,
-    ),
-    "int8": Efficiency(
-        experts=0.88,
-        matrices=0.8,
-        attention=0.7,
-        experts_product=1.35,
-        matrices_product=1.15,
-        attention_product=0.35,
-    ),
-    "int4": Efficiency(
-        experts=0.8,
-        matrices=0.55,
-        attention=0.7,
-        experts_product=1.4,
-        matrices_product=1.15,
-        attention_product=0.35,
-    ),
+    "float32": Efficiency(0.94, 0.9, 0.8, 1.2, 1.0, 0.5),
+    "bfloat16": Efficiency(0.94, 0.9, 0.7, 1.2, 1.0, 0.35),
+    "int8": Efficiency(0.88, 0.8, 0.7, 1.35, 1.15, 0.35),
+    "int4": Efficiency(0.8, 0.55, 0.7, 1.4, 1.15, 0.35),
 }
 
 
@@ -181,7 +154,7 @@ def forecast(
         share = efficiency.experts if routed else efficiency.matrices
         of_product = efficiency.experts_product if routed else efficiency.matrices_product
         rows = passed * weights.active / used  # tokens of each that is used
-        if (routed or packed) and rows > FEW:
+        if (routed or packed) and 0 < gemv_max_tokens() < rows:
             rows += (CODES_STEP if packed else STEP) / 2  # the last step is half full on average
         reading = used * one / (rates.read * share)
         multiplying = used * rows * 2 * weights.multiplied / (rates.product * of_product)

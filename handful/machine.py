@@ -239,10 +239,7 @@ def _cgroup_folders(membership: str, root: Path) -> Iterator[Path]:
                 yield parent
 
 
-def _cgroup_limits(
-    membership: str | None = None,
-    root: Path = Path("/sys/fs/cgroup"),
-) -> _Limits:
+def _cgroup_limits(membership: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> _Limits:
     """The tightest limits of this process's control groups."""
     cpus: list[float] = []
     memory: list[int] = []

@@ -22,8 +22,9 @@ from handful.data import default_cache
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
 from handful.experts import Experts
-from handful.experts.disk import UNKNOWN, Layout, PackFile, layout_of, sole_writer, write_pack
-from handful.experts.stored import DEFAULT_POLICY, Store, StoredExperts
+from handful.experts.expert_file import UNKNOWN, Layout, PackFile, layout_of, sole_writer, write_pack
+from handful.experts.offload import OffloadedExperts
+from handful.experts.store import DEFAULT_POLICY, Store
 from handful.families.io import find_tokenizer, open_checkpoint
 from handful.families.materialize import Progress, materialize
 from handful.lazy_tensors import Tensors
@@ -51,12 +52,12 @@ def pack_experts(
 
     source     a run folder, a checkpoint folder, `org/name`, or a model that is loaded.
     quantize   8 or 4: in as many bits, in groups of `group` (see `handful.quantize`); None: as they are.
-    dtype      what they are turned to, before they are quantised; None: the source's.
+    dtype      what they are turned to, before they are quantized; None: the source's.
     progress   is told (bytes done, bytes in all) after every expert.
 
     The file appears whole or not at all; one that stands there is replaced. CheckpointError for a source that cannot be
     read or a disk that refuses, ConfigError for a wrong format, for a model without experts, and for one whose experts
-    are quantised already.
+    are quantized already.
     """
     model, state, folder = (
         (source, Tensors.of(source.state_dict()), None) if isinstance(source, nn.Module) else open_checkpoint(source)
@@ -67,12 +68,7 @@ def pack_experts(
 
 
 def attach(
-    model: nn.Module,
-    path: str | Path,
-    memory_bytes: int,
-    *,
-    policy: str = DEFAULT_POLICY,
-    read_ahead: bool = True,
+    model: nn.Module, path: str | Path, memory_bytes: int, *, policy: str = DEFAULT_POLICY, read_ahead: bool = True
 ) -> Store:
     """Let a loaded model's experts go, and take them from a pack of them from now on.
 
@@ -176,17 +172,12 @@ def _beside(folder: Path) -> Path:
 
 
 def _layout(
-    model: nn.Module,
-    state: Tensors,
-    folder: Path | None,
-    quantize: int | None,
-    group: int,
-    dtype: torch.dtype | None,
+    model: nn.Module, state: Tensors, folder: Path | None, quantize: int | None, group: int, dtype: torch.dtype | None
 ) -> Layout:
     """How these experts are packed, of a folder or of a model in memory. ConfigError if they cannot be."""
     modules = _modules(model)
     if not modules:
-        raise ConfigError("the model has no experts that can be packed: it is dense, or they are quantised already")
+        raise ConfigError("the model has no experts that can be packed: it is dense, or they are quantized already")
     shapes = {name: (state.shape(f"{name}.gate_up"), state.shape(f"{name}.down")) for name in modules}
     first = next(iter(modules))
     for name, shape in shapes.items():
@@ -220,7 +211,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int, str], ...]:
 
 
 class _Reader:
-    """Reads experts as they are packed, before they are quantised, and makes a digest of all that it read."""
+    """Reads experts as they are packed, before they are quantized, and makes a digest of all that it read."""
 
     def __init__(self, layout: Layout, state: Tensors) -> None:
         self.layout, self.state, self.dtype = layout, state, _dtype(layout)
@@ -294,7 +285,7 @@ def _fitting(path: Path, wanted: Layout, state: Tensors) -> PackFile | None:
 
 
 def _exchange(model: nn.Module, file: PackFile, memory_bytes: int, policy: str, read_ahead: bool) -> Store:
-    """Put stored experts in the place of those that a model has."""
+    """Put offloaded experts in the place of those that a model has."""
     modules = _modules(model)
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in modules]
     top_k = max((owner.router.config.top_k for owner in owners if isinstance(owner, MoE)), default=1)
@@ -307,7 +298,7 @@ def _exchange(model: nn.Module, file: PackFile, memory_bytes: int, policy: str, 
         )
     store = Store(file, memory_bytes - held, top_k=top_k, policy=policy, read_ahead=read_ahead)
     for layer, ((name, experts), owner) in enumerate(zip(modules.items(), owners, strict=True)):
-        stored = StoredExperts(store, layer, activation=experts.activation, backend=experts.backend)
+        stored = OffloadedExperts(store, layer, activation=experts.activation, backend=experts.backend)
         model.set_submodule(name, stored.train(experts.training))
         if isinstance(owner, MoE):
             store.guess_with(layer, owner.router)

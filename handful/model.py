@@ -1,8 +1,6 @@
-"""The decoder: blocks of attention and a feed-forward network or an MoE, and a stack of them.
+"""The decoder: a stack of blocks (`block.py`) between an embedding and an output layer.
 
     tokens ─► embed ─► [ x + attention(norm x) ─► x + feed-forward or MoE (norm x) ] × layers ─► norm ─► head ─► logits
-
-Which kind of attention it is, `attention.py` alone knows.
 
 Legend: B batch · S new tokens · T = B·S · D width · V vocabulary
 """
@@ -10,102 +8,26 @@ Legend: B batch · S new tokens · T = B·S · D width · V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from handful.attention import RMSNorm, attend_at_once, make_attention
+from handful import fused
+from handful.attention import RMSNorm
+from handful.block import Block
 from handful.config import ModelConfig
 from handful.errors import ConfigError, RoutingError
-from handful.experts import FeedForward, Linear
-from handful.experts.at_once import Operation, is_bare, nobody_looks
-from handful.experts.layer import feed_at_once, multiply
-from handful.moe import Mixing, MoE, mix_at_once
+from handful.experts import Linear
+from handful.experts.dense import linear
+from handful.kernels import with_kernel
+from handful.moe import MoE
 from handful.origin import Origin
 from handful.positions import KVCache, KVCaches, Span
 from handful.routing import Choice, Routing
 from handful.text import Tokenizer
 
-__all__ = ["Block", "Decoder", "KVCache"]
-
-
-class Block(nn.Module):
-    """One layer: attention and then a feed-forward network or an MoE, each on the normed stream and added to it."""
-
-    def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
-        super().__init__()
-        self.residual_scale = config.residual_scale
-        self.attn_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attn = make_attention(config, layer)
-        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.ffn: MoE | FeedForward
-        if config.is_moe(layer) and config.router is not None:
-            self.ffn = MoE(
-                config.width,
-                config.expert_width,
-                config.router,
-                activation=config.activation,
-                bias=config.expert_bias,
-                shared_hidden=config.shared_width,
-                shared_gate=config.shared_gate,
-                backend=backend,
-            )
-        else:
-            self.ffn = FeedForward(config.width, config.ffn, config.activation)
-
-    def forward(
-        self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        # Few tokens in inference: each half is one operation, as long as nobody looks into it.
-        alone, ffn, norm = nobody_looks(x_BSD), self.ffn, self.ffn_norm
-        attend = self._attend(x_BSD, span) if alone else None
-        x_BSD = x_BSD + self._scaled(self.attn(self.attn_norm(x_BSD), span)) if attend is None else attend.of(x_BSD)
-        feed = self._feed(x_BSD, choice) if alone and span.real_BS is None else None
-        if isinstance(feed, Mixing):
-            x_BSD, *made = feed.operation.of(x_BSD)
-            return x_BSD, feed.routing(*made)
-        if feed is not None:
-            return feed.of(x_BSD), None
-        if isinstance(ffn, MoE):
-            y_BSD, routing = ffn(norm(x_BSD), choice, mask=span.real_BS)
-            return x_BSD + self._scaled(y_BSD), routing
-        return x_BSD + self._scaled(ffn(norm(x_BSD))), None
-
-    def at_once(
-        self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None
-    ) -> tuple[Operation, Operation | Mixing] | None:
-        """The operations that stand for the two halves, where both have one; for any x like this one."""
-        attend = self._attend(x_BSD, span)
-        feed = None if attend is None else self._feed(x_BSD, choice)
-        return None if attend is None or feed is None else (attend, feed)
-
-    def _attend(self, x_BSD: Tensor, span: Span) -> Operation | None:
-        own = self._modules  # self.attn takes ten times as long
-        return attend_at_once(own["attn"], own["attn_norm"], x_BSD, span, self.residual_scale)
-
-    def _feed(self, x_BSD: Tensor, choice: Choice | Routing | None) -> Operation | Mixing | None:
-        ffn, norm = self._modules["ffn"], self._modules["ffn_norm"]
-        if isinstance(ffn, MoE):
-            return mix_at_once(ffn, norm, x_BSD, choice, self.residual_scale)
-        return feed_at_once(ffn, norm, x_BSD, self.residual_scale)
-
-    def _scaled(self, y_BSD: Tensor) -> Tensor:
-        return y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale
-
-
-def _run(layers: Sequence[tuple[Operation, Operation | Mixing]], x_BSD: Tensor) -> tuple[Tensor, list[Routing]]:
-    """x through both operations of all layers, and their routings."""
-    made = []
-    for attend, feed in layers:
-        x_BSD = attend.of(x_BSD)
-        if isinstance(feed, Mixing):
-            x_BSD, *rest = feed.operation.of(x_BSD)
-            made.append((feed, rest))
-        else:
-            x_BSD = feed.of(x_BSD)
-    return x_BSD, [feed.routing(*rest) for feed, rest in made]
+__all__ = ["Decoder", "KVCache"]
 
 
 class Decoder(nn.Module):
@@ -162,17 +84,17 @@ class Decoder(nn.Module):
 
         ConfigError if the tokens do not fit into the cache, RoutingError for a routing of other layers or tokens.
         """
-        x_BSD, routings = self.hidden(tokens_BS, cache, padding_B=padding_B, routing=routing)
+        x_BSD, routings = self.hidden_states(tokens_BS, cache, padding_B=padding_B, routing=routing)
         return self.logits(x_BSD), routings
 
     def logits(self, x_BSD: Tensor) -> Tensor:
-        """The output layer: (..., D) of `hidden` -> (..., V)."""
+        """The output layer: (..., D) of `hidden_states` -> (..., V)."""
         if self.head is None:
-            return multiply(x_BSD, self.embed.weight, None)
+            return linear(x_BSD, self.embed.weight)
         out: Tensor = self.head(x_BSD)
         return out
 
-    def hidden(
+    def hidden_states(
         self,
         tokens_BS: Tensor,
         cache: KVCache | KVCaches | None = None,
@@ -195,46 +117,29 @@ class Decoder(nn.Module):
             x_BSD = x_BSD * self.config.embedding_scale
         if routing is not None and len(routing) != len(self.moe_layers):
             raise RoutingError(f"routing is of {len(routing)} MoE layers: the model has {len(self.moe_layers)}")
-        blocks: list[Any] = list(self.layers)
         replayed = iter(routing or ())
-        choices = [next(replayed, None) if routing and isinstance(block.ffn, MoE) else None for block in blocks]
-        ready = self._at_once(blocks, x_BSD, span, choices)
-        x_BSD, routings = self._each(blocks, x_BSD, span, choices) if ready is None else _run(ready, x_BSD)
+        choices = [next(replayed) if routing and isinstance(block.ffn, MoE) else None for block in self.layers]
+        x_BSD, routings = self.through_layers(x_BSD, span, choices)
         if cache is not None:
             cache.advance(S)
         x_BSD = self.norm(x_BSD)
         # The logits are divided by it; so is what they are made of, for all who make them.
         return x_BSD if self.config.logits_scale == 1 else x_BSD / self.config.logits_scale, routings
 
-    def _each(
-        self, blocks: Sequence[nn.Module], x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]
+    @with_kernel(fused.layers)
+    def through_layers(
+        self, x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]
     ) -> tuple[Tensor, list[Routing]]:
-        """x through one layer after another, and their routings."""
+        """x through all layers, and the MoE layers' routings."""
         routings = []
-        for block, choice in zip(blocks, choices, strict=True):
-            if self.activation_checkpoint and self.training and span.cache is None and not span.parts:
-                x_BSD, made = checkpoint(block, x_BSD, span, choice, use_reentrant=False)
+        for block, choice in zip(self.layers, choices, strict=True):
+            if self.activation_checkpoint and self.training and not span.caches:
+                x_BSD, routing = checkpoint(block, x_BSD, span, choice, use_reentrant=False)
             else:
-                x_BSD, made = block(x_BSD, span, choice)
-            if made is not None:
-                routings.append(made)
+                x_BSD, routing = block(x_BSD, span, choice)
+            if routing is not None:
+                routings.append(routing)
         return x_BSD, routings
-
-    def _at_once(
-        self, blocks: Sequence[nn.Module], x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]
-    ) -> list[tuple[Operation, Operation | Mixing]] | None:
-        """The operations of all layers, where each half of each has one: nobody is called between them who could change
-        a later layer. Asked in a row, the modules answer more quickly than between two operations, which leave the
-        processor's caches full of weights."""
-        if not span.decodes or not nobody_looks(x_BSD):
-            return None
-        ready = []
-        for block, choice in zip(blocks, choices, strict=True):
-            halves = block.at_once(x_BSD, span, choice) if is_bare(block, Block) else None
-            if halves is None:
-                return None
-            ready.append(halves)
-        return ready
 
     @property
     def output_weight(self) -> Tensor:

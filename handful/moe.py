@@ -12,21 +12,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from handful import kernels
 from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Experts, FeedForward
-from handful.experts.at_once import Operation, is_bare, kernel_map, moe_layer, norm_of, weights_of
-from handful.experts.native import ROUTED, available, plain_inference, route
-from handful.quantize import Packed
+from handful.kernels import with_kernel
 from handful.routing import Choice, Routing
 
-__all__ = ["MoE", "NotCausalWarning", "Router", "mix_at_once"]
+__all__ = ["MoE", "NotCausalWarning", "Router"]
 
 
 class UntrainableWarning(UserWarning):
@@ -80,6 +79,7 @@ class Router(nn.Module):
             self.balance_bias = bias.to(self.balance_bias.device)
         return self
 
+    @with_kernel(kernels.route)
     def forward(
         self,
         x_TD: Tensor,
@@ -96,8 +96,6 @@ class Router(nn.Module):
                    as ever, with their gradients: the same router gives the same weights.
         real_T     False for padding, which takes no place before an expert and is dropped; None: all are real.
         """
-        if self.is_plain(x_TD, len(x_TD)) and real_T is None:
-            return self._at_once(x_TD, choice)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
@@ -106,21 +104,6 @@ class Router(nn.Module):
             if self.config.choice == "expert":
                 return self._experts_choose(logits_TE, scores_TE, real_T)
             return self._tokens_choose(logits_TE, scores_TE, sequence, real_T)
-
-    def is_plain(self, x: Tensor, tokens: int) -> bool:
-        """Few tokens in inference, each for itself: what one operation of ours does."""
-        if not available() or self.training or tokens > ROUTED or not self.config.independent:
-            return False
-        weight = self._parameters.get("weight")  # self.weight takes ten times as long
-        return weight is not None and plain_inference(x, weight)
-
-    def _at_once(self, x_TD: Tensor, choice: Choice | Routing | None) -> Routing:
-        """What the methods below do together."""
-        chosen_TK, dropped_TK = self.asked(choice, len(x_TD), x_TD.device)
-        logits_TE, scores_TE, experts_TK, weights_TK = route(
-            x_TD, self.weight, self.bias, self.balance_bias, chosen_TK, self.config
-        )
-        return Routing(logits_TE, scores_TE, experts_TK, weights_TK, dropped_TK)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         noisy = self.training
@@ -152,7 +135,7 @@ class Router(nn.Module):
         return weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) if self.config.normalize else weights_TK
 
     def _chosen(self, logits_TE: Tensor, scores_TE: Tensor, choice: Choice | Routing, real_T: Tensor | None) -> Routing:
-        experts_TK, _ = self.asked(choice, len(scores_TE), scores_TE.device)
+        experts_TK, _ = self.forced_experts(choice, len(scores_TE), scores_TE.device)
         assert experts_TK is not None
         low, high = (int(bound) for bound in experts_TK.aminmax()) if len(scores_TE) else (0, 0)
         if low < 0 or high >= self.config.experts:
@@ -168,7 +151,7 @@ class Router(nn.Module):
         weights_TK = self._weights(weights_TK) * self.config.scale
         return Routing(logits_TE, scores_TE, experts_TK, weights_TK, dropped_TK, real_T)
 
-    def asked(
+    def forced_experts(
         self, choice: Choice | Routing | None, tokens: int, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
         """The experts to take, (T, K), and which to drop. RoutingError unless they are of as many tokens; whether they
@@ -255,10 +238,10 @@ class MoE(nn.Module):
     """A drop-in feed-forward layer of E experts: x (..., D) -> (y (..., D), Routing).
 
     width          D, the model's width.
-    hidden         F, an expert's hidden width.
+    expert_width   F, an expert's hidden width.
     router         a RouterConfig: how many experts, how many per token, how chosen and weighted.
     activation     "swiglu", "geglu", "swiglu_clamped" (gated: three matrices an expert), "relu", "gelu" (two).
-    shared_hidden  hidden width of the shared experts, which every token uses; 0: none.
+    shared_width   hidden width of the shared experts, which every token uses; 0: none.
     shared_gate    multiply their output by a learned sigmoid gate.
     backend        who multiplies: "auto", "native", "grouped" or "reference" (see `handful.experts`).
 
@@ -269,21 +252,21 @@ class MoE(nn.Module):
     def __init__(
         self,
         width: int,
-        hidden: int,
+        expert_width: int,
         router: RouterConfig,
         *,
         activation: Activation = "swiglu",
         bias: bool = False,
-        shared_hidden: int = 0,
+        shared_width: int = 0,
         shared_gate: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if shared_gate and not shared_hidden:
-            raise ConfigError("shared_gate = True: needs shared_hidden above 0")
+        if shared_gate and not shared_width:
+            raise ConfigError("shared_gate = True: needs shared_width above 0")
         self.router = Router(width, router)
-        self.experts = Experts(router.experts, width, hidden, activation=activation, bias=bias, backend=backend)
-        self.shared = FeedForward(width, shared_hidden, activation) if shared_hidden else None
+        self.experts = Experts(router.experts, width, expert_width, activation=activation, bias=bias, backend=backend)
+        self.shared = FeedForward(width, shared_width, activation) if shared_width else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
 
     def forward(
@@ -312,57 +295,3 @@ class MoE(nn.Module):
                 shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
             y_TD = y_TD + shared_TD
         return y_TD.view(x.shape), routing
-
-    def at_once(
-        self, norm: nn.Module | None, x: Tensor, choice: Choice | Routing | None, residual_scale: float
-    ) -> Mixing | None:
-        """What `mix_at_once` says, where the modules in it allow it."""
-        modules, tokens, width = self._modules, x.shape[:-1].numel(), x.shape[-1]
-        router, before = modules.get("router"), norm_of(norm)
-        if before is None or not is_bare(router, Router) or not router.is_plain(x, tokens):
-            return None
-        experts, weight_ED = weights_of(modules.get("experts"), width, x.dtype), router._parameters.get("weight")
-        if experts is None or weight_ED is None or weight_ED.shape != (experts.gate_up.shape[0], width):
-            return None
-        shared, beside, gate = self.shared, None, None
-        if shared is not None:
-            if not is_bare(shared, FeedForward) or shared.activation != experts.activation:
-                return None
-            beside, gate = shared.maps_for_kernels(tokens, width, x.dtype), self._gate(tokens, width, x.dtype)
-            if beside is None or (gate is None) != (self.shared_gate is None):
-                return None
-        chosen_TK, dropped_TK = router.asked(choice, tokens, x.device)
-        if dropped_TK is not None and (chosen_TK is None or dropped_TK.shape != chosen_TK.shape):
-            return None
-        weights = weight_ED, router.bias, router._buffers.get("balance_bias")
-        operation = moe_layer(
-            before, weights, chosen_TK, dropped_TK, router.config, experts, beside, gate, residual_scale
-        )
-        return Mixing(operation, dropped_TK)
-
-    def _gate(self, tokens: int, width: int, dtype: torch.dtype) -> Tensor | Packed | None:
-        """The weight of the shared experts' gate, if one operation can stand for it. Floats are torch's to multiply."""
-        gate = self.shared_gate
-        if is_bare(gate, nn.Linear):
-            return gate.weight if gate.bias is None and gate.weight.dtype == dtype else None
-        found = kernel_map(gate, tokens, width, dtype)
-        return found[0] if found is not None and found[1] is None and isinstance(found[0], Packed) else None
-
-
-class Mixing(NamedTuple):
-    """The operation that stands for a norm, an MoE and the sum after it, and what its routing drops."""
-
-    operation: Operation
-    dropped_TK: Tensor | None
-
-    def routing(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
-        """Of what the operation makes beside its first result."""
-        return Routing(logits_TE, scores_TE, experts_TK, weights_TK, self.dropped_TK)
-
-
-def mix_at_once(
-    moe: nn.Module, norm: nn.Module | None, x: Tensor, choice: Choice | Routing | None, residual_scale: float
-) -> Mixing | None:
-    """x + residual_scale · y and the routing, for y and routing of moe(norm(x), choice), as one operation with the same
-    bits, for any x like this one, that `nobody_looks` at; None where the modules must be called."""
-    return moe.at_once(norm, x, choice, residual_scale) if is_bare(moe, MoE) else None

@@ -27,8 +27,8 @@ from handful.cost import BYTES, byte_counts, held_bytes, held_tokens
 from handful.count import Counted, Weights, counted
 from handful.engine import CHUNK
 from handful.errors import ConfigError
-from handful.experts.disk import Layout, layout_of
-from handful.experts.stored import GUESSES
+from handful.experts.expert_file import Layout, layout_of
+from handful.experts.store import GUESSES
 from handful.forecast import FORMATS, Step, forecast
 from handful.units import size
 

@@ -1,6 +1,6 @@
 """Where tokens stand, and what is kept of those before them.
 
-    rope_table    the angles by which RoPE turns positions; rope_frequency: how quickly, stretched where a config asks
+    rope_table    the angles by which RoPE turns positions; rope_frequencies: how quickly, stretched where a config asks
                   for it
     KVCache       what decoding one more token needs of the past; KVCaches: of several sequences at once
     Span          where a forward pass's tokens stand; every layer is given the same one
@@ -21,17 +21,16 @@ from torch import Tensor
 
 from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
-from handful.experts.native import DTYPES
 
-__all__ = ["KVCache", "KVCaches", "Span", "rope_frequency", "rope_table", "rotate", "yarn_factor"]
+__all__ = ["KVCache", "KVCaches", "Span", "rope_frequencies", "rope_table", "rotate", "yarn_factor"]
 
-TURNED = 64  # positions whose cos and sin are made at a time in decoding
+ROPE_RUN = 64  # positions whose cos and sin are made at a time in decoding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions.
 
 
-def rope_frequency(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
     """By how much each pair of a head turns from one position to the next, (r/2,) float32 in radians, and what cos and
     sin are multiplied by."""
     r = config.rotary_dim
@@ -42,10 +41,10 @@ def rope_frequency(config: ModelConfig, device: torch.device | str = "cpu") -> t
     return _stretched(config.rope_scaling, config.rope_theta, frequency)
 
 
-def rope_table(turns: tuple[Tensor, float], positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(frequencies: tuple[Tensor, float], positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (..., 1, r/2) float32, of the angles by which RoPE turns positions (...), for the frequency and
-    the factor of `rope_frequency`."""
-    frequency, factor = turns
+    the factor of `rope_frequencies`."""
+    frequency, factor = frequencies
     angle = positions.float()[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
@@ -123,39 +122,40 @@ class KVCache:
         else:
             shapes = [(batch, 1, capacity, config.mla.kv_rank + config.mla.rope_dim)]
         # Of every layer: keys and values, or latents.
-        self.held = [
+        self.keys_values = [
             tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes) for _ in range(config.layers)
         ]
-        self.turns = rope_frequency(config, device)
+        self.rope_frequencies = rope_frequencies(config, device)
         self.length = 0
         self.padding_B: Tensor | None = None
-        self._turned: tuple[int, Sequence[Tensor], Sequence[Tensor]] | None = None
+        self._rope_run: tuple[int, Sequence[Tensor], Sequence[Tensor]] | None = None
 
     @property
     def capacity(self) -> int:
-        return self.held[0][0].shape[2]
+        return self.keys_values[0][0].shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.held[0][0].dtype
+        return self.keys_values[0][0].dtype
 
     def span(self, config: ModelConfig, new: int) -> Span:
         """The span of `new` tokens after the held ones. ConfigError if they do not fit."""
         if self.length + new > self.capacity:
             raise ConfigError(f"cache holds {self.length} tokens of at most {self.capacity}: {new} more do not fit")
         if new == 1 and self.padding_B is None and not torch.compiler.is_compiling():
-            return Span(self.next_turn(), self, dict.fromkeys(_windows(config)))
-        return Span.of(config, new, self, self.padding_B, self.turns[0].device)
+            return Span(self.next_rope(), self, dict.fromkeys(_windows(config)))
+        return Span.of(config, new, self, self.padding_B, self.rope_frequencies[0].device)
 
-    def next_turn(self) -> tuple[Tensor, Tensor]:
+    def next_rope(self) -> tuple[Tensor, Tensor]:
         """`rope_table` of the next position alone. Of a run of positions it is made at once: alone it would take longer
         than a small layer's attention."""
-        first = self.length // TURNED * TURNED
-        if self._turned is None or self._turned[0] != first:
+        first = self.length // ROPE_RUN * ROPE_RUN
+        if self._rope_run is None or self._rope_run[0] != first:
             with torch.inference_mode(False), torch.no_grad():  # for a cache that goes on under autograd
-                cos, sin = rope_table(self.turns, torch.arange(first, first + TURNED, device=self.turns[0].device))
-            self._turned = first, cos.split(1), sin.split(1)
-        _, cosines, sines = self._turned
+                run = torch.arange(first, first + ROPE_RUN, device=self.rope_frequencies[0].device)
+                cos, sin = rope_table(self.rope_frequencies, run)
+            self._rope_run = first, cos.split(1), sin.split(1)
+        _, cosines, sines = self._rope_run
         return cosines[self.length - first], sines[self.length - first]
 
     def advance(self, new: int) -> None:
@@ -166,9 +166,9 @@ class KVCache:
         """Store what a layer has made of the new tokens, each (B, J, S, d), after the `length` held ones; returns all
         of the layer's, (B, J, P, d)."""
         end = self.length + new[0].shape[2]
-        for held, made in zip(self.held[layer], new, strict=True):
+        for held, made in zip(self.keys_values[layer], new, strict=True):
             held[:, :, self.length : end] = made
-        return tuple(held[:, :, :end] for held in self.held[layer])
+        return tuple(held[:, :, :end] for held in self.keys_values[layer])
 
 
 class KVCaches:
@@ -186,13 +186,13 @@ class KVCaches:
         assert new == sum(self.new)
         one_each = all(n == 1 for n in self.new) and all(cache.padding_B is None for cache in self.caches)
         if one_each and not torch.compiler.is_compiling():
-            cosines, sines = zip(*(cache.next_turn() for cache in self.caches), strict=True)
+            cosines, sines = zip(*(cache.next_rope() for cache in self.caches), strict=True)
             rope, masks = (torch.cat(cosines), torch.cat(sines)), dict.fromkeys(_windows(config))
             return Span(rope, None, {}, tuple((i, i + 1, Span(rope, c, masks)) for i, c in enumerate(self.caches)))
-        turns = self.caches[0].turns
+        frequencies = self.caches[0].rope_frequencies
         places = [c.length + i for c, n in zip(self.caches, self.new, strict=True) for i in range(n)]
-        at_T = torch.tensor(places, device=turns[0].device)
-        rope = rope_table(turns, at_T)
+        at_T = torch.tensor(places, device=frequencies[0].device)
+        rope = rope_table(frequencies, at_T)
         parts, start = [], 0
         for cache, n, at_S in zip(self.caches, self.new, at_T.split(list(self.new)), strict=True):
             parts.append((start, start + n, Span(rope, cache, _masks(config, cache.length, at_S, None))))
@@ -233,31 +233,28 @@ class Span:
     ) -> Span:
         """The span of `new` tokens after the cached ones."""
         past = 0 if cache is None else cache.length
-        turns = rope_frequency(config, device) if cache is None else cache.turns
+        frequencies = rope_frequencies(config, device) if cache is None else cache.rope_frequencies
         at_S = torch.arange(past, past + new, device=device)
         positions = at_S if padding_B is None else (at_S - padding_B[:, None]).clamp_min(0)
         real_BS = None if padding_B is None or bool((padding_B <= past).all()) else at_S >= padding_B[:, None]
-        return Span(rope_table(turns, positions), cache, _masks(config, past, at_S, padding_B), real_BS=real_BS)
+        return Span(rope_table(frequencies, positions), cache, _masks(config, past, at_S, padding_B), real_BS=real_BS)
 
     @cached_property
     def decodes(self) -> bool:
         """Every sequence has one new token and a cache, and none is padded."""
         spans = [(end - start, part) for start, end, part in self.parts] or [(self.rope[0].shape[-3], self)]
-        return all(
-            new == 1 and span.cache is not None and span.cache.padding_B is None and span.cache.dtype in DTYPES
-            for new, span in spans
-        )
+        return all(new == 1 and span.cache is not None and span.cache.padding_B is None for new, span in spans)
 
     @cached_property
     def caches(self) -> list[KVCache]:
         """Of all sequences, in order."""
         return [cache for cache in (self.cache, *(part.cache for _, _, part in self.parts)) if cache is not None]
 
-    def over(self, look: Callable[..., Tensor], *new: Tensor) -> Tensor:
-        """look(span, ...) of each sequence's part of tensors (B, S, ...): (B, S, ...)."""
+    def per_sequence(self, attend: Callable[..., Tensor], *new: Tensor) -> Tensor:
+        """attend(span, ...) of each sequence's part of tensors (B, S, ...): (B, S, ...)."""
         if not self.parts:
-            return look(self, *new)
-        return torch.cat([look(part, *(t[:, start:end] for t in new)) for start, end, part in self.parts], dim=1)
+            return attend(self, *new)
+        return torch.cat([attend(part, *(t[:, start:end] for t in new)) for start, end, part in self.parts], dim=1)
 
 
 def _masks(config: ModelConfig, past: int, at_S: Tensor, padding_B: Tensor | None) -> dict[int | None, Tensor | None]:

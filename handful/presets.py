@@ -40,14 +40,7 @@ _OLMOE = RouterConfig(experts=64, top_k=8, normalize=False)
 _QWEN3 = RouterConfig(experts=128, top_k=8)
 _DEEPSEEK_MOE = RouterConfig(experts=64, top_k=6, normalize=False)
 _DEEPSEEK_V3 = RouterConfig(
-    experts=256,
-    top_k=8,
-    score="sigmoid",
-    scale=2.5,
-    balance_bias=True,
-    groups=8,
-    top_groups=4,
-    group_score="top2",
+    experts=256, top_k=8, score="sigmoid", scale=2.5, balance_bias=True, groups=8, top_groups=4, group_score="top2"
 )
 _GPT_OSS = RouterConfig(experts=32, top_k=4, logits_bias=True)
 
@@ -64,12 +57,7 @@ PRESETS: dict[str, Preset] = {
     "gshard": Preset(
         source="GShard with 128 experts, arXiv:2006.16668: capacity 2·T/E, first choices served first",
         router=RouterConfig(
-            experts=128,
-            top_k=2,
-            random_second=True,
-            capacity_factor=1.0,
-            eval_capacity_factor=1.0,
-            drop_order="choice",
+            experts=128, top_k=2, random_second=True, capacity_factor=1.0, eval_capacity_factor=1.0, drop_order="choice"
         ),
         balance=BalanceConfig(loss="gshard", weight=0.01),
         activation="relu",
@@ -80,16 +68,8 @@ PRESETS: dict[str, Preset] = {
         router=_MIXTRAL,
         balance=BalanceConfig(loss="switch", weight=0.02),
         model=_published(
-            _MIXTRAL,
-            vocab=32000,
-            width=4096,
-            layers=32,
-            heads=32,
-            kv_heads=8,
-            expert_width=14336,
-            rope_theta=1e6,
-            norm_eps=1e-5,
-            context=32768,
+            _MIXTRAL, vocab=32000, width=4096, layers=32, heads=32, kv_heads=8, expert_width=14336, rope_theta=1e6,
+            norm_eps=1e-5, context=32768,
         ),
     ),
     "olmoe": Preset(
@@ -97,14 +77,7 @@ PRESETS: dict[str, Preset] = {
         router=_OLMOE,
         balance=BalanceConfig(loss="switch", weight=0.01, z_weight=0.001),
         model=_published(
-            _OLMOE,
-            vocab=50304,
-            width=2048,
-            layers=16,
-            heads=16,
-            expert_width=1024,
-            qk_norm="full",
-            norm_eps=1e-5,
+            _OLMOE, vocab=50304, width=2048, layers=16, heads=16, expert_width=1024, qk_norm="full", norm_eps=1e-5,
             context=4096,
         ),
     ),
@@ -113,17 +86,8 @@ PRESETS: dict[str, Preset] = {
         router=_QWEN3,
         balance=BalanceConfig(loss="global", weight=0.001),
         model=_published(
-            _QWEN3,
-            vocab=151936,
-            width=2048,
-            layers=48,
-            heads=32,
-            kv_heads=4,
-            head_dim=128,
-            expert_width=768,
-            qk_norm="head",
-            rope_theta=1e6,
-            context=40960,
+            _QWEN3, vocab=151936, width=2048, layers=48, heads=32, kv_heads=4, head_dim=128, expert_width=768,
+            qk_norm="head", rope_theta=1e6, context=40960,
         ),
     ),
     "deepseek-moe": Preset(
@@ -133,16 +97,8 @@ PRESETS: dict[str, Preset] = {
         shared=2,
         dense_first=1,
         model=_published(
-            _DEEPSEEK_MOE,
-            vocab=102400,
-            width=2048,
-            layers=28,
-            heads=16,
-            ffn=10944,
-            expert_width=1408,
-            shared_width=2816,
-            dense_first=1,
-            context=4096,
+            _DEEPSEEK_MOE, vocab=102400, width=2048, layers=28, heads=16, ffn=10944, expert_width=1408,
+            shared_width=2816, dense_first=1, context=4096,
         ),
     ),
     "deepseek-v3": Preset(
@@ -153,19 +109,10 @@ PRESETS: dict[str, Preset] = {
         shared=1,
         dense_first=3,
         model=_published(
-            _DEEPSEEK_V3,
-            vocab=129280,
-            width=7168,
-            layers=61,
-            heads=128,
-            ffn=18432,
-            expert_width=2048,
-            shared_width=2048,
-            dense_first=3,
-            mla=MLAConfig(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128),
-            rope_adjacent=True,
-            rope_scaling=RopeScaling(kind="yarn", factor=40.0, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
-            context=163840,
+            _DEEPSEEK_V3, vocab=129280, width=7168, layers=61, heads=128, ffn=18432, expert_width=2048,
+            shared_width=2048, dense_first=3, mla=MLAConfig(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64,
+            v_dim=128), rope_adjacent=True, rope_scaling=RopeScaling(kind="yarn", factor=40.0, original_context=4096,
+            mscale=1.0, mscale_all_dim=1.0), context=163840,
         ),
     ),
     "gpt-oss": Preset(
@@ -175,25 +122,10 @@ PRESETS: dict[str, Preset] = {
         balance=BalanceConfig(loss="switch", weight=0.01),
         activation="swiglu_clamped",
         model=_published(
-            _GPT_OSS,
-            vocab=201088,
-            width=2880,
-            layers=24,
-            heads=64,
-            kv_heads=8,
-            head_dim=64,
-            expert_width=2880,
-            activation="swiglu_clamped",
-            expert_bias=True,
-            qkv_bias=True,
-            o_bias=True,
-            sinks=True,
-            window=128,
-            full_layers=tuple(range(1, 24, 2)),
-            rope_theta=150000.0,
-            rope_scaling=RopeScaling(kind="yarn", factor=32.0, original_context=4096, truncate=False),
-            norm_eps=1e-5,
-            context=131072,
+            _GPT_OSS, vocab=201088, width=2880, layers=24, heads=64, kv_heads=8, head_dim=64, expert_width=2880,
+            activation="swiglu_clamped", expert_bias=True, qkv_bias=True, o_bias=True, sinks=True, window=128,
+            full_layers=tuple(range(1, 24, 2)), rope_theta=150000.0, rope_scaling=RopeScaling(kind="yarn", factor=32.0,
+            original_context=4096, truncate=False), norm_eps=1e-5, context=131072,
         ),
     ),
     "64x2": Preset(
@@ -201,7 +133,7 @@ PRESETS: dict[str, Preset] = {
         router=RouterConfig(experts=64, top_k=2),
         balance=BalanceConfig(loss="switch", weight=0.03),
     ),
-}
+}  # fmt: skip
 
 
 def preset(name: str) -> Preset:

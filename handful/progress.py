@@ -98,11 +98,7 @@ class RunProgress:
             began, before = self._began[run]
             left = (time.monotonic() - began) / max(1, done - before) * (total - done)
             self._progress.update(
-                self._tasks[run],
-                completed=done,
-                loss=event["loss"],
-                rate=event["tokens_per_second"],
-                left=left,
+                self._tasks[run], completed=done, loss=event["loss"], rate=event["tokens_per_second"], left=left
             )
         elif kind == "step":
             rate = f"{event['tokens_per_second']:,.0f} tokens/s"

@@ -53,7 +53,7 @@ E8M0_BIAS = 127
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A quantised weight of shape (..., O, I).
+    """A quantized weight of shape (..., O, I).
 
     codes    8 bits: int8 (..., O, columns), the q themselves, -127 to 127. 4 bits: uint8 (..., O, columns // 2), two
              q + 8 in a byte, with q from -7 to 7. A row is cut into blocks of 512 columns, of which the last may be
@@ -114,22 +114,22 @@ def check_format(bits: int, group: int) -> None:
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """ConfigError, naming the tensor, unless it can be quantised: floating, (..., O, I), every value finite."""
+    """ConfigError, naming the tensor, unless it can be quantized: floating, (..., O, I), every value finite."""
     if weight.dim() < 2 or not weight.is_floating_point():
-        raise ConfigError(f"{name} is {_describe(weight)}: only floating (..., outputs, inputs) can be quantised")
+        raise ConfigError(f"{name} is {_describe(weight)}: only floating (..., outputs, inputs) can be quantized")
     if weight.is_meta:
-        raise ConfigError(f"{name} has no values (it is on the meta device): it cannot be quantised")
+        raise ConfigError(f"{name} has no values (it is on the meta device): it cannot be quantized")
     for index in _slices(tuple(weight.shape)):
         low, high = torch.aminmax(weight.detach()[index])
         largest = max(-float(low), float(high))  # nan where there is one
         if not largest <= LIMIT:
             wrong = f"a value of magnitude {largest:.2g}" if math.isfinite(largest) else "values that are not finite"
-            raise ConfigError(f"{name} holds {wrong}: it cannot be quantised (the most is {LIMIT:.2g})")
+            raise ConfigError(f"{name} holds {wrong}: it cannot be quantized (the most is {LIMIT:.2g})")
 
 
 @torch.no_grad()
 def pack(weight: Tensor, bits: int = 4, group: int = 32, name: str = "weight") -> Packed:
-    """Quantise a weight of any floating dtype, (..., O, I), on the device where it is.
+    """Quantize a weight of any floating dtype, (..., O, I), on the device where it is.
 
     Each scale is rounded to bfloat16 first, and the q follow from the rounded one: q = weight / scale, to the nearest,
     ties to even. Memory beyond the result is a few slices, whatever the weight's size.

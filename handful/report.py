@@ -27,14 +27,7 @@ from handful.finding import Doc, finding, finite, late_routing, loss_of, mixture
 from handful.observe import collapsed
 from handful.units import PREFIXES, size
 
-__all__ = [
-    "collapse",
-    "finding",
-    "from_events",
-    "routing_history",
-    "speed_range",
-    "write",
-]
+__all__ = ["collapse", "finding", "from_events", "routing_history", "speed_range", "write"]
 
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
 _DENSE_COLORS = {"dense-active": "var(--dense-active)", "dense-total": "var(--dense-total)"}

@@ -186,12 +186,7 @@ class Run:
         return read_events(self.folder)
 
     def save(
-        self,
-        step: int,
-        seconds: float,
-        model: Decoder,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Tokenizer,
+        self, step: int, seconds: float, model: Decoder, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer
     ) -> Path:
         """Write a checkpoint, point RUN/model at it, remove all but the last two. Returns its folder."""
         path = self._step(step)

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from handful import kernels
 from handful.errors import CheckpointError, ConfigError
-from handful.experts.native import available, likeliest, plain_inference
+from handful.kernels import with_kernel
 
 __all__ = ["Logprobs", "Sampler", "Sampling", "sample"]
 
-# Below the one, the likeliest token has it all; above the other, all are alike. Quotients by them are float32's.
+# Below the one, the argmax token has it all; above the other, all are alike. Quotients by them are float32's.
 COLDEST, HOTTEST = 1e-30, 1e30
 MILDEST, HARSHEST = 0.01, 100.0  # beyond them a penalty says nothing any more, and logits leave float32's range
-CANDIDATES = 1024  # likeliest tokens that are sorted first: they are nearly always all that top_p keeps
+CANDIDATES = 1024  # argmax tokens that are sorted first: they are nearly always all that top_p keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,11 @@ class Sampling:
 
     repetition_penalty  above 1: logits of tokens that the prompt or the answer has are divided by it, or multiplied
                         where they are negative (arXiv:1909.05858); from 0.01 to 100.
-    temperature   0 takes the likeliest token; 1 draws from the model's own probabilities.
-    top_k         draw only among the likeliest k tokens; 0: among all.
-    top_p         draw only among the likeliest tokens that together have this probability (nucleus sampling,
+    temperature   0 takes the argmax token; 1 draws from the model's own probabilities.
+    top_k         draw only among the argmax k tokens; 0: among all.
+    top_p         draw only among the argmax tokens that together have this probability (nucleus sampling,
                   arXiv:1904.09751).
-    min_p         draw only among tokens at least that share as likely as the likeliest (arXiv:2407.01082).
+    min_p         draw only among tokens at least that share as likely as the argmax (arXiv:2407.01082).
     seed          of the draws; None: a different one each time.
     """
 
@@ -64,10 +65,16 @@ class Sampling:
 @dataclass(frozen=True)
 class Logprobs:
     """Natural logarithms of the model's own probabilities, before any setting of `Sampling`: of the token that was
-    drawn, and of the likeliest ones, by id, the likeliest first."""
+    drawn, and of the argmax ones, by id, the argmax first."""
 
     token: float
     top: Mapping[int, float]
+
+
+@with_kernel(kernels.argmax)
+def argmax(logits_V: Tensor) -> int:
+    """The place of the largest logit, the first of equals."""
+    return int(logits_V.argmax())
 
 
 def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
@@ -76,14 +83,14 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     CheckpointError for logits that nothing can be drawn from; without a draw (temperature 0) it is their argmax.
     """
     if sampling.temperature < COLDEST:
-        return likeliest(logits_V) if available() and plain_inference(logits_V) else int(logits_V.argmax())
+        return argmax(logits_V)
     best = _largest(logits_V)
     # From the best on, so that no quotient is too large.
     logits_V = (logits_V.float() - best.float()) / min(sampling.temperature, HOTTEST)
     share_V = logits_V.softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return int(torch.multinomial(share_V, 1, generator=random))
-    # The likeliest first: all of them only where some that are not among the candidates may be kept.
+    # The argmax first: all of them only where some that are not among the candidates may be kept.
     count = len(share_V) if sampling.top_k == 0 else min(sampling.top_k, len(share_V))
     kept, ids = share_V.topk(min(count, CANDIDATES))
     if len(kept) < count and not (
@@ -93,7 +100,7 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     if sampling.top_k:
         kept = kept / kept.sum()
     if sampling.top_p < 1:
-        # A token stays if those before it have not reached top_p yet: the likeliest always does.
+        # A token stays if those before it have not reached top_p yet: the argmax always does.
         beyond = kept.cumsum(0) - kept >= sampling.top_p
         beyond[0] = False
         kept = kept.masked_fill(beyond, 0)
@@ -145,7 +152,7 @@ class Sampler:
 
 
 def logprobs(logits_V: Tensor, token: int, count: int) -> Logprobs:
-    """Of a token that was drawn from these logits, and of the `count` likeliest."""
+    """Of a token that was drawn from these logits, and of the `count` argmax."""
     log_V = logits_V.float().log_softmax(-1)
     best = log_V.topk(min(count, len(log_V)))
     top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -129,7 +129,7 @@ def score(
 def _losses(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> Tensor:
     """(T,) nats of every target, float32."""
     with autocast(inputs_BS, dtype):
-        x_TD = model.hidden(inputs_BS)[0].flatten(0, 1)
+        x_TD = model.hidden_states(inputs_BS)[0].flatten(0, 1)
         step = max(1, CHUNK // model.config.vocab)
         parts = [
             torch.nn.functional.cross_entropy((x @ model.output_weight.mT).float(), targets, reduction="none")

@@ -155,12 +155,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        inner: tokenizers.Tokenizer,
-        eos: str,
-        *,
-        any_text: bool = True,
-        files: Mapping[str, bytes] | None = None,
+        self, inner: tokenizers.Tokenizer, eos: str, *, any_text: bool = True, files: Mapping[str, bytes] | None = None
     ) -> None:
         # A file may carry the cutting and padding of the work it was last used for. Here a text is always whole.
         inner.no_truncation()

@@ -49,11 +49,7 @@ TRAINED: dict[str, tuple[str, ...]] = {"experts": (".ffn.experts.", ".ffn.shared
 
 
 def pick_dtype(
-    config: ModelConfig,
-    settings: TrainConfig,
-    backend: str = "auto",
-    device: str = "cpu",
-    model: Decoder | None = None,
+    config: ModelConfig, settings: TrainConfig, backend: str = "auto", device: str = "cpu", model: Decoder | None = None
 ) -> tuple[Dtype, str]:
     """(dtype, reason): settings.dtype, or with "auto" the quicker on this machine for this model's steps.
 
@@ -158,7 +154,7 @@ def _check(
     if settings.context > config.context:
         raise ConfigError(f"train.context = {settings.context}: at most {config.context}, the model's")
     if start.state_dict().keys() != shapes(config).keys():
-        raise ConfigError("model: its weights are quantised, and cannot be trained")
+        raise ConfigError("model: its weights are quantized, and cannot be trained")
 
 
 def _train_only(model: nn.Module, only: str) -> None:

@@ -70,7 +70,7 @@ class Stepper:
     ) -> None:
         self.settings, self.model, self.optimizer, self.device = settings, model, optimizer, device
         if settings.compile:
-            model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+            model.hidden_states = torch.compile(model.hidden_states)  # type: ignore[method-assign]
         self.is_moe = config.router is not None
 
     def step(self, step: int, inputs_BS: Tensor, targets_BS: Tensor) -> StepResult:
@@ -142,7 +142,7 @@ class Stepper:
             for i, (x_BS, _) in enumerate(micro):
                 self._seed(step, i)
                 with autocast(x_BS, self.settings.dtype):
-                    seen.append(self.model.hidden(x_BS)[1])
+                    seen.append(self.model.hidden_states(x_BS)[1])
         return step_load(seen)
 
     def _seed(self, step: int, micro: int) -> None:

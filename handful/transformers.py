@@ -24,33 +24,17 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from handful.errors import ConfigError, MissingExtraError
 from handful.experts import BACKENDS, activate
-from handful.experts.grouped import (
-    Combine,
-    Dispatch,
-    Layout,
-    Product,
-    has_kernel,
-    lay_out,
-    lay_out_sorted,
-    outer,
-    rows_times,
-    with_zero_row,
-)
-from handful.experts.layer import check_fits
-from handful.experts.native import compute_dtype
-from handful.experts.untraced import untraced
+from handful.experts.grouped import Own, grouped
+from handful.experts.no_compile import no_compile
+from handful.experts.weights import ExpertWeights, check_fits
 from handful.router_watch import Watch
 from handful.routing import Routing
 
@@ -92,33 +76,10 @@ _defaults = {
 # A module of theirs, read as experts of ours.
 
 
-@dataclass(frozen=True, eq=False)
-class Borrowed:
-    """An experts module of transformers as our backends read experts, with its own weights.
-
-    gate_up (E, G, D), down (E, D, F), gate_up_bias (E, G) and down_bias (E, D) or None. turned: they are views of the
-    module's (E, D, G) and (E, F, D). activation None: no backend computes these.
-    """
-
-    gate_up: Tensor
-    down: Tensor
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-    turned: bool
-    activation: str | None
-
-    @property
-    def count(self) -> int:
-        return self.gate_up.shape[0]
-
-    def biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.gate_up_bias is None or self.down_bias is None:
-            return None, None
-        return self.gate_up_bias[expert], self.down_bias[expert]
-
-
-def borrow(module: Any) -> Borrowed:
-    """Read an experts module of transformers. ConfigError for weights or a flag that we do not know."""
+def borrow(module: Any) -> ExpertWeights:
+    """An experts module of transformers as our backends take experts, with its own weights; of one that stores its
+    matrices turned, views. Its activation is OWN_GATE where no backend computes it. ConfigError for weights or a flag
+    that we do not know."""
     kind = type(module).__name__
     for flag, default in _defaults.items():
         if flag not in FLAGS and getattr(module, flag, default) != default:
@@ -140,8 +101,8 @@ def borrow(module: Any) -> Borrowed:
             f"no experts with has_gate = {module.has_gate}, is_transposed = {module.is_transposed}"
         )
     gate_up_bias, down_bias = weights[2:] if module.has_bias else (None, None)
-    activation = None if module.is_transposed else _activation(module)
-    return Borrowed(gate_up, down, gate_up_bias, down_bias, module.is_transposed, activation)
+    activation = OWN_GATE if module.is_transposed else _activation(module) or OWN_GATE
+    return ExpertWeights(gate_up, None, down, None, gate_up_bias, down_bias, activation, hidden)
 
 
 def between(module: Any) -> Callable[[Tensor], Tensor]:
@@ -191,7 +152,7 @@ def _find_activation(module: Any, act: object) -> str | None:
 
 
 # What a step does depends on the load and on the module: no graph could hold it.
-@untraced
+@no_compile
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls for an experts module: (T, D), (T, K), (T, K) -> (T, D) in hidden_states' dtype.
 
@@ -200,13 +161,13 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     no experts for.
     """
     experts = borrow(module)
-    routing = _routing(module, experts.count, top_k_index, top_k_weights)
-    check_fits(hidden_states, routing, experts.count, experts.gate_up.shape[2])
-    if experts.activation is None:
-        y_TD = _with_own_gate(hidden_states, routing, experts, module)
+    routing = _routing(module, experts.experts, top_k_index, top_k_weights)
+    check_fits(hidden_states, routing, experts.experts, experts.width)
+    if experts.activation == OWN_GATE:
+        norm = module.post_expert_norm if module.has_post_expert_norm else None
+        y_TD = grouped(hidden_states, routing, experts, Own(between(module), norm, module.is_transposed))
     else:
-        backend: Any = BACKENDS["auto"]
-        y_TD = backend(hidden_states, routing, experts)
+        y_TD = BACKENDS["auto"](hidden_states, routing, experts)
     return y_TD.to(hidden_states.dtype)
 
 
@@ -218,58 +179,6 @@ def _routing(module: Any, count: int, experts_TK: Tensor, weights_TK: Tensor) ->
         experts_TK = experts_TK.clamp(max=count - 1)
     unused_TE = weights_TK.new_zeros(()).expand(len(experts_TK), count)  # no backend reads more of it than its shape
     return Routing(unused_TE, unused_TE, experts_TK.long(), weights_TK, dropped_TK)
-
-
-class _TurnedProduct(Function):
-    """`Product` for matrices that are stored turned, (E, i, o); their gradient comes out as they lie."""
-
-    @staticmethod
-    def forward(ctx: Any, a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
-        ctx.save_for_backward(a_Ri, w_Eio)
-        ctx.layout = layout
-        return rows_times(a_Ri, w_Eio, layout)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        a_Ri, w_Eio = ctx.saved_tensors
-        grad_a = rows_times(grad_Ro, w_Eio.mT, ctx.layout) if ctx.needs_input_grad[0] else None
-        grad_w = outer(a_Ri, grad_Ro, w_Eio, ctx.layout) if ctx.needs_input_grad[1] else None
-        return grad_a, grad_w, None
-
-
-def _lay_out(routing: Routing, experts: Borrowed, device: str, dtype: torch.dtype) -> Layout:
-    read: Any = experts
-    if has_kernel(read, device, dtype):
-        return lay_out_sorted(routing)
-    # A batch reads every expert's weights. Where less than half of them are needed, as in decoding, a loop is quicker.
-    few = int((routing.plan().counts_E > 0).sum()) < experts.count / 2
-    return lay_out(routing, dtype, depth=0 if few else None)
-
-
-def _with_own_gate(x_TD: Tensor, routing: Routing, experts: Borrowed, module: Any) -> Tensor:
-    """`grouped`, with the module's own gate between the products and its own norm behind them."""
-    dtype = compute_dtype(x_TD)
-    device = x_TD.device.type
-    layout = _lay_out(routing, experts, device, dtype)
-    weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
-
-    def product(a_Ri: Tensor, w_Eoi: Tensor, bias_Eo: Tensor | None) -> Tensor:
-        a_Ri, w_Eoi = a_Ri.to(dtype), w_Eoi.to(dtype)
-        function, w = (_TurnedProduct, w_Eoi.mT) if experts.turned else (Product, w_Eoi)
-        out_Ro: Tensor = function.apply(a_Ri, w, layout)  # type: ignore[no-untyped-call]
-        if bias_Eo is not None:
-            out_Ro = out_Ro + with_zero_row(bias_Eo.to(dtype)).index_select(0, layout.expert_R)
-        return out_Ro
-
-    with torch.autocast(device, enabled=False):
-        x_RD = Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
-        a_RF = between(module)(product(x_RD, experts.gate_up, experts.gate_up_bias))
-        out_RD = product(a_RF, experts.down, experts.down_bias)
-        if module.has_post_expert_norm:
-            out_RD = module.post_expert_norm(out_RD)
-        y_TD: Tensor = Combine.apply(out_RD.to(dtype) * weight_R, layout)  # type: ignore[no-untyped-call]
-    return y_TD
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
@@ -292,7 +201,7 @@ def check(model: nn.Module) -> dict[str, str]:
     ConfigError, in one line, for a model without such modules (transformers would ignore the setting there) and for
     weights that we cannot compute with.
     """
-    return {name: borrow(module).activation or OWN_GATE for name, module in experts_of(model).items()}
+    return {name: borrow(module).activation for name, module in experts_of(model).items()}
 
 
 def watch(model: nn.Module, *, tokens: int = 16384) -> Watch:

@@ -80,7 +80,7 @@ def upcycle(
     """
     dense = model.config
     if model.state_dict().keys() != shapes(dense).keys():
-        raise ConfigError("upcycle model: its weights are quantised: load it without")
+        raise ConfigError("upcycle model: its weights are quantized: load it without")
     top_k, slices = check_upcycle(
         dense, method, experts=experts, top_k=top_k, slices=slices, noise=noise, partition=partition
     )
@@ -201,7 +201,7 @@ def _each_ffn_input(model: Decoder, tokens_BS: Tensor, visit: Callable[[int, Ten
 
     handles = [_ffn(model, i).register_forward_pre_hook(hook(i)) for i in range(model.config.layers)]
     try:
-        model.hidden(tokens_BS.to(model.embed.weight.device))
+        model.hidden_states(tokens_BS.to(model.embed.weight.device))
     finally:
         for handle in handles:
             handle.remove()

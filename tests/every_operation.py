@@ -24,8 +24,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from handful import memory
 from handful.config import ModelConfig, RouterConfig
 from handful.experts import Experts
-from handful.experts.native import available
-from handful.experts.quantized import QuantizedExperts, QuantizedLinear, quantize_model
+from handful.experts.quantize_model import quantize_model
+from handful.experts.quantized import QuantizedExperts, QuantizedLinear
+from handful.kernels.extension import available
 from handful.machine import machine, native_error
 from handful.model import Decoder
 from handful.positions import KVCache
@@ -56,7 +57,7 @@ def set_weight(module: nn.Module, name: str, packed: Packed) -> None:
 
 
 def exact(model: Decoder, plain: Decoder) -> Decoder:
-    """In float64, the model that `model` is by its weights as stored; `plain` is what it was quantised from."""
+    """In float64, the model that `model` is by its weights as stored; `plain` is what it was quantized from."""
     wide = copy.deepcopy(plain).double()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedExperts):

@@ -20,7 +20,7 @@ from handful.attention import Attention, LatentAttention
 from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
 from handful.model import Decoder
-from handful.positions import KVCache, Span, rope_frequency, rope_table, rotate
+from handful.positions import KVCache, Span, rope_frequencies, rope_table, rotate
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -190,7 +190,7 @@ def test_attention_equals_a_plain_rewrite(name: str, layer: int) -> None:
 
 
 def table(config: ModelConfig, start: int, end: int) -> tuple[Tensor, Tensor]:
-    return rope_table(rope_frequency(config), torch.arange(start, end))
+    return rope_table(rope_frequencies(config), torch.arange(start, end))
 
 
 def test_rotate_by_hand() -> None:
@@ -364,7 +364,7 @@ def test_cached_decoding_equals_the_full_pass(name: str, chunks: list[int]) -> N
 
 def test_latent_attention_caches_the_latents_alone() -> None:
     cache = KVCache(LATENT, 2, 9)
-    assert [[t.shape for t in held] for held in cache.held] == [[(2, 1, 9, MLA.kv_rank + MLA.rope_dim)]] * 2
+    assert [[t.shape for t in held] for held in cache.keys_values] == [[(2, 1, 9, MLA.kv_rank + MLA.rope_dim)]] * 2
     assert isinstance(decoder(LATENT).layers[0].attn, LatentAttention)
 
 

@@ -22,7 +22,7 @@ from handful.cost import Cost, Parts, cost, matrix_flops, ranks_per_token
 from handful.count import count
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError
-from handful.experts.quantized import quantize_model
+from handful.experts.quantize_model import quantize_model
 from handful.families.pricing import count_from_hf
 from handful.model import Decoder
 from handful.presets import PRESETS

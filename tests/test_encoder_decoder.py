@@ -18,7 +18,7 @@ from torch import Tensor
 from handful.balance import switch_loss, z_loss
 from handful.config import EncoderDecoderConfig, RouterConfig
 from handful.config_io import from_dict, to_dict
-from handful.encoder_decoder import Attention, EncoderDecoder, OutputCache, bucket
+from handful.encoder_decoder import EncoderDecoder, OutputCache, T5Attention, bucket
 from handful.errors import ConfigError
 from handful.moe import MoE
 
@@ -57,7 +57,7 @@ def test_buckets_by_hand() -> None:
 @torch.no_grad()
 def test_attention_against_a_plain_rewrite() -> None:
     torch.manual_seed(0)
-    attention = Attention(SWITCH).to(F64)
+    attention = T5Attention(SWITCH).to(F64)
     x_OD, y_SD = torch.randn(3, 8, dtype=F64), torch.randn(4, 8, dtype=F64)
     bias_HOS = torch.randn(2, 3, 4, dtype=F64)
     q, k, v = x_OD @ attention.q.weight.t(), y_SD @ attention.k.weight.t(), y_SD @ attention.v.weight.t()

@@ -248,13 +248,13 @@ def test_at_max_tokens(model: Decoder) -> None:
 
 def test_no_forward_pass_is_wasted(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    real = model.hidden
+    real = model.hidden_states
 
-    def hidden(tokens_BS: Tensor, cache: Any = None) -> Any:
+    def hidden_states(tokens_BS: Tensor, cache: Any = None) -> Any:
         lengths.append(tokens_BS.shape[1])
         return real(tokens_BS, cache)
 
-    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model, "hidden_states", hidden_states)
     assert len(list(generate_tokens(model, PROMPT, 4, GREEDY))) == 4
     assert lengths == [5, 1, 1, 1]
 
@@ -307,14 +307,14 @@ def says(model: Decoder, tokenizer: Tokenizer, tokens: list[int], monkeypatch: p
     asked: list[list[int]] = []
     left = iter(tokens)
 
-    def hidden(tokens_BS: Tensor, cache: Any) -> Any:
+    def hidden_states(tokens_BS: Tensor, cache: Any) -> Any:
         asked.append(tokens_BS[0].tolist())
         return torch.zeros(1, tokens_BS.shape[1], model.config.width), []
 
     def logits(x_TD: Tensor) -> Tensor:
         return 100.0 * torch.eye(VOCAB)[[next(left)]]
 
-    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model, "hidden_states", hidden_states)
     monkeypatch.setattr(model, "logits", logits)
     return asked
 

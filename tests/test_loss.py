@@ -185,7 +185,7 @@ def test_tied_embeddings_get_both_gradients() -> None:
     config = ModelConfig(vocab=31, width=16, layers=1, heads=2, ffn=24, context=12)
     model = Decoder(config).double()
     tokens_BS, targets_BS = torch.randint(31, (3, 12)), torch.randint(31, (3, 12))
-    x_BSD, _ = model.hidden(tokens_BS)
+    x_BSD, _ = model.hidden_states(tokens_BS)
     linear_cross_entropy(x_BSD.flatten(0, 1), model.output_weight, targets_BS.flatten()).backward()
     ours = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -197,7 +197,7 @@ def test_tied_embeddings_get_both_gradients() -> None:
     # Neither part alone is the whole.
     head = model.embed.weight.detach().clone().requires_grad_()
     with torch.no_grad():
-        x_BSD, _ = model.hidden(tokens_BS)
+        x_BSD, _ = model.hidden_states(tokens_BS)
     linear_cross_entropy(x_BSD.flatten(0, 1), head, targets_BS.flatten()).backward()
     assert head.grad is not None
     assert model.embed.weight.grad is not None

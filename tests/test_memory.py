@@ -21,9 +21,9 @@ from handful import memory
 from handful.config import ModelConfig
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError, DataError
-from handful.experts.disk import PackFile
+from handful.experts.expert_file import PackFile
+from handful.experts.offload import OffloadedExperts
 from handful.experts.quantized import QuantizedLinear
-from handful.experts.stored import StoredExperts
 from handful.families.io import save
 from handful.lazy_tensors import Entry
 from handful.model import Decoder
@@ -281,7 +281,7 @@ def test_models_that_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experts that can be packed"):
         memory.pack_experts(made(tmp_path / "dense", dense()), tmp_path / "e.pack")
     folder = made(tmp_path / "model")
-    with pytest.raises(ConfigError, match="quantised already"):
+    with pytest.raises(ConfigError, match="quantized already"):
         memory.pack_experts(handful.load(folder, quantize=4), tmp_path / "e.pack")
     with pytest.raises(ConfigError, match="bits = 3"):
         memory.pack_experts(folder, tmp_path / "e.pack", quantize=3)
@@ -324,7 +324,7 @@ def test_the_stored_model_says_what_it_is(tmp_path: Path) -> None:
     model, store = memory.load_offloaded(made(tmp_path / "model"), 10**9, quantize=4)
     with store:
         experts = model.get_submodule("layers.1.ffn.experts")
-        assert isinstance(experts, StoredExperts)
+        assert isinstance(experts, OffloadedExperts)
         assert "16 experts, int4/32, activation=swiglu" in repr(experts)
 
 

@@ -70,11 +70,11 @@ def close(got: Tensor, want: Tensor, rel: float = 1e-12) -> None:
 def test_a_cache_that_is_full_refuses_and_stays_as_it_was() -> None:
     model, cache = decoder(SMALL), KVCache(SMALL, 1, 4, dtype=F64)
     model(tokens(1, 3), cache)
-    held = cache.held[0][0].clone()
+    held = cache.keys_values[0][0].clone()
     with pytest.raises(ConfigError, match=r"^cache holds 3 tokens of at most 4: 2 more do not fit$"):
         model(tokens(1, 2), cache)
     assert cache.length == 3
-    assert cache.held[0][0].equal(held)
+    assert cache.keys_values[0][0].equal(held)
     model(tokens(1, 1), cache)
     with pytest.raises(ConfigError, match="1 more do not fit"):
         model(tokens(1, 1), cache)

@@ -613,8 +613,8 @@ def test_all_slices_of_a_dense_layer_are_the_dense_layer(backend: str, activatio
     ids=["plain", "biased", "capacity"],
 )
 def test_permuting_experts_permutes_nothing_else(backend: str, router: RouterConfig) -> None:
-    moe = MoE(5, 7, router, bias=True, shared_hidden=3, backend=backend).to(F64).eval()
-    permuted = MoE(5, 7, router, bias=True, shared_hidden=3, backend=backend).to(F64).eval()
+    moe = MoE(5, 7, router, bias=True, shared_width=3, backend=backend).to(F64).eval()
+    permuted = MoE(5, 7, router, bias=True, shared_width=3, backend=backend).to(F64).eval()
     # Within groups and groups as a whole, so that group limits still mean the same.
     order = torch.tensor([5, 4, 0, 1, 3, 2])
     with torch.no_grad():
@@ -632,7 +632,7 @@ def test_permuting_experts_permutes_nothing_else(backend: str, router: RouterCon
 
 
 def test_shared_experts_and_their_gate() -> None:
-    moe = MoE(4, 6, RouterConfig(experts=3, top_k=1), shared_hidden=5, shared_gate=True).to(F64)
+    moe = MoE(4, 6, RouterConfig(experts=3, top_k=1), shared_width=5, shared_gate=True).to(F64)
     x_TD = torch.randn(7, 4, dtype=F64)
     y_TD, routing = moe(x_TD)
     assert moe.shared is not None
@@ -692,14 +692,14 @@ def test_a_wrong_token_does_not_change_how_others_are_routed() -> None:
     [
         ({"backend": "fast"}, r"^experts backend 'fast': one of auto, "),
         ({"activation": "silu"}, r"^activation = 'silu': one of swiglu, geglu, relu, gelu, swiglu_clamped$"),
-        ({"hidden": 0}, r"^hidden = 0: at least 1$"),
-        ({"shared_hidden": -1}, r"^hidden = -1: at least 1$"),
-        ({"shared_gate": True}, r"^shared_gate = True: needs shared_hidden above 0$"),
+        ({"expert_width": 0}, r"^expert_width = 0: at least 1$"),
+        ({"shared_width": -1}, r"^hidden = -1: at least 1$"),
+        ({"shared_gate": True}, r"^shared_gate = True: needs shared_width above 0$"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        MoE(**{"width": 4, "hidden": 4, "router": RouterConfig(experts=2, top_k=1), **changes})
+        MoE(**{"width": 4, "expert_width": 4, "router": RouterConfig(experts=2, top_k=1), **changes})
 
 
 def test_the_experts_weights_carry_the_routers_gradient() -> None:

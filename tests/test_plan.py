@@ -22,9 +22,10 @@ from handful.console import plan_line, plan_tables
 from handful.engine import Engine, Request
 from handful.errors import ConfigError, HandfulError
 from handful.experts import Experts
-from handful.experts.disk import PackFile
-from handful.experts.quantized import quantize_model, weights_of
-from handful.experts.stored import Store, StoredExperts, StoreStats
+from handful.experts.expert_file import PackFile
+from handful.experts.offload import OffloadedExperts
+from handful.experts.quantize_model import quantizable_weights, quantize_model
+from handful.experts.store import Store, StoreStats
 from handful.families.pricing import count_from_hf
 from handful.forecast import EFFICIENCY, FORMATS, STREAM
 from handful.machine import Measured, machine
@@ -90,12 +91,12 @@ def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_pat
     assert found.expert == layout.record_bytes
     assert found.experts == layout.records == 12
     cache = KVCache(shape, 3, shape.context, dtype=wide)
-    assert found.cache == sum(t.nbytes for held in cache.held for t in held)
+    assert found.cache == sum(t.nbytes for held in cache.keys_values for t in held)
     if bits:
         quantize_model(Decoder(shape).to(wide), bits)
         with pytest.MonkeyPatch.context() as patch:
-            # Experts are packed apart: everything else is quantised in place.
-            patch.setattr("handful.experts.quantized.weights_of", only_linear)
+            # Experts are packed apart: everything else is quantized in place.
+            patch.setattr("handful.experts.quantize_model.quantizable_weights", only_linear)
             quantize_model(model, bits)
     assert found.resident == memory.resident_bytes(model)
     for slots in (2, 5, 7, 11, 12):
@@ -112,7 +113,7 @@ def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_pat
 
 
 def only_linear(module: torch.nn.Module) -> tuple[str, ...]:
-    return () if isinstance(module, Experts) else weights_of(module)
+    return () if isinstance(module, Experts) else quantizable_weights(module)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -666,7 +667,7 @@ def test_every_layer_of_the_model_that_is_away_reads(tmp_path: Path, monkeypatch
         took = steps(cases, repeats)
         for name, (model, _) in cases.items():
             experts = [layer.experts for layer in model.moe_layers]
-            if isinstance(experts[0], StoredExperts):
+            if isinstance(experts[0], OffloadedExperts):
                 seen.setdefault(name, []).append(experts[0].store.stats())
         return took
 

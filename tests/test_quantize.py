@@ -281,15 +281,15 @@ def test_packing_takes_no_part_in_autograd() -> None:
     [
         (
             torch.tensor([[1.0, math.nan]]),
-            "w holds values that are not finite: it cannot be quantised (the most is 3.3e+38)",
+            "w holds values that are not finite: it cannot be quantized (the most is 3.3e+38)",
         ),
-        (torch.tensor([[1.0, -math.inf]]), "w holds values that are not finite: it cannot be quantised"),
+        (torch.tensor([[1.0, -math.inf]]), "w holds values that are not finite: it cannot be quantized"),
         (torch.tensor([[[0.0]], [[math.inf]]]), "w holds values that are not finite"),
-        (torch.tensor([[-3.36e38]]), "w holds a value of magnitude 3.4e+38: it cannot be quantised (the most is 3.3e"),
-        (torch.tensor([[1e200]], dtype=F64), "w holds a value of magnitude 1e+200: it cannot be quantised"),
-        (torch.ones(3), "w is float32 (3,): only floating (..., outputs, inputs) can be quantised"),
+        (torch.tensor([[-3.36e38]]), "w holds a value of magnitude 3.4e+38: it cannot be quantized (the most is 3.3e"),
+        (torch.tensor([[1e200]], dtype=F64), "w holds a value of magnitude 1e+200: it cannot be quantized"),
+        (torch.ones(3), "w is float32 (3,): only floating (..., outputs, inputs) can be quantized"),
         (torch.ones(3, 2, dtype=torch.int8), "w is int8 (3, 2): only floating (..., outputs, inputs)"),
-        (torch.empty(3, 2, device="meta"), "w has no values (it is on the meta device): it cannot be quantised"),
+        (torch.empty(3, 2, device="meta"), "w has no values (it is on the meta device): it cannot be quantized"),
     ],
 )
 def test_weights_that_cannot_be_packed_are_named(weight: Tensor, message: str) -> None:

@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rates = Measured(read_bytes_per_second=1e10, float32_flops=1e11, bfloat16_flops=2e11)
     monkeypatch.setattr("handful.machine.measure", lambda *args: rates)
     monkeypatch.setattr(
-        "handful.experts.choice.TIMED", (("decoding", 1, {"width": 8, "hidden": 8, "experts": 4, "top_k": 2}),)
+        "handful.experts.selection.TIMED", (("decoding", 1, {"width": 8, "hidden": 8, "experts": 4, "top_k": 2}),)
     )
     run = sys.modules.get("handful.verify.run") or __import__("handful.verify.run", fromlist=["verify"])
     real = run.verify

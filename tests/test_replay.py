@@ -105,7 +105,7 @@ def test_against_the_layer_by_hand() -> None:
             gate, up = (layer.experts.gate_up[e] @ x_TD[t]).chunk(2)
             want[t] += scores[k] / scores.sum() * (layer.experts.down[e] @ (torch.nn.functional.silu(gate) * up))
     assert torch.allclose(y_TD, want, rtol=1e-12)
-    assert torch.allclose(grouped(x_TD, routing, layer.experts), want, rtol=1e-12)
+    assert torch.allclose(grouped(x_TD, routing, layer.experts.weights), want, rtol=1e-12)
 
 
 def test_expert_choice_is_replayed_with_what_it_left_out() -> None:

@@ -35,7 +35,7 @@ from handful.config_io import from_dict
 from handful.data import Batches, Data, heldout_batches, load_data
 from handful.errors import CheckpointError, ConfigError, DataError, TrainingError
 from handful.evaluate import evaluate
-from handful.experts.quantized import quantize_model
+from handful.experts.quantize_model import quantize_model
 from handful.families.io import load, save
 from handful.model import Decoder
 from handful.monitor import TensorBoardWarning, tensorboard
@@ -894,7 +894,7 @@ def test_other_tokenizers_and_dense_models(data: Data, tmp_path: Path) -> None:
         next(train(mixture(data), training(), other))
     packed = trained_dense(data, width=32, ffn=32)
     quantize_model(packed, bits=8)
-    with pytest.raises(ConfigError, match=r"^model: its weights are quantised, and cannot be trained$"):
+    with pytest.raises(ConfigError, match=r"^model: its weights are quantized, and cannot be trained$"):
         next(train(packed, training(), data))
     small = trained_dense(data, vocab=VOCAB - 1)
     with pytest.raises(ConfigError, match=r"^model\.vocab = 299: the tokenizer has 300$"):

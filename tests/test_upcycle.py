@@ -20,7 +20,7 @@ from handful.data import Data, heldout_batches
 from handful.errors import ConfigError, DataError
 from handful.evaluate import evaluate
 from handful.experts import FeedForward, activate
-from handful.experts.quantized import quantize_model
+from handful.experts.quantize_model import quantize_model
 from handful.families import config_to_hf
 from handful.families.io import load, save
 from handful.model import Decoder
@@ -188,7 +188,7 @@ def test_the_fitted_router_beats_a_random_one() -> None:
 
     @torch.no_grad()
     def left_out(made: Decoder) -> float:
-        whole, part = right.hidden(unseen)[0], made.hidden(unseen)[0]
+        whole, part = right.hidden_states(unseen)[0], made.hidden_states(unseen)[0]
         return float((whole - part).norm() / whole.norm())
 
     made = upcycle(right, "split", experts=8, top_k=4, text_BS=heard)
@@ -360,10 +360,10 @@ def test_what_does_not_go_together(arguments: dict[str, Any], message: str) -> N
     assert str(caught.value).startswith(message)
 
 
-def test_a_quantised_model_is_refused() -> None:
+def test_a_quantized_model_is_refused() -> None:
     packed = model(torch.float32, width=32, ffn=32)
     quantize_model(packed, bits=8)
-    with pytest.raises(ConfigError, match=r"^upcycle model: its weights are quantised: load it without$"):
+    with pytest.raises(ConfigError, match=r"^upcycle model: its weights are quantized: load it without$"):
         upcycle(packed)
 
 

@@ -15,7 +15,7 @@ from handful.errors import ConfigError
 
 if TYPE_CHECKING:
     from handful.encoder_decoder import EncoderDecoder
-    from handful.experts.stored import Store
+    from handful.experts.store import Store
     from handful.model import Decoder
     from handful.sampling import Sampling
 

@@ -8,25 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.cli.answers import (
-    MemoryOption,
-    MinPOption,
-    ModelArgument,
-    PackOption,
-    PenaltyOption,
-    QuantOption,
-    SeedOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    VariableOption,
-    given_settings,
-    open_model,
-    settle,
-    variables_of,
-)
+from handful.cli import answers
 from handful.cli.shared import Json, open_screen, print_json
 from handful.errors import ConfigError
 
@@ -35,20 +17,20 @@ HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answ
 
 
 def run(
-    model: ModelArgument,
-    system: SystemOption = None,
+    model: answers.ModelArgument,
+    system: answers.SystemOption = None,
     max_tokens: Annotated[int, typer.Option(help="Stop an answer after this many tokens.")] = 1024,
-    stop: StopOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: PenaltyOption = None,
-    seed: SeedOption = None,
-    quant: QuantOption = None,
-    memory: MemoryOption = None,
-    pack: PackOption = None,
-    template_arg: VariableOption = None,
+    stop: answers.StopOption = None,
+    temperature: answers.TemperatureOption = None,
+    top_k: answers.TopKOption = None,
+    top_p: answers.TopPOption = None,
+    min_p: answers.MinPOption = None,
+    repetition_penalty: answers.PenaltyOption = None,
+    seed: answers.SeedOption = None,
+    quant: answers.QuantOption = None,
+    memory: answers.MemoryOption = None,
+    pack: answers.PackOption = None,
+    template_arg: answers.VariableOption = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model that has a chat template. A line is a message; from a pipe too."""
@@ -57,16 +39,16 @@ def run(
     from handful.chat import Conversation, render
     from handful.encoder_decoder import EncoderDecoder
 
-    given = given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    variables = variables_of(template_arg)
+    given = answers.given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    variables = answers.variables_of(template_arg)
     screen, shown = open_screen(), sys.stderr if as_json else sys.stdout
-    found, store = open_model(model, quant, memory, pack)
+    found, store = answers.open_model(model, quant, memory, pack)
     try:
         if isinstance(found, EncoderDecoder):
             raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
         if found.tokenizer is None:
             raise ConfigError(f"{model}: it has no tokenizer")
-        sampling, told = settle(found, given)
+        sampling, told = answers.settle(found, given)
         conversation = Conversation(
             found, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop or (), variables=variables
         )

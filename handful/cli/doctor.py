@@ -15,7 +15,7 @@ def run(as_json: Json = False) -> None:
     import torch
 
     from handful.console import backend_table, facts
-    from handful.experts.choice import choose, time_backends
+    from handful.experts.selection import choose, time_backends
     from handful.machine import machine, measure
     from handful.units import si, size
     from handful.width import show

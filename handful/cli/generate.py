@@ -9,32 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from handful.cli.answers import (
-    MemoryOption,
-    MinPOption,
-    ModelArgument,
-    PackOption,
-    PenaltyOption,
-    QuantOption,
-    SeedOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    VariableOption,
-    given_settings,
-    open_model,
-    settle,
-    variables_of,
-)
+from handful.cli import answers
 from handful.cli.shared import Json, open_screen, print_json
 from handful.errors import ConfigError
 
 if TYPE_CHECKING:
     from handful.encoder_decoder import EncoderDecoder
     from handful.engine import Delta
-    from handful.experts.stored import Store
+    from handful.experts.store import Store
     from handful.model import Decoder
     from handful.text import Tokenizer
 
@@ -42,7 +24,7 @@ EXAMPLE = "handful generate runs/demo/moe/seed-0 'def main(' --max-tokens 100 --
 
 
 def run(
-    model: ModelArgument,
+    model: answers.ModelArgument,
     prompt: Annotated[
         str | None, typer.Argument(help="The text to go on from; -: what comes on stdin.", show_default=False)
     ] = None,
@@ -50,22 +32,21 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message: answer it, by the model's chat template.")
     ] = False,
-    system: SystemOption = None,
+    system: answers.SystemOption = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 200,
-    stop: StopOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: PenaltyOption = None,
-    seed: SeedOption = None,
-    quant: QuantOption = None,
-    memory: MemoryOption = None,
-    pack: PackOption = None,
-    template_arg: VariableOption = None,
+    stop: answers.StopOption = None,
+    temperature: answers.TemperatureOption = None,
+    top_k: answers.TopKOption = None,
+    top_p: answers.TopPOption = None,
+    min_p: answers.MinPOption = None,
+    repetition_penalty: answers.PenaltyOption = None,
+    seed: answers.SeedOption = None,
+    quant: answers.QuantOption = None,
+    memory: answers.MemoryOption = None,
+    pack: answers.PackOption = None,
+    template_arg: answers.VariableOption = None,
     logprobs: Annotated[
-        int | None,
-        typer.Option(help="With --json: of every token and that many of the likeliest, with their texts."),
+        int | None, typer.Option(help="With --json: of every token and that many of the likeliest, with their texts.")
     ] = None,
     routing: Annotated[
         Path | None, typer.Option(help="Write the experts of every token to this safetensors file.")
@@ -83,8 +64,8 @@ def run(
     from handful.generate import generate, stream, text_request
     from handful.observe import Recorder
 
-    settings = given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    variables = variables_of(template_arg)
+    settings = answers.given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    variables = answers.variables_of(template_arg)
     if routing is not None and routing.suffix != ".safetensors":
         raise ConfigError(f"routing = {str(routing)!r}: the name of a .safetensors file")
     if logprobs is not None and logprobs >= 0 and not as_json:
@@ -94,8 +75,8 @@ def run(
     prompt = _prompt(prompt, file)
     if as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    found, store = open_model(model, quant, memory, pack)
-    sampling, told = settle(found, settings)
+    found, store = answers.open_model(model, quant, memory, pack)
+    sampling, told = answers.settle(found, settings)
     if told is not None and not as_json:
         open_screen().print(told, style="dim")
     shown = sys.stderr if as_json else sys.stdout

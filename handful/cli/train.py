@@ -103,8 +103,7 @@ def run(
         except KeyboardInterrupt:  # a second Ctrl-C does not wait for the step
             raise Interrupted(f"this goes on from the last checkpoint: {again}" if out.exists() else "") from None
     page = report.write(
-        report.from_events(runs.read_events(out), title=str(out), command=command_line()),
-        out / "report.html",
+        report.from_events(runs.read_events(out), title=str(out), command=command_line()), out / "report.html"
     )
     interrupted = last["event"] == "interrupted"
     document = {**last, "out": str(out), "model": str(out / "model"), "report": str(page)}

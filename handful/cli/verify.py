@@ -12,10 +12,7 @@ from handful.cli.shared import Json, open_screen, print_json
 EXAMPLE = "handful verify --seed 7"
 
 
-def run(
-    seed: Annotated[int, typer.Option(min=0, help="Of the random cases.")] = 0,
-    as_json: Json = False,
-) -> None:
+def run(seed: Annotated[int, typer.Option(min=0, help="Of the random cases.")] = 0, as_json: Json = False) -> None:
     """Prove on this computer that every experts backend computes what the plain loop does in float64."""
     from rich.progress import Progress
 

@@ -18,8 +18,9 @@ G = 2·F (F without a gate) · R rows of the layout, the last one always zero
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from handful.errors import RoutingError
-from handful.experts.reference import activate
-from handful.experts.untraced import untraced
+from handful.experts.no_compile import no_compile
+from handful.experts.reference import activate, reference
+from handful.experts.weights import ExpertWeights, compute_dtype
 from handful.routing import Routing
 
-if TYPE_CHECKING:
-    from handful.experts.layer import Experts
-
-__all__ = ["grouped"]
+__all__ = ["Own", "grouped"]
 
 # What the tail costs, counted in rows of the batch: a start for each expert in it, and a factor on each row, larger in
 # bfloat16, where small products run at a fraction of the batch's rate. `bench/grouped.py` holds the choice against both
@@ -43,11 +42,11 @@ __all__ = ["grouped"]
 TAIL_START = 16
 TAIL_ROW = {torch.bfloat16: 3.0, torch.float16: 3.0}
 
-FEW = 16  # assignments that are computed one by one when no gradient is asked for
+ONE_BY_ONE = 16  # assignments that are computed each for itself when no gradient is asked for
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RowLayout:
     """Where each assignment stands among the R rows.
 
     token_R    the token whose vector fills a row; T for a row of zeros.
@@ -92,7 +91,7 @@ def _round_up(counts: Tensor, grid: int) -> Tensor:
     return (counts + grid - 1) // grid * grid
 
 
-def lay_out(routing: Routing, dtype: torch.dtype, depth: int | None = None) -> Layout:
+def lay_out(routing: Routing, dtype: torch.dtype, depth: int | None = None) -> RowLayout:
     """Give every computed assignment its row on a CPU; `depth` None: the cheapest."""
     plan = routing.plan()
     grid = row_grid(plan.counts_E, dtype)
@@ -109,7 +108,7 @@ def lay_out(routing: Routing, dtype: torch.dtype, depth: int | None = None) -> L
     return _fill(routing, row_N, experts_N, tail[-1][2] + 1, depth, tuple(run for run in tail if run[1] < run[2]))
 
 
-def lay_out_sorted(routing: Routing) -> Layout:
+def lay_out_sorted(routing: Routing) -> RowLayout:
     """Give every computed assignment its row for `grouped_mm`: sorted by expert, nothing read back from the device."""
     plan = routing.plan()
     experts_N = routing.experts_TK.flatten()[plan.order_N]
@@ -125,14 +124,14 @@ def _fill(
     depth: int,
     tail: tuple[tuple[int, int, int], ...],
     offsets_E: Tensor | None = None,
-) -> Layout:
+) -> RowLayout:
     plan = routing.plan()
     T, K = routing.experts_TK.shape
 
     def spread(fill: int, size: int, index_N: Tensor, values_N: Tensor) -> Tensor:
         return torch.full((size,), fill, device=row_N.device).index_copy_(0, index_N, values_N)
 
-    return Layout(
+    return RowLayout(
         token_R=spread(T, rows, row_N, plan.token_N),
         slot_R=spread(T * K, rows, row_N, plan.order_N),
         expert_R=spread(routing.experts, rows, row_N, experts_N),
@@ -143,10 +142,10 @@ def _fill(
     )
 
 
-def has_kernel(experts: Experts, device: str, dtype: torch.dtype) -> bool:
+def has_kernel(weights: ExpertWeights, device: str, dtype: torch.dtype) -> bool:
     """Whether CUDA's grouped_mm takes these experts: no float64, and rows that start at multiples of 16 bytes."""
-    _, rows, width = experts.gate_up.shape
-    aligned = all(n * dtype.itemsize % 16 == 0 for n in (rows, width, experts.down.shape[2]))
+    _, rows, width = weights.gate_up.shape
+    aligned = all(n * dtype.itemsize % 16 == 0 for n in (rows, width, weights.hidden))
     return device == "cuda" and dtype != torch.float64 and aligned
 
 
@@ -158,7 +157,7 @@ class Dispatch(Function):
     """Copy tokens to their rows; backward sums a token's rows, in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, layout: RowLayout) -> Tensor:
         ctx.layout = layout
         return with_zero_row(x_TD).index_select(0, layout.token_R)
 
@@ -172,7 +171,7 @@ class Combine(Function):
     """Sum a token's rows, in float32; backward copies the token's gradient to its rows. Dispatch, turned round."""
 
     @staticmethod
-    def forward(ctx: Any, out_RD: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: Any, out_RD: Tensor, layout: RowLayout) -> Tensor:
         ctx.layout = layout
         return F.embedding_bag(layout.row_TK, out_RD, mode="sum")
 
@@ -183,24 +182,31 @@ class Combine(Function):
 
 
 class Product(Function):
-    """Multiply every row by its own expert's matrix: out[r] = a[r] @ w[expert of r]ᵀ. The last row stays zero."""
+    """Multiply every row by its own expert's matrix: out[r] = a[r] @ w[expert of r]ᵀ. The last row stays zero.
+
+    `turned`: the matrices are stored as (E, i, o); their gradient comes out as they lie.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a_Ri: Tensor, w_Eoi: Tensor, layout: Layout) -> Tensor:
-        ctx.save_for_backward(a_Ri, w_Eoi)
-        ctx.layout = layout
-        return rows_times(a_Ri, w_Eoi.mT, layout)
+    def forward(ctx: Any, a_Ri: Tensor, w_E: Tensor, layout: RowLayout, turned: bool) -> Tensor:
+        ctx.save_for_backward(a_Ri, w_E)
+        ctx.layout, ctx.turned = layout, turned
+        return rows_times(a_Ri, w_E if turned else w_E.mT, layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        a_Ri, w_Eoi = ctx.saved_tensors
-        grad_a = rows_times(grad_Ro, w_Eoi, ctx.layout) if ctx.needs_input_grad[0] else None
-        grad_w = outer(grad_Ro, a_Ri, w_Eoi, ctx.layout) if ctx.needs_input_grad[1] else None
-        return grad_a, grad_w, None
+    def backward(ctx: Any, grad_Ro: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        a_Ri, w_E = ctx.saved_tensors
+        grad_a = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_a = rows_times(grad_Ro, w_E.mT if ctx.turned else w_E, ctx.layout)
+        if ctx.needs_input_grad[1]:
+            left, right = (a_Ri, grad_Ro) if ctx.turned else (grad_Ro, a_Ri)
+            grad_w = outer(left, right, w_E, ctx.layout)
+        return grad_a, grad_w, None, None
 
 
-def rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
+def rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: RowLayout) -> Tensor:
     E, i, o = w_Eio.shape
     if layout.offsets_E is not None:
         return with_zero_row(F.grouped_mm(a_Ri[:-1].contiguous(), w_Eio, offs=layout.offsets_E))
@@ -214,7 +220,7 @@ def rows_times(a_Ri: Tensor, w_Eio: Tensor, layout: Layout) -> Tensor:
     return out_Ro
 
 
-def outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> Tensor:
+def outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: RowLayout) -> Tensor:
     """Each expert's weight gradient: the sum over its rows of grad ⊗ a."""
     E, o, i = like_Eoi.shape
     if layout.offsets_E is not None:
@@ -232,46 +238,74 @@ def outer(grad_Ro: Tensor, a_Ri: Tensor, like_Eoi: Tensor, layout: Layout) -> Te
     return out_Eoi
 
 
-def one_by_one(x_TD: Tensor, routing: Routing, experts: Experts, dtype: torch.dtype) -> Tensor:
+def one_by_one(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype) -> Tensor:
     """Decoding: every assignment straight from its expert's weights; for so few, a layout would cost more than they."""
     y_TD = torch.zeros(x_TD.shape, dtype=torch.promote_types(dtype, torch.float32))
     dropped_TK = None if routing.dropped_TK is None else routing.dropped_TK.tolist()
     for t, chosen_K in enumerate(routing.experts_TK.tolist()):
         x_1D = x_TD[t : t + 1].to(dtype)
         for k, e in enumerate(chosen_K):
-            if not 0 <= e < experts.count:
-                raise RoutingError(f"routing names expert {e}: there are {experts.count}, counted from 0")
+            if not 0 <= e < weights.experts:
+                raise RoutingError(f"routing names expert {e}: there are {weights.experts}, counted from 0")
             if dropped_TK is not None and dropped_TK[t][k]:
                 continue
-            gate_up_bias, down_bias = (None if b is None else b.to(dtype) for b in experts.biases(e))
-            h_1G = F.linear(x_1D, experts.gate_up[e].to(dtype), gate_up_bias)
-            out_1D = F.linear(activate(h_1G, experts.activation), experts.down[e].to(dtype), down_bias)
+            gate_up, down, gate_up_bias, down_bias = weights.expert(e, dtype)
+            h_1G = F.linear(x_1D, gate_up, gate_up_bias)
+            out_1D = F.linear(activate(h_1G, weights.activation), down, down_bias)
             y_TD[t] += out_1D[0] * routing.weights_TK[t, k]
     return y_TD.to(dtype)
 
 
+class Own(NamedTuple):
+    """What a module of another library computes itself.
+
+    gate     (R, G) -> (R, F), between the products.
+    norm     (R, D) -> (R, D), of the second product before it is weighted; None: there is none.
+    turned   its matrices are stored as (E, D, G) and (E, F, D): the weights are views of them.
+    """
+
+    gate: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor] | None
+    turned: bool
+
+
 # A traced graph cannot know the layout, which depends on the load.
-@untraced
-def grouped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Apply the experts: all rows of all experts in two products each way."""
-    dtype = x_TD.dtype
-    device = x_TD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and not torch.is_grad_enabled() and routing.experts_TK.numel() <= FEW:
-        return one_by_one(x_TD, routing, experts, dtype)
-    layout = lay_out_sorted(routing) if has_kernel(experts, device, dtype) else lay_out(routing, dtype)
+@no_compile
+def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, own: Own | None = None) -> Tensor:
+    """Apply the experts: all rows of all experts in two products each way; quantized ones are for the plain loop."""
+    if weights.bits:
+        return reference(x_TD, routing, weights)
+    dtype, device = compute_dtype(x_TD), x_TD.device.type
+    few = device == "cpu" and not torch.is_grad_enabled() and routing.experts_TK.numel() <= ONE_BY_ONE
+    if few and own is None:
+        return one_by_one(x_TD, routing, weights, dtype)
+    if has_kernel(weights, device, dtype):
+        layout = lay_out_sorted(routing)
+    else:
+        # A batch reads all weights. Where less than half of them are needed, as in decoding, a loop is quicker.
+        alone = own is not None and int((routing.plan().counts_E > 0).sum()) < weights.experts / 2
+        layout = lay_out(routing, dtype, 0) if alone else lay_out(routing, dtype)
     weight_R = F.pad(routing.weights_TK.flatten(), (0, 1)).index_select(0, layout.slot_R).unsqueeze(1).to(dtype)
+    turned = own is not None and own.turned
+
+    def product(a_Ri: Tensor, w_Eoi: Tensor, bias_Eo: Tensor | None, share_R: Tensor | None = None) -> Tensor:
+        w_E = w_Eoi.to(dtype)
+        out_Ro: Tensor = Product.apply(a_Ri, w_E.mT if turned else w_E, layout, turned)  # type: ignore[no-untyped-call]
+        if bias_Eo is None:
+            return out_Ro
+        bias_Ro = with_zero_row(bias_Eo.to(dtype)).index_select(0, layout.expert_R)
+        return out_Ro + (bias_Ro if share_R is None else bias_Ro * share_R)
+
     with torch.autocast(device, enabled=False):
         x_RD = Dispatch.apply(x_TD.to(dtype), layout)  # type: ignore[no-untyped-call]
-        h_RG = Product.apply(x_RD, experts.gate_up.to(dtype), layout)  # type: ignore[no-untyped-call]
-        if experts.gate_up_bias is not None:
-            h_RG = h_RG + with_zero_row(experts.gate_up_bias.to(dtype)).index_select(0, layout.expert_R)
-        # The weight goes on the F hidden values and not on the D outputs: in fine-grained experts F is the smaller.
-        # It is zero for rows that stand for nothing.
-        a_RF = activate(h_RG, experts.activation) * weight_R
-        out_RD = Product.apply(a_RF, experts.down.to(dtype), layout)  # type: ignore[no-untyped-call]
-        if experts.down_bias is not None:
-            out_RD = out_RD + with_zero_row(experts.down_bias.to(dtype)).index_select(0, layout.expert_R) * weight_R
+        h_RG = product(x_RD, weights.gate_up, weights.gate_up_bias)
+        if own is None:
+            # The weight goes on the F hidden values and not on the D outputs: in fine-grained experts F is the smaller.
+            # It is zero for rows that stand for nothing.
+            a_RF = activate(h_RG, weights.activation) * weight_R
+            out_RD = product(a_RF, weights.down, weights.down_bias, weight_R)
+        else:
+            out_RD = product(own.gate(h_RG).to(dtype), weights.down, weights.down_bias)
+            out_RD = (out_RD if own.norm is None else own.norm(out_RD)).to(dtype) * weight_R
         y_TD: Tensor = Combine.apply(out_RD, layout)  # type: ignore[no-untyped-call]
     return y_TD

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 __all__ = ["Read", "Reader"]
 
-Key = tuple[int, int]  # (layer, expert)
+ExpertId = tuple[int, int]  # (layer, expert)
 
 
 class Read:
@@ -24,7 +24,7 @@ class Read:
 
     __slots__ = ("done", "error", "finish", "key", "slot")
 
-    def __init__(self, key: Key, slot: int, finish: Callable[[Read], None]) -> None:
+    def __init__(self, key: ExpertId, slot: int, finish: Callable[[Read], None]) -> None:
         self.key, self.slot, self.finish = key, slot, finish
         self.done = False
         self.error: Exception | None = None

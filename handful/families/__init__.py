@@ -12,12 +12,4 @@ from __future__ import annotations
 from handful.families.convert import config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf, why_not_public
 from handful.families.io import load, save
 
-__all__ = [
-    "config_from_hf",
-    "config_to_hf",
-    "load",
-    "save",
-    "tensors_from_hf",
-    "tensors_to_hf",
-    "why_not_public",
-]
+__all__ = ["config_from_hf", "config_to_hf", "load", "save", "tensors_from_hf", "tensors_to_hf", "why_not_public"]

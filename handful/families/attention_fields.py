@@ -12,16 +12,7 @@ from typing import Any, ClassVar
 from handful.config import MOST_LAYERS, ModelConfig
 from handful.families.config_fields import TableRow, Values, get, refusal, setting
 
-__all__ = [
-    "AttentionBias",
-    "AttentionScale",
-    "FullAttention",
-    "HeadNorm",
-    "Latent",
-    "Rope",
-    "WholeHeads",
-    "Window",
-]
+__all__ = ["AttentionBias", "AttentionScale", "FullAttention", "HeadNorm", "Latent", "Rope", "WholeHeads", "Window"]
 
 # The fields of a scaled RoPE and the settings of RopeScaling that they are.
 SCALINGS: dict[str, dict[str, str]] = {

@@ -185,7 +185,7 @@ class GatedActivation(TableRow):
 
 @dataclass(frozen=True)
 class Quantized(TableRow):
-    """How the family is published, quantised: the tensors say the rest themselves, and become plain ones when read."""
+    """How the family is published, quantized: the tensors say the rest themselves, and become plain ones when read."""
 
     method: str
     blocks: tuple[int, ...] | None = None

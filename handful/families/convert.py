@@ -142,7 +142,7 @@ def carried(
 
     written   by `config_to_hf`, with the dtype.
     origin    the values of that config.json. Where they still say the model's config they stand as they are, all but
-              the dtype, what they say of the weights' quantisation, and whose code to run. Where they do not (an
+              the dtype, what they say of the weights' quantization, and whose code to run. Where they do not (an
               upcycled model), the fields that change no logits are taken over.
     """
     dtype = written["torch_dtype"]

@@ -194,7 +194,7 @@ def save(model: Decoder | EncoderDecoder, path: str | Path, *, max_shard_bytes: 
 
     max_shard_bytes   of tensors in one file; a larger model is written in several, with an index.
 
-    CheckpointError for a quantised model, or if the disk refuses; ConfigError for a limit below 1.
+    CheckpointError for a quantized model, or if the disk refuses; ConfigError for a limit below 1.
     """
     checkpoint.write_folder(path, checkpoint_files(model, model.tokenizer, max_shard_bytes))
 
@@ -207,7 +207,7 @@ def checkpoint_files(
     What the model's own checkpoint said, and what its tokenizer was read from, is handed on unchanged.
     """
     if any(isinstance(module, PackedWeight) for module in model.modules()):
-        raise CheckpointError("a quantised model cannot be saved: save it before, and load it with quantize = 4 or 8")
+        raise CheckpointError("a quantized model cannot be saved: save it before, and load it with quantize = 4 or 8")
     state = {name: t.detach() for name, t in model.state_dict().items()}
     tensors: Mapping[str, Tensor]
     if isinstance(model, EncoderDecoder):

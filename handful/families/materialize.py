@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from handful.experts.quantized import quantizable, twin, weights_of
+from handful.experts.quantize_model import quantizable, quantizable_weights, quantized_from
 from handful.lazy_tensors import Entry, Tensors
 from handful.quantize import Packed, pack, pack_stack
 
@@ -37,7 +37,7 @@ def materialize(
     quantize   4 or 8: what `quantize_model` would do, without the model ever being there in its own dtype.
     progress   is told (bytes done, bytes in all), as the checkpoint counts them, after every tensor.
 
-    ConfigError for a weight that cannot be quantised.
+    ConfigError for a weight that cannot be quantized.
     """
     found = Tensors.of(tensors)
     total, done = sum(found.entry(name).nbytes for name in found), 0
@@ -62,14 +62,14 @@ def materialize(
         for key, _ in module.named_parameters(recurse=False):
             name = f"{path}.{key}"
             entry = found.entry(name)
-            if key in weights_of(module):
+            if key in quantizable_weights(module):
                 packed[key] = _pack(entry, kind(name), device, quantize or 0, group, name)
             else:
                 biases[key] = entry.read(dtype=kind(name), device=device)
             taken.add(name)
             took(name)
         of = kind(f"{path}.{next(iter(packed))}")
-        model.set_submodule(path, twin(module, packed, biases, of))
+        model.set_submodule(path, quantized_from(module, packed, biases, of))
     for name in found:
         if name not in taken:
             _put(model, name, found.entry(name).read(dtype=kind(name), device=device))

@@ -75,10 +75,7 @@ Progress = Callable[[int, int, str], object]
 
 
 def verify(
-    seed: int = 0,
-    cases: int = CASES,
-    levels: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    seed: int = 0, cases: int = CASES, levels: Sequence[str] | None = None, progress: Progress | None = None
 ) -> Verification:
     """Examine every backend that works on this computer. Takes about a minute.
 

@@ -147,9 +147,9 @@ def _linear(drawn: Drawn) -> dict[str, Tensor]:
         weight: Tensor | Packed = replace(first, codes=first.codes[0], scales=first.scales[0])
     else:
         weight = given["gate_up"][0]
-    native = importlib.import_module("handful.experts.native")
+    operations = importlib.import_module("handful.kernels.operations")
     with torch.inference_mode():
-        return {"output alone": native.linear(given["x"], weight, bias_O)}
+        return {"output alone": operations.linear(given["x"], weight, bias_O)}
 
 
 def _linear_reference(drawn: Drawn) -> dict[str, Tensor]:

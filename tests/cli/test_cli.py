@@ -243,7 +243,7 @@ TINY_LAYER = {"width": 8, "hidden": 8, "experts": 4, "top_k": 2}
 def test_doctor(handful: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Measured(read_bytes_per_second=12.5e9, float32_flops=99.5e9, bfloat16_flops=1.25e12)
     monkeypatch.setattr("handful.machine.measure", lambda: rates)
-    monkeypatch.setattr("handful.experts.choice.TIMED", (("decoding", 1, dict(TINY_LAYER)),))
+    monkeypatch.setattr("handful.experts.selection.TIMED", (("decoding", 1, dict(TINY_LAYER)),))
     result = handful("doctor", "--json")
     found = document(result)
     assert result.err == ""
@@ -639,7 +639,7 @@ def test_generated_json(handful: Call, at_home: Path) -> None:
 
 
 def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> None:
-    """Settings of the draws, a stop text, quantised weights, log-probabilities and a recorded routing."""
+    """Settings of the draws, a stop text, quantized weights, log-probabilities and a recorded routing."""
     options = ["--seed", "1", "--max-tokens", "12", "--top-k", "20", "--min-p", "0.01", "--repetition-penalty", "1.2"]
     found = document(
         handful("generate", "run", "the", *options, "--json", "--logprobs", "2", "--routing", "routing.safetensors")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from handful.config import Activation
 from handful.errors import RoutingError
 from handful.experts import Experts, FeedForward, activate
-from handful.experts.native import available
+from handful.kernels.extension import available
 from handful.routing import Routing
 
 # The module, and not the function of its name.
@@ -62,7 +62,7 @@ def test_reference_is_the_formula(activation: Activation, bias: bool) -> None:
             e = int(c.routing.experts_TK[t, k])
             if c.routing.dropped_TK[t, k]:
                 continue
-            first, second = c.experts.biases(e)
+            _, _, first, second = c.experts.weights.expert(e, torch.float64)
             hidden = c.experts.gate_up[e].detach() @ c.x_TD[t] + (0 if first is None else first.detach())
             out_D = c.experts.down[e].detach() @ activate(hidden, activation) + (
                 0 if second is None else second.detach()
@@ -243,7 +243,7 @@ def test_which_experts_the_cuda_kernel_takes(
     device: str, width: int, hidden: int, dtype: torch.dtype, has: bool
 ) -> None:
     """Rows must be multiples of 16 bytes, and float64 is not among its dtypes: `grouped_mm` itself is asked."""
-    assert grouped_module.has_kernel(Experts(2, width, hidden), device, dtype) is has
+    assert grouped_module.has_kernel(Experts(2, width, hidden).weights, device, dtype) is has
     a, offsets = torch.zeros(3, hidden, dtype=dtype), torch.tensor([1, 3], dtype=torch.int32)
     w = torch.zeros(2, hidden, width, dtype=dtype)
     if device == "cuda" and not has:

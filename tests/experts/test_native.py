@@ -25,7 +25,10 @@ from handful.attention import attend
 from handful.config import Activation
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Experts
-from handful.experts.native import FEW, available, linear, quantized_experts
+from handful.experts.native import native
+from handful.experts.weights import ExpertWeights
+from handful.kernels.extension import available, gemv_max_tokens
+from handful.kernels.operations import linear
 from handful.machine import native_error
 from handful.quantize import Packed, pack, unpack
 from handful.routing import Routing
@@ -51,8 +54,8 @@ CORE = [
     "test_attention_of_many_tokens",
     "test_quantized_experts",
     "test_quantized_experts_stay_exact",
-    "test_a_quantised_token_is_its_own",
-    "test_quantised_tokens_of_any_size",
+    "test_a_quantized_token_is_its_own",
+    "test_quantized_tokens_of_any_size",
     "test_threads_change_no_bit",
     "test_a_nan_leaves_nothing_behind",
     "test_large_hidden_values",
@@ -263,7 +266,7 @@ def test_threads_change_no_bit(dtype: torch.dtype, threads: Callable[[int], None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One linear map, and quantised weights.
+# One linear map, and quantized weights.
 
 
 def packings(weight: Tensor) -> dict[str, Tensor | Packed]:
@@ -275,7 +278,7 @@ def packings(weight: Tensor) -> dict[str, Tensor | Packed]:
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(kind: str, dtype: torch.dtype) -> None:
-    """Vectors of quantised weights that stream are rounded too, to 16 bits: 1 / 65534 of the largest."""
+    """Vectors of quantized weights that stream are rounded too, to 16 bits: 1 / 65534 of the largest."""
     quantized = kind.endswith(("32", "128")) and " " in kind
     for I, O in ((1, 1), (100, 97), (300, 18), (1100, 5)):  # noqa: E741
         weight = torch.randn(O, I)
@@ -315,9 +318,8 @@ def test_quantized_experts(bits: int, group: int, activation: Activation) -> Non
         for dtype in DTYPES:
             c.x_TD.copy_(c.x_TD.to(dtype))
             want = run(c.experts, "reference", c.x_TD, c.routing, c.up_TD).y_TD
-            got = quantized_experts(
-                c.x_TD.to(dtype), c.routing, gate_up, down, twin.gate_up_bias, twin.down_bias, activation
-            )
+            weights = ExpertWeights.packed(gate_up, down, twin.gate_up_bias, twin.down_bias, activation)
+            got = native(c.x_TD.to(dtype), c.routing, weights)
             assert got.dtype == dtype
             assert distance(got, want) <= (1e-3 if dtype == F32 else BOUND[BF16]), (T, dtype)
 
@@ -344,7 +346,7 @@ def silu_layer(x_TD: Tensor, gate_up: Packed, down: Packed) -> Tensor:
 def one_expert(x_TD: Tensor, gate_up: Packed, down: Packed) -> Tensor:
     T = len(x_TD)
     routing = routing_of([[0]] * T, 1, torch.ones(T, 1))
-    return quantized_experts(x_TD, routing, gate_up, down, None, None, "swiglu")
+    return native(x_TD, routing, ExpertWeights.packed(gate_up, down, None, None, "swiglu"))
 
 
 def packed_expert(D: int, F: int, bits: int, group: int) -> tuple[Packed, Packed]:
@@ -367,14 +369,14 @@ def test_quantized_experts_stay_exact(bits: int, group: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_token_is_its_own(bits: int) -> None:
+def test_a_quantized_token_is_its_own(bits: int) -> None:
     """Its bits do not depend on the others, and what is wrong in it does not reach them."""
     D, F = 610, 97
     gate_up, down = packed_expert(D, F, bits, 32)
     matrix = Packed(gate_up.codes[0], gate_up.scales[0], bits, 32, D)
     x_TD = tokens_like("normal", 40, D)
     plain_TD, plain_TO = one_expert(x_TD, gate_up, down), linear(x_TD, matrix)
-    some = FEW + 1
+    some = gemv_max_tokens() + 1
     assert one_expert(x_TD[:some], gate_up, down).equal(plain_TD[:some])
     assert linear(x_TD[:some], matrix).equal(plain_TO[:some])
     strange_TD = x_TD.clone()
@@ -393,7 +395,7 @@ def test_a_quantised_token_is_its_own(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_tokens_of_any_size(bits: int) -> None:
+def test_quantized_tokens_of_any_size(bits: int) -> None:
     """From beyond what squares in float32 hold to next to nothing, in one batch; and groups far below their token's."""
     packed = pack(torch.randn(40, 130), bits)
     x_TI = tokens_like("normal", 12, 130)
@@ -661,7 +663,7 @@ def test_an_expert_that_does_not_exist(wrong: int, T: int, keep: bool) -> None:
         experts(torch.randn(T, 3), routing)
     gate_up, down = pack(experts.gate_up), pack(experts.down)
     with pytest.raises(RoutingError, match=rf"^routing names expert {wrong}: there are 4, counted from 0$"):
-        quantized_experts(torch.randn(T, 3), routing, gate_up, down, None, None, "swiglu")
+        native(torch.randn(T, 3), routing, ExpertWeights.packed(gate_up, down, None, None, "swiglu"))
 
 
 @pytest.mark.parametrize(("x", "weights"), [(F64, F64), (F64, F32), (F32, F64), (torch.float16, torch.float16)])

@@ -1,4 +1,4 @@
-"""Quantised experts, layers and models are the same maths on the unpacked weights; the report counts every byte.
+"""Quantized experts, layers and models are the same maths on the unpacked weights; the report counts every byte.
 
 Legend: T tokens · D model width · E experts · K experts per token · F an expert's hidden width · O outputs · I inputs
 """
@@ -27,16 +27,12 @@ from handful.config import Activation, ModelConfig
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.evaluate import evaluate
 from handful.experts import Experts
-from handful.experts.native import available
-from handful.experts.quantized import (
-    PackedWeight,
-    QuantizationReport,
-    QuantizedExperts,
-    QuantizedLinear,
-    quantize_model,
-)
+from handful.experts.quantize_model import QuantizationReport, quantize_model
+from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedLinear
 from handful.experts.reference import reference
+from handful.experts.weights import ExpertWeights
 from handful.generate import generate_tokens
+from handful.kernels.extension import available
 from handful.model import Decoder
 from handful.quantize import Packed, error, pack, unpack
 from handful.routing import Routing
@@ -102,7 +98,7 @@ def compare(c: Case, bits: int, group: int, dtype: torch.dtype, bound: float) ->
     x_TD = c.x_TD.to(dtype)
     y_TD = quantized(x_TD, c.routing)
     assert y_TD.dtype == dtype
-    assert distance(y_TD, reference(x_TD.to(F64), c.routing, unpacked(quantized))) <= bound
+    assert distance(y_TD, reference(x_TD.to(F64), c.routing, unpacked(quantized).weights)) <= bound
 
 
 @st.composite
@@ -173,7 +169,7 @@ def test_dropped_and_idle_experts_are_not_unpacked(monkeypatch: pytest.MonkeyPat
         shapes.append(packed.shape)
         return unpack(packed, dtype)
 
-    monkeypatch.setattr("handful.experts.quantized.unpack", spy)
+    monkeypatch.setattr("handful.experts.weights.unpack", spy)
     c = case(4, 6, 2, 8, 8)
     dropped_TK = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1]]).bool()
     chosen_TK = torch.tensor([[0, 5], [2, 4], [0, 1], [2, 1]])
@@ -186,16 +182,17 @@ def test_dropped_and_idle_experts_are_not_unpacked(monkeypatch: pytest.MonkeyPat
 def test_which_inputs_the_native_kernels_get(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
 
-    def spy_experts(x_TD: Tensor, routing: Routing, *rest: Any) -> Tensor:
-        gate_up, down, gate_up_bias, down_bias, activation = rest
-        assert isinstance(gate_up, Packed)
-        assert isinstance(down, Packed)
-        assert gate_up.shape == (4, 24, 8)
-        assert down.shape == (4, 8, 12)
-        assert gate_up_bias.shape == (4, 24)
-        assert down_bias.shape == (4, 8)
-        assert gate_up_bias.dtype == down_bias.dtype == x_TD.dtype  # they were float64
-        assert activation == "geglu"
+    def spy_experts(operation: Any, x_TD: Tensor, *rest: Any) -> Tensor:
+        assert operation is torch.ops.handful.experts_quantized
+        weights = ExpertWeights(*rest[3:-1])
+        assert (weights.experts, weights.width, weights.hidden) == (4, 8, 12)
+        assert weights.gate_up.dtype == torch.uint8
+        assert weights.gate_up_bias is not None
+        assert weights.down_bias is not None
+        assert weights.gate_up_bias.shape == (4, 24)
+        assert weights.down_bias.shape == (4, 8)
+        assert weights.gate_up_bias.dtype == weights.down_bias.dtype == x_TD.dtype  # they were float64
+        assert weights.activation == "geglu"
         calls.append(x_TD.dtype)
         return x_TD
 
@@ -207,10 +204,11 @@ def test_which_inputs_the_native_kernels_get(monkeypatch: pytest.MonkeyPatch) ->
         return x[..., :3]
 
     there = True
-    monkeypatch.setattr("handful.experts.quantized.available", lambda: there)
-    monkeypatch.setattr("handful.experts.quantized.native_error", lambda: "not built")
-    monkeypatch.setattr("handful.experts.quantized.quantized_experts", spy_experts)
-    monkeypatch.setattr("handful.experts.quantized.linear", spy_linear)
+    for module in ("backends", "native", "quantized"):
+        monkeypatch.setattr(f"handful.experts.{module}.available", lambda: there)
+    monkeypatch.setattr("handful.experts.native.native_error", lambda: "not built")
+    monkeypatch.setattr("handful.experts.native._call", spy_experts)
+    monkeypatch.setattr("handful.kernels.operations.linear", spy_linear)
 
     def ask(backend: str, dtype: torch.dtype) -> list[torch.dtype]:
         c = case(5, 4, 2, 8, 12, activation="geglu", bias=True)
@@ -228,7 +226,8 @@ def test_which_inputs_the_native_kernels_get(monkeypatch: pytest.MonkeyPatch) ->
     assert ask("auto", BF16) == [BF16, BF16]
     assert ask("auto", F64) == []
     assert ask("grouped", torch.float32) == ask("reference", torch.float32) == both[:1]  # the linear layer's
-    assert ask("native", F64) == [F64]  # asked for by name: what it does not take is its own error
+    with pytest.raises(ConfigError, match="takes float32 and bfloat16"):
+        ask("native", F64)
     there = False
     assert ask("auto", torch.float32) == []
     with pytest.raises(HandfulError, match=r"^experts backend 'native': not built$"):
@@ -239,7 +238,7 @@ def test_native_asked_for_by_name_says_what_it_does_not_take() -> None:
     c = case(2, 4, 2, 8, 8, backend="native")
     quantized = QuantizedExperts.pack(c.experts)
     wrong = dataclasses.replace(c.routing, experts_TK=torch.tensor([[0, 1], [4, 2]]))
-    messages = "x is neither float32 nor bfloat16", r"^routing names expert 4: there are 4, counted from 0$"
+    messages = "takes float32 and bfloat16 on cpu$", r"^routing names expert 4: there are 4, counted from 0$"
     if not available():
         messages = (r"^experts backend 'native': ",) * 2
     with torch.no_grad():
@@ -256,7 +255,7 @@ def test_autocast_computes_in_bfloat16() -> None:
     with torch.no_grad(), torch.autocast("cpu", BF16):
         y_TD, z_TO = quantized(x_TD, c.routing), quantized_layer(x_TD)
     assert y_TD.dtype == z_TO.dtype == BF16
-    assert distance(y_TD, reference(c.x_TD, c.routing, unpacked(quantized.double()))) < 1.2e-2
+    assert distance(y_TD, reference(c.x_TD, c.routing, unpacked(quantized.double()).weights)) < 1.2e-2
     assert distance(z_TO, F.linear(x_TD, quantized_layer.weight, layer.bias)) < 1.2e-2
 
 
@@ -412,7 +411,7 @@ def all_of_it(**changes: Any) -> ModelConfig:
 
 @torch.no_grad()
 def write_back(model: nn.Module, report: QuantizationReport) -> None:
-    """Put into an ordinary model what a quantised one of the same weights stands for."""
+    """Put into an ordinary model what a quantized one of the same weights stands for."""
     for row in report.tensors:
         if row.reason is None:
             weight = model.get_parameter(row.name)
@@ -449,11 +448,11 @@ def test_the_report_has_a_row_for_every_tensor_and_counts_every_byte() -> None:
     assert report.bytes_before == sum(size for _, size in before.values())
     after = model.state_dict()
     assert report.bytes_after == sum(t.nbytes for t in after.values())
-    quantised = {row.name for row in report.tensors if row.reason is None}
+    quantized = {row.name for row in report.tensors if row.reason is None}
     kinds = ("attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight", "gate_up", "down", "gate_up.weight",
              "down.weight", "shared_gate.weight", "head.weight")  # fmt: skip
-    assert quantised == {name for name in before if name.endswith(kinds)}
-    assert report.share == sum(before[name][1] for name in quantised) / report.bytes_before
+    assert quantized == {name for name in before if name.endswith(kinds)}
+    assert report.share == sum(before[name][1] for name in quantized) / report.bytes_before
     for row in report.tensors:
         if row.reason is None:
             packed = pack(weights[row.name], 4, 32)
@@ -535,7 +534,7 @@ def test_a_module_in_two_places_is_replaced_in_both() -> None:
     assert model["b"].get_submodule("0") is model["a"]
 
 
-def test_subclasses_and_what_is_quantised_stay() -> None:
+def test_subclasses_and_what_is_quantized_stay() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "mid": nn.Linear(8, 8)})
     want = model["attention"](*[torch.ones(3, 8)] * 3)[0]
     reasons = {row.name: row.reason for row in quantize_model(model, 8).tensors}
@@ -544,7 +543,7 @@ def test_subclasses_and_what_is_quantised_stay() -> None:
     assert model["attention"](*[torch.ones(3, 8)] * 3)[0].equal(want)
     codes = model.state_dict()["mid.packed.codes"]
     again = quantize_model(model, 4)
-    assert {row.name: row.reason for row in again.tensors}["mid.packed.codes"] == "quantised already"
+    assert {row.name: row.reason for row in again.tensors}["mid.packed.codes"] == "quantized already"
     assert again.share == 0
     assert again.bytes_before == again.bytes_after
     assert model.state_dict()["mid.packed.codes"] is not None
@@ -576,10 +575,10 @@ def test_skip() -> None:
         (["layer"], "skip = 'layer': no module"),
         (
             ["layers.2.ffn.experts.down"],
-            "layers.2.ffn.experts.gate_up cannot be quantised without layers.2.ffn.experts.down (skipped, as asked)",
+            "layers.2.ffn.experts.gate_up cannot be quantized without layers.2.ffn.experts.down (skipped, as asked)",
         ),
         # A dense layer's gate_up may be skipped alone; that of Experts is half of a whole.
-        (["*.gate_up"], "layers.1.ffn.experts.down cannot be quantised without layers.1.ffn.experts.gate_up"),
+        (["*.gate_up"], "layers.1.ffn.experts.down cannot be quantized without layers.1.ffn.experts.gate_up"),
     ],
 )
 def test_skips_that_make_no_sense(skip: list[str], message: str) -> None:
@@ -589,7 +588,7 @@ def test_skips_that_make_no_sense(skip: list[str], message: str) -> None:
     assert not any(isinstance(module, PackedWeight) for module in model.modules())
 
 
-def test_a_weight_that_cannot_be_quantised_is_named_before_anything_is_replaced() -> None:
+def test_a_weight_that_cannot_be_quantized_is_named_before_anything_is_replaced() -> None:
     model = Decoder(all_of_it())
     assert model.head is not None
     with torch.no_grad():
@@ -654,7 +653,7 @@ def test_generation_runs(dtype: torch.dtype, bits: int, tied: bool) -> None:
         assert logits_BSV[0, 2:-1].argmax(-1).tolist() == tokens
 
 
-def test_a_quantised_model_turned_to_bfloat16_runs() -> None:
+def test_a_quantized_model_turned_to_bfloat16_runs() -> None:
     model = Decoder(all_of_it())
     quantize_model(model, 8)
     model.to(BF16)
@@ -679,10 +678,10 @@ def test_the_loss_of_a_trained_model_hardly_changes_at_eight_bits() -> None:
     assert before < 1.0  # of log 40 = 3.7
     changes = {}
     for bits in (8, 4):
-        quantised = copy.deepcopy(model)
-        report = quantize_model(quantised, bits)
+        quantized = copy.deepcopy(model)
+        report = quantize_model(quantized, bits)
         assert report.share > 0.75
-        changes[bits] = abs(evaluate(quantised, batches) - before)
+        changes[bits] = abs(evaluate(quantized, batches) - before)
     assert changes[8] < 0.01 * before
     assert changes[4] < 0.5 * before
     assert changes[8] < changes[4]

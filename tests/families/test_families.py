@@ -732,7 +732,7 @@ def test_gpt_oss_as_published_with_experts_in_mxfp4(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values | published))
     assert {p.dtype for p in load(tmp_path).parameters()} == {torch.bfloat16}
     assert distance(ours(load(tmp_path, dtype=torch.float32)), model.float()(TOKENS).logits) < 1e-5
-    # What is saved is unquantised, and says so.
+    # What is saved is unquantized, and says so.
     save(load(tmp_path, dtype=torch.float32), tmp_path / "plain")
     assert "quantization_config" not in read_json(tmp_path / "plain" / "config.json")
     assert theirs(tmp_path / "plain").equal(model.float()(TOKENS).logits)

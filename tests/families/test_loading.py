@@ -24,7 +24,8 @@ from handful import safetensors_file
 from handful.checkpoint import read_json, read_tensors, write_file, write_folder
 from handful.config import ModelConfig
 from handful.errors import CheckpointError, ConfigError
-from handful.experts.quantized import PackedWeight, quantize_model
+from handful.experts.quantize_model import quantize_model
+from handful.experts.quantized import PackedWeight
 from handful.families import config_from_hf
 from handful.families.io import load, save
 from handful.model import Decoder
@@ -299,7 +300,7 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
 
 def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
     save(Decoder(moe()), tmp_path / "saved")
-    with pytest.raises(CheckpointError, match=r"^a quantised model cannot be saved: .* quantize = 4 or 8$"):
+    with pytest.raises(CheckpointError, match=r"^a quantized model cannot be saved: .* quantize = 4 or 8$"):
         save(load(tmp_path / "saved", quantize=8), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

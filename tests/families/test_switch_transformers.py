@@ -22,7 +22,7 @@ from handful.cli import main
 from handful.config import EncoderDecoderConfig, RouterConfig
 from handful.encoder_decoder import EncoderDecoder
 from handful.errors import CheckpointError, ConfigError, DataError
-from handful.experts.quantized import quantize_model
+from handful.experts.quantize_model import quantize_model
 from handful.families import load, save
 from handful.families.io import find_config
 from handful.families.switch_transformers import config_from_hf, config_to_hf

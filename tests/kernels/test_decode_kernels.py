@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
+from handful import fused
 from handful.attention import RMSNorm
 from handful.config import ModelConfig, RouterConfig
 from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Linear
-from handful.experts.layer import multiply_all
-from handful.experts.native import PAIRED, ROUTED, available, few, linear, linears, rms_norm, route
 from handful.experts.quantized import QuantizedLinear
+from handful.kernels import operations
+from handful.kernels.extension import NATIVE_MAX_TOKENS_PAIRS, ROUTER_KERNEL_MAX_TOKENS, available, native_max_tokens
+from handful.kernels.operations import linear, rms_norm, route
 from handful.machine import native_error
 from handful.model import Decoder
 from handful.moe import Router
@@ -63,17 +65,22 @@ def decoded(model: Decoder, batch_BS: Tensor, read: int) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that attention was given to."""
-    from handful import attention
-
     names: list[str] = []
-    for name in ("attend_one", "attend_layer", "rms_norm"):
-        real = getattr(attention, name)
+    for name in ("decode_attention", "rms_norm"):
+        real = getattr(operations, name)
 
         def call(*args: Any, name: str = name, real: Any = real) -> Any:
             names.append(name)
             return real(*args)
 
-        monkeypatch.setattr(attention, name, call)
+        monkeypatch.setattr(operations, name, call)
+    run = fused.Operation.run
+
+    def spy(self: fused.Operation, x: Tensor) -> Any:
+        names.append(str(self.call).removeprefix("handful.").removesuffix(".default"))
+        return run(self, x)
+
+    monkeypatch.setattr(fused.Operation, "run", spy)
     return names
 
 
@@ -121,7 +128,7 @@ def test_padded_and_recorded_sequences_go_through_torch(calls: list[str]) -> Non
     cache = KVCache(SMALL, 2, 6)
     model(batch[:, :5], cache)
     model(batch[:, 5:], cache)  # gradients are on
-    assert not {"attend_one", "attend_layer"} & {*calls}
+    assert not {"decode_attention", "attend_layer"} & {*calls}
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.sampled_from(["f32 f32", "bf16 bf16", "bf16 f32", "f32 bf16"]))
@@ -171,17 +178,15 @@ def test_norms_in_attention_have_the_bits_of_norms_before_it(whole: bool, dtype:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_tokens_of_a_linear_map(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from handful.experts import layer
-
     taken: list[int] = []
 
     def note(x: Tensor, *rest: Any) -> Tensor:
         taken.append(x.numel() // x.shape[-1])
         return linear(x, *rest)
 
-    monkeypatch.setattr(layer, "linear", note)
+    monkeypatch.setattr(operations, "linear", note)
     module = Linear(40, 23).to(dtype)
-    for count in (1, few(dtype), few(dtype) + 1):
+    for count in (1, native_max_tokens(dtype), native_max_tokens(dtype) + 1):
         x = torch.randn(1, count, 40).to(dtype)
         with torch.no_grad():
             want = x.double() @ module.weight.double().T + module.bias.double()
@@ -189,12 +194,12 @@ def test_few_tokens_of_a_linear_map(dtype: torch.dtype, monkeypatch: pytest.Monk
         module(x)  # with gradients: torch's own
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         module(torch.randn(1, 40))
-    assert taken == [1, few(dtype)]
+    assert taken == [1, native_max_tokens(dtype)]
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [1, 8, PAIRED + 1])
+@pytest.mark.parametrize("tokens", [1, 8, NATIVE_MAX_TOKENS_PAIRS + 1])
 def test_several_linear_maps_at_once(tokens: int, bias: bool, bits: int | None) -> None:
     """The same bits as one after the other, of 4,000 rows and of 3, in one operation."""
     floats = [Linear(72, rows, bias=bias).bfloat16() for rows in (4000, 3, 40)]
@@ -202,60 +207,27 @@ def test_several_linear_maps_at_once(tokens: int, bias: bool, bits: int | None) 
     x = torch.randn(1, tokens, 72).bfloat16()
     with torch.inference_mode():
         want = [m(x) for m in maps]
-        given = [m.for_kernels(tokens, 72, x.dtype) for m in maps]
-        for a, b in zip(multiply_all(x, *maps), want, strict=True):
-            assert a.equal(b)
-    # Floats of many tokens are for torch.
-    assert [operands is None for operands in given] == [bits is None and tokens > few(torch.bfloat16)] * 3
-
-
-def test_linear_maps_that_are_called_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever hooks into a linear map, or puts another into its place, is called."""
-    from handful.experts import layer
-
-    together: list[int] = []
-
-    def spy(x: Tensor, given: Any) -> list[Tensor]:
-        together.append(len(given))
-        return linears(x, given)
-
-    monkeypatch.setattr(layer, "linears", spy)
-
-    class Doubled(Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    plain, x = [Linear(8, rows, bias=False) for rows in (4, 6)], torch.randn(2, 8)
-    seen: list[str] = []
-    with torch.inference_mode():
-        multiply_all(x, *plain)
-        multiply_all(x, plain[0], QuantizedLinear.pack(plain[1]))
-        multiply_all(x, plain[0], Linear(8, 5))  # with a bias
-        assert together == [2, 2, 2]
-        double = Doubled(8, 4, bias=False)
-        double.load_state_dict(plain[0].state_dict())
-        assert multiply_all(x, double, plain[1])[0].equal(2 * plain[0](x))
-        hook = plain[1].register_forward_hook(lambda *_: seen.append("hook"))
-        multiply_all(x, *plain)
-        hook.remove()
-        everywhere = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: seen.append("all"))
-        multiply_all(x, *plain)
-        everywhere.remove()
-        plain[0].forward = lambda x: torch.zeros(2, 4)  # type: ignore[method-assign]
-        assert not multiply_all(x, *plain)[0].any()
-    multiply_all(x, *plain)  # gradients are asked for
-    assert (together, seen) == ([2, 2, 2], ["hook", "all", "all"])
+        given = [fused.linear_operand(m, tokens, 72, x.dtype) for m in maps]
+        # Floats of many tokens are for torch.
+        many = bits is None and tokens > native_max_tokens(torch.bfloat16)
+        assert [operand is None for operand in given] == [many] * 3
+        together = fused.linear_operands([(m, 72) for m in maps], 1, x.dtype)
+        assert together is not None
+        weights, scales, biases, *kind = together
+        own = [b for b in biases if b is not None]
+        for a, b in zip(torch.ops.handful.linears(x[0], weights, scales, own, *kind), want, strict=True):
+            assert a.equal(b[0]) or many
 
 
 def test_linear_maps_that_do_not_fit() -> None:
     x = torch.randn(1, 8)
-    with pytest.raises(HandfulError, match="no weight"):
-        linears(x, [])
+    with pytest.raises(RuntimeError, match="no weight"):
+        torch.ops.handful.linears(x, [], [], [], 0, 0)
     with pytest.raises(HandfulError, match="weight"):
-        linears(x, [(torch.randn(4, 7), None)])
+        linear(x, torch.randn(4, 7))
     packed = QuantizedLinear.pack(Linear(7, 4)).packed.value
     with pytest.raises(ConfigError, match="x of width 8: its weight takes 7"):
-        linears(x, [(packed, None), (packed, None)])
+        linear(x, packed)
 
 
 def test_what_torch_is_told_of_the_operations() -> None:
@@ -292,7 +264,7 @@ def router_of(config: RouterConfig, width: int, dtype: torch.dtype) -> Router:
 
 def through_torch(router: Router, x_TD: Tensor, choice: Routing | None = None) -> Routing:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("handful.moe.available", lambda: False)
+        patch.setattr("handful.kernels.forwards.available", lambda: False)
         routing: Routing = router(x_TD, choice=choice)
         return routing
 
@@ -336,21 +308,19 @@ def test_a_router_of_few_tokens(
 
 def test_which_routers_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training, autograd, many tokens, float64, and tokens that compete: all by the plain maths."""
-    from handful import moe as module
-
     taken: list[int] = []
 
     def spy(x_TD: Tensor, *others: Any) -> Any:
         taken.append(len(x_TD))
         return route(x_TD, *others)
 
-    monkeypatch.setattr(module, "route", spy)
+    monkeypatch.setattr(operations, "route", spy)
     plain = RouterConfig(experts=4, top_k=2)
     router, x_TD = Router(8, plain), torch.randn(3, 8)
     router(x_TD)
     router.eval()(x_TD)  # gradients are asked for
     with torch.inference_mode():
-        router(torch.randn(ROUTED + 1, 8))
+        router(torch.randn(ROUTER_KERNEL_MAX_TOKENS + 1, 8))
         router.train()(x_TD)
         router.eval().double()(x_TD.double())
         with torch.autocast("cpu", torch.bfloat16):
@@ -359,9 +329,9 @@ def test_which_routers_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None
         Router(8, replace(plain, sequence_capacity=2)).eval()(x_TD)
         assert taken == []
         router(x_TD)
-        router(torch.randn(ROUTED, 8))
+        router(torch.randn(ROUTER_KERNEL_MAX_TOKENS, 8))
         router(torch.empty(0, 8))
-    assert taken == [3, ROUTED, 0]
+    assert taken == [3, ROUTER_KERNEL_MAX_TOKENS, 0]
 
 
 def test_equal_scores_and_scores_that_are_none() -> None:
@@ -407,7 +377,7 @@ CHILD = """
 import torch
 from handful.positions import KVCache
 from handful.config import ModelConfig
-from handful.experts.native import rms_norm
+from handful.kernels.operations import rms_norm
 from handful.model import Decoder
 torch.manual_seed(0)
 config = ModelConfig(vocab=13, width=40, layers=1, heads=6, kv_heads=2, head_dim=22, ffn=30, qk_norm="head", window=5,

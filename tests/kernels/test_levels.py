@@ -15,8 +15,8 @@ import torch
 
 from handful.config import ModelConfig, RouterConfig
 from handful.errors import HandfulError
-from handful.experts.native import available, levels
-from handful.experts.quantized import quantize_model
+from handful.experts.quantize_model import quantize_model
+from handful.kernels.extension import available, levels
 from handful.machine import CPUINFO_FLAGS, _native_library, native_error
 from handful.model import Decoder
 from handful.quantize import BLOCK, GRID, PIECE

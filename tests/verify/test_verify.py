@@ -25,8 +25,9 @@ from torch import Tensor
 
 from handful import cli
 from handful.errors import ConfigError, RoutingError
-from handful.experts import BACKENDS, Experts
+from handful.experts import BACKENDS
 from handful.experts.reference import reference
+from handful.experts.weights import ExpertWeights
 from handful.machine import native_error
 from handful.quantize import Packed, unpack
 from handful.routing import Routing
@@ -42,7 +43,7 @@ verify_module: Any = importlib.import_module("handful.verify.run")
 THERE = native_error() is None or os.environ.get("HANDFUL_ISA") == "none"
 
 F64 = torch.float64
-Backend = Callable[[Tensor, Routing, Experts], Tensor]
+Backend = Callable[[Tensor, Routing, ExpertWeights], Tensor]
 grouped = BACKENDS["grouped"]
 
 
@@ -171,11 +172,11 @@ def test_grouped_is_right(name: str) -> None:
     assert torch.random.get_rng_state().equal(state)  # the caller's draws are left alone
 
 
-def scaled(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def scaled(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return grouped(x_TD, routing, experts) * 1.001
 
 
-def one_element(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def one_element(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     """Off by 4e-3 of the largest, 5e-6 of the norm."""
     y_TD = grouped(x_TD, routing, experts)
     off_TD = torch.zeros_like(y_TD)
@@ -185,12 +186,12 @@ def one_element(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     return y_TD + off_TD
 
 
-def without_autograd(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def without_autograd(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     y_TD = grouped(x_TD, routing, experts)
     return y_TD if torch.is_grad_enabled() else y_TD * 1.001
 
 
-def no_weight_gradient(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def no_weight_gradient(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return grouped(x_TD, replace(routing, weights_TK=routing.weights_TK.detach()), experts)
 
 
@@ -204,68 +205,68 @@ class _Scale(torch.autograd.Function):
         return grad * 1.0001
 
 
-def x_gradient(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def x_gradient(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return grouped(_Scale.apply(x_TD), routing, experts)  # type: ignore[no-untyped-call]
 
 
-def wrong_dtype(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def wrong_dtype(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return grouped(x_TD, routing, experts).double()
 
 
-def swallows_nan(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def swallows_nan(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return grouped(x_TD, routing, experts).nan_to_num(0.0)
 
 
-def leaks_nan(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def leaks_nan(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     y_TD = grouped(x_TD, routing, experts)
     return y_TD + 0 * y_TD.sum()
 
 
-def leaks_dropped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def leaks_dropped(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return grouped(x_TD, routing, experts) + 0 * routing.weights_TK.sum(1, keepdim=True).to(x_TD.dtype)
 
 
-def computes_dropped(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def computes_dropped(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     weights_TK = routing.weights_TK.nan_to_num(0.5)
     return grouped(x_TD, replace(routing, weights_TK=weights_TK, dropped_TK=None), experts)
 
 
-def crashes(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def crashes(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     raise RuntimeError("no kernel\nfor this")
 
 
-def ignores_strides(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def ignores_strides(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     T, D = x_TD.shape
     return grouped(x_TD.as_strided((T, D), (D, 1)), routing, experts)
 
 
-def assumes_alignment(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def assumes_alignment(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     assert x_TD.data_ptr() % 8 == 0, "misaligned"
     return grouped(x_TD, routing, experts)
 
 
-def accepts_any_expert(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    return grouped(x_TD, replace(routing, experts_TK=routing.experts_TK.clamp(0, experts.count - 1)), experts)
+def accepts_any_expert(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
+    return grouped(x_TD, replace(routing, experts_TK=routing.experts_TK.clamp(0, experts.experts - 1)), experts)
 
 
-def other_error(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def other_error(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     try:
         return grouped(x_TD, routing, experts)
     except RoutingError as error:
         raise IndexError(str(error)) from None
 
 
-def random_bits(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def random_bits(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     y_TD = grouped(x_TD, routing, experts)
     return y_TD * (1 + 1e-6 * torch.rand_like(y_TD))
 
 
-def needs_every_gradient(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def needs_every_gradient(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     assert x_TD.requires_grad or not torch.is_grad_enabled(), "x wants no gradient"
     return grouped(x_TD, routing, experts)
 
 
-def gradient_expects_memory(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def gradient_expects_memory(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     y_TD = grouped(x_TD, routing, experts)
     if y_TD.requires_grad:
 
@@ -276,7 +277,7 @@ def gradient_expects_memory(x_TD: Tensor, routing: Routing, experts: Experts) ->
     return y_TD
 
 
-def relu_slope(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def relu_slope(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     """relu whose slope at 0 is 1."""
     if experts.activation != "relu":
         return grouped(x_TD, routing, experts)
@@ -310,7 +311,7 @@ class _Detached(torch.autograd.Function):
         return grad.detach()
 
 
-def no_second_derivative(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def no_second_derivative(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return reference(_Detached.apply(x_TD), routing, experts)  # type: ignore[no-untyped-call]
 
 
@@ -326,15 +327,15 @@ class _First(torch.autograd.Function):
         return grad + 0.5 * (grad - grad.detach())
 
 
-def second_derivative(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def second_derivative(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     return reference(_First.apply(x_TD), routing, experts)  # type: ignore[no-untyped-call]
 
 
-def names_its_code(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def names_its_code(x_TD: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
     try:
         return grouped(x_TD, routing, experts)
     except RoutingError as error:
-        raise RoutingError(f"sort_by_expert, expert_sort.cpp:25, {error}") from None
+        raise RoutingError(f"make_plan, expert_sort.cpp:25, {error}") from None
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def names_its_code(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         (other_error, r"^mistakes are errors: T=1 expert -1 of 6: IndexError, not an error of ours$"),
         (
             names_its_code,
-            r"^mistakes are errors: T=1 expert -1 of 6: sort_by_expert, expert_sort\.cpp:25, .* names a line of code$",
+            r"^mistakes are errors: T=1 expert -1 of 6: make_plan, expert_sort\.cpp:25, .* names a line of code$",
         ),
         (no_second_derivative, r"^second derivatives: they are left out in silence$"),
         (second_derivative, r"^second derivatives: they are off by 0\.\d+, bound 8e-05$"),
@@ -421,9 +422,9 @@ def any_shape(x_TI: Tensor, weight: Tensor | Packed, bias_O: Tensor | None) -> T
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     def put(linear: Any) -> None:
-        module: Any = types.ModuleType("handful.experts.native")
+        module: Any = types.ModuleType("handful.kernels.operations")
         module.linear = linear
-        monkeypatch.setitem(sys.modules, "handful.experts.native", module)
+        monkeypatch.setitem(sys.modules, "handful.kernels.operations", module)
 
     return put
 
@@ -665,7 +666,7 @@ def test_the_table_fits_into_80_columns(called: Called, monkeypatch: pytest.Monk
 
 
 def test_a_wrong_row_is_exit_status_1(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "grouped", crashes)
+    monkeypatch.setitem(BACKENDS, "grouped", lambda x, r, w: (reference if w.bits else crashes)(x, r, w))
     code, out, err = called()
     assert code == 1
     assert [line.split()[-1] for line in out.splitlines()[2:]] == ["no", "ok"]

@@ -8,13 +8,13 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["untraced"]
+__all__ = ["no_compile"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
+def no_compile(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable`, asked for only while something is traced: it imports the compiler, which takes as long
     as torch itself."""
 

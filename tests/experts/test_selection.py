@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from handful.experts import Experts, choice
-from handful.experts.choice import choose, time_backends
+from handful.experts import Experts, selection
+from handful.experts.selection import choose, time_backends
 from handful.machine import native_error
 from handful.routing import Routing
 
@@ -38,9 +38,9 @@ def test_choice_and_its_reason(device: str, dtype: torch.dtype, backend: str) ->
 
 
 def test_without_the_extension_the_reason_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "native_error", lambda: "it was not built")
-    assert choose() == choice.Choice("reference", "it was not built")
-    assert choose(gradients=True) == choice.Choice("grouped", "it was not built")
+    monkeypatch.setattr(selection, "native_error", lambda: "it was not built")
+    assert choose() == selection.Selection("reference", "it was not built")
+    assert choose(gradients=True) == selection.Selection("grouped", "it was not built")
     assert [list(row.milliseconds) for row in time_backends(seconds=0.0)] == [["grouped", "reference"]] * 6
 
 
@@ -51,8 +51,8 @@ def test_auto_is_the_backend_that_is_chosen(
     dtype: torch.dtype, gradients: bool, extension: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not extension:
-        monkeypatch.setattr("handful.experts.layer.available", lambda: False)
-        monkeypatch.setattr(choice, "native_error", lambda: "it was not built")
+        monkeypatch.setattr("handful.experts.backends.available", lambda: False)
+        monkeypatch.setattr(selection, "native_error", lambda: "it was not built")
     experts = Experts(5, 24, 12, backend="auto").to(dtype)
     x_TD, routing = torch.randn(40, 24, dtype=dtype), routing_of(40, 5, 2)
     with torch.set_grad_enabled(gradients):
@@ -63,7 +63,7 @@ def test_auto_is_the_backend_that_is_chosen(
 
 def test_timed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = {"width": 16, "hidden": 8, "experts": 4, "top_k": 2}
-    monkeypatch.setattr(choice, "TIMED", (("decoding", 1, layer), ("training", 8, layer)))
+    monkeypatch.setattr(selection, "TIMED", (("decoding", 1, layer), ("training", 8, layer)))
     rows = time_backends(seconds=0.0)
     assert [(row.use, row.dtype) for row in rows] == [
         (use, dtype) for use in ("decoding", "training") for dtype in ("float32", "bfloat16")

@@ -1,4 +1,4 @@
-"""Stored experts are the experts: the same bits with any memory, whatever the disk does, and nothing left behind.
+"""Offloaded experts are the experts: the same bits with any memory, whatever the disk does, and nothing left behind.
 
 Legend: T tokens · D model width · E experts · K experts per token · F an expert's hidden width
 """
@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from handful.errors import CheckpointError, ConfigError, HandfulError, RoutingError
-from handful.experts import Experts, disk
-from handful.experts.disk import PAGE, Layout, PackFile, layout_of, write_pack
-from handful.experts.native import FEW, available, experts_in_parts
+from handful.experts import Experts, expert_file
+from handful.experts.expert_file import PAGE, Layout, PackFile, layout_of, write_pack
+from handful.experts.native import native_in_parts
+from handful.experts.offload import OffloadedExperts
 from handful.experts.quantized import QuantizedExperts
 from handful.experts.readahead import Read, Reader
-from handful.experts.stored import Store, StoredExperts
+from handful.experts.store import Store
+from handful.kernels.extension import available, gemv_max_tokens
 from handful.quantize import pack
 from handful.routing import Routing
 
@@ -145,7 +147,7 @@ def test_any_memory_gives_the_same_bits(
             with opened(path, slots, policy=policy) as store:
                 for x_TD, routing in calls:
                     for i in range(2):
-                        stored = StoredExperts(store, i, activation="swiglu", backend=backend)
+                        stored = OffloadedExperts(store, i, activation="swiglu", backend=backend)
                         y_TD = stored(x_TD, routing)
                         assert y_TD.dtype == dtype
                         assert y_TD.equal(right[i](x_TD, routing)), (slots, len(x_TD))
@@ -160,11 +162,11 @@ def test_few_tokens_whose_experts_are_all_there_are_one_operation(
 
     def counted(x_TD: Tensor, *others: Any) -> Tensor:
         parts.append(len(x_TD))
-        return experts_in_parts(x_TD, *others)
+        return native_in_parts(x_TD, *others)
 
-    monkeypatch.setattr("handful.experts.stored.experts_in_parts", counted)
+    monkeypatch.setattr("handful.experts.offload.native_in_parts", counted)
     with torch.no_grad(), opened(packed(tmp_path, whole), E, policy="lru") as store:
-        stored = StoredExperts(store, 0, activation="swiglu")
+        stored = OffloadedExperts(store, 0, activation="swiglu")
 
         def in_parts(routing: Routing) -> bool:
             parts.clear()
@@ -183,7 +185,7 @@ def test_few_tokens_whose_experts_are_all_there_are_one_operation(
         stats = store.stats()
         assert (stats.total("hits"), stats.total("misses")) == (3 + 3 + 2, 3 + 1)
         # More tokens than the kernels read as a stream, and those of which some are dropped, go the other way.
-        assert in_parts(naming([[0, 1, 2]] * (FEW + 1)))
+        assert in_parts(naming([[0, 1, 2]] * (gemv_max_tokens() + 1)))
         some = naming([[0, 1, 2]] * 2)
         assert in_parts(replace(some, dropped_TK=torch.tensor([[True, False, False]] * 2)))
         with pytest.raises(RoutingError, match="expert -1"):
@@ -200,7 +202,7 @@ def test_memory_that_is_read_into_again_and_again_is_in_large_pages(
         def madvise(self, option: int, *others: int) -> None:
             advice.append(option)
 
-    monkeypatch.setattr("handful.experts.stored.mmap.mmap", Watched)
+    monkeypatch.setattr("handful.experts.store.mmap.mmap", Watched)
     with opened(packed(tmp_path, layers(2)), slots):
         assert advice == ([mmap.MADV_HUGEPAGE] if large else [])
 
@@ -210,7 +212,7 @@ def test_other_activations(tmp_path: Path, activation: Any) -> None:
     whole = layers(1, activation=activation, bias=True, backend=BACKEND)
     x_TD, routing = torch.randn(9, D), routing_of(9)
     with torch.no_grad(), opened(packed(tmp_path, whole), 4) as store:
-        assert StoredExperts(store, 0, activation=activation)(x_TD, routing).equal(whole[0](x_TD, routing))
+        assert OffloadedExperts(store, 0, activation=activation)(x_TD, routing).equal(whole[0](x_TD, routing))
 
 
 @pytest.mark.skipif(not available(), reason="how the kernels cut tokens")
@@ -220,7 +222,7 @@ def test_tokens_are_cut_as_they_are_with_all_experts_there(tmp_path: Path) -> No
     x_TD, routing = torch.randn(9640, 8), routing_of(9640, 75, 2)
     assert torch.ops.handful.experts_step(75, 2) == 9600
     with torch.no_grad(), opened(packed(tmp_path, whole), 20, top_k=2) as store:
-        assert StoredExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
+        assert OffloadedExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -230,7 +232,7 @@ def test_autocast_and_mixed_dtypes_are_those_of_experts(tmp_path: Path, backend:
     for bits in (4, 0):
         right = QuantizedExperts.pack(whole[0], bits) if bits else whole[0]
         with torch.no_grad(), opened(packed(tmp_path, whole, bits), 5) as store:
-            stored = StoredExperts(store, 0, activation="swiglu", backend=backend)
+            stored = OffloadedExperts(store, 0, activation="swiglu", backend=backend)
             if bits or backend == "native":
                 assert stored(x_TD.bfloat16(), routing).equal(right(x_TD.bfloat16(), routing))
             with torch.autocast("cpu", dtype=BF16):
@@ -243,10 +245,10 @@ def test_float64_goes_through_the_plain_loop(tmp_path: Path) -> None:
     whole = layers(1, torch.float64, backend="reference")
     x_TD, routing = torch.randn(9, D, dtype=torch.float64), routing_of(9)
     with torch.no_grad(), opened(packed(tmp_path, whole), 4) as store:
-        assert StoredExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
+        assert OffloadedExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
         if available():
             with pytest.raises(ConfigError, match="takes float32 and bfloat16"):
-                StoredExperts(store, 0, activation="swiglu", backend="native")(x_TD, routing)
+                OffloadedExperts(store, 0, activation="swiglu", backend="native")(x_TD, routing)
 
 
 @pytest.mark.skipif(not available(), reason="the kernels' own operations")
@@ -286,17 +288,17 @@ def test_the_least_memory_is_one_tokens_experts_of_a_layer(tmp_path: Path) -> No
 def test_wrong_calls_are_one_line(tmp_path: Path) -> None:
     x_TD, routing = torch.randn(2, D), routing_of(2)
     with opened(packed(tmp_path, layers(1)), 5) as store:
-        stored = StoredExperts(store, 0, activation="swiglu")
-        with pytest.raises(HandfulError, match="stored experts give no gradient"):
+        stored = OffloadedExperts(store, 0, activation="swiglu")
+        with pytest.raises(HandfulError, match="offloaded experts give no gradient"):
             stored(x_TD.clone().requires_grad_(), routing)
         with pytest.raises(RoutingError, match="experts were given x of shape"):
             stored(x_TD[:, 1:], routing)
         for backend in BACKENDS:
-            other = StoredExperts(store, 0, activation="swiglu", backend=backend)
+            other = OffloadedExperts(store, 0, activation="swiglu", backend=backend)
             with pytest.raises(RoutingError, match=f"routing names expert {E}: there are {E}"):
                 other(x_TD, Routing(routing.scores_TE, routing.scores_TE, routing.experts_TK + E, routing.weights_TK))
         with pytest.raises(ConfigError, match="experts backend 'none'"):
-            StoredExperts(store, 0, activation="swiglu", backend="none")
+            OffloadedExperts(store, 0, activation="swiglu", backend="none")
         with pytest.raises(ConfigError, match="policy = 'none'"):
             opened(store.pack.path, 5, policy="none")
         assert stored(x_TD, routing).shape == (2, D)
@@ -321,7 +323,7 @@ def test_records_are_pages_and_hold_what_was_given(tmp_path: Path) -> None:
     for layer, expert in ((1, 5), (0, 0), (1, E - 1)):
         file.read(layer, expert, record.numpy().data)
         for field in layout.fields:
-            assert disk.view(record, field).equal(record_of(whole, 4, 32)(layer, expert)[field.name]), field.name
+            assert expert_file.view(record, field).equal(record_of(whole, 4, 32)(layer, expert)[field.name]), field.name
     file.close()
     with pytest.raises(CheckpointError, match=r"layers\.0 expert 3: the pack is closed"):
         file.read(0, 3, record.numpy().data)
@@ -364,7 +366,7 @@ def test_a_damaged_record_is_named_when_it_is_needed(tmp_path: Path, value: byte
     damaged(path, layout.start + (E + 4) * layout.record_bytes + 77, value)
     x_TD = torch.randn(1, D)
     with opened(path, 6, read_ahead=False) as store:
-        stored = [StoredExperts(store, i, activation="swiglu") for i in range(2)]
+        stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(2)]
         for _ in range(2):
             with pytest.raises(CheckpointError, match=r"experts\.pack: layers\.1 expert 4: damaged"):
                 stored[1](x_TD, naming([[3, 4, 5]]))
@@ -383,13 +385,13 @@ def test_pages_in_another_order_are_noticed(tmp_path: Path) -> None:
         opened(path, 4) as store,
         pytest.raises(CheckpointError, match=r"layers\.0 expert 0: damaged"),
     ):
-        StoredExperts(store, 0, activation="swiglu")(torch.randn(1, D), naming([[0, 1, 2]]))
+        OffloadedExperts(store, 0, activation="swiglu")(torch.randn(1, D), naming([[0, 1, 2]]))
 
 
 def test_damage_done_while_in_use_is_noticed(tmp_path: Path) -> None:
     path = packed(tmp_path, layers(1))
     with opened(path, 3) as store:
-        stored = StoredExperts(store, 0, activation="swiglu")
+        stored = OffloadedExperts(store, 0, activation="swiglu")
         stored(torch.randn(1, D), naming([[0, 1, 2]]))
         damaged(path, store.layout.start + 100, b"\x00\x01\x02")
         stored(torch.randn(1, D), naming([[0, 1, 2]]))  # it is in memory
@@ -421,13 +423,13 @@ def test_a_disk_that_is_full_leaves_nothing_half_done(tmp_path: Path, monkeypatc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return os.pwrite(file, data, at)
 
-    monkeypatch.setattr(disk, "pwrite", full)
+    monkeypatch.setattr(expert_file, "pwrite", full)
     with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
         packed(tmp_path, whole)
     assert [p.name for p in tmp_path.iterdir()] == ["experts.pack"]
     assert path.read_bytes() == before
     # Bytes are written in whatever pieces the system takes.
-    monkeypatch.setattr(disk, "pwrite", lambda file, data, at: os.pwrite(file, data[:1000], at))
+    monkeypatch.setattr(expert_file, "pwrite", lambda file, data, at: os.pwrite(file, data[:1000], at))
     path.unlink()
     packed(tmp_path, whole)
     assert path.read_bytes() == before
@@ -457,7 +459,7 @@ def test_packing_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
 
 
 def run(store: Store, calls: int = 12) -> None:
-    stored = [StoredExperts(store, i, activation="swiglu") for i in range(len(store.layout.layers))]
+    stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(len(store.layout.layers))]
     with torch.no_grad():
         for i in range(calls):
             stored[i % len(stored)](torch.randn(1, D), naming([[i % E, (i * 5 + 1) % E, (i * 7 + 2) % E]]))
@@ -468,20 +470,20 @@ def test_short_reads_are_continued(tmp_path: Path, direct: bool, monkeypatch: py
     # The record is larger than a page: direct reads may stop anywhere, and go on at a page's beginning.
     whole = layers(1, width=64, hidden=48, backend=BACKEND)
     piece = 5000 if direct else 999
-    monkeypatch.setattr(disk, "preadv", lambda file, into, at: os.preadv(file, [into[0][:piece]], at))
+    monkeypatch.setattr(expert_file, "preadv", lambda file, into, at: os.preadv(file, [into[0][:piece]], at))
     if direct:  # which the system itself would not take
-        monkeypatch.setattr(disk, "preadv", lambda file, into, at: min(piece, os.preadv(file, into, at)))
+        monkeypatch.setattr(expert_file, "preadv", lambda file, into, at: min(piece, os.preadv(file, into, at)))
     x_TD, routing = torch.randn(5, 64), routing_of(5)
     with torch.no_grad(), opened(packed(tmp_path, whole), 4, direct=direct) as store:
         assert store.layout.record_bytes > 3 * PAGE
-        assert StoredExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
+        assert OffloadedExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
 
 
 def test_an_error_of_the_disk_is_told_where_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = layers(1, backend=BACKEND)
     x_TD = torch.randn(1, D)
     with torch.no_grad(), opened(packed(tmp_path, whole), 5) as store:
-        stored = StoredExperts(store, 0, activation="swiglu")
+        stored = OffloadedExperts(store, 0, activation="swiglu")
         stored(x_TD, naming([[0, 1, 2]]))
         bad = store.layout.start + 7 * store.layout.record_bytes
 
@@ -490,7 +492,7 @@ def test_an_error_of_the_disk_is_told_where_it_is_waited_for(tmp_path: Path, mon
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return os.preadv(file, into, at)
 
-        monkeypatch.setattr(disk, "preadv", fail)
+        monkeypatch.setattr(expert_file, "preadv", fail)
         for _ in range(8):  # a slot lost each time would leave none
             with pytest.raises(CheckpointError, match=r"layers\.0 expert 7: cannot be read: Input/output error$"):
                 stored(x_TD, naming([[1, 7, 8]]))
@@ -505,7 +507,7 @@ def test_a_pack_that_is_cut_while_in_use(tmp_path: Path, direct: bool) -> None:
     with opened(path, 4, direct=direct) as store:
         run(store, 3)
         os.truncate(path, store.layout.start + 6 * store.layout.record_bytes - 100)
-        stored = StoredExperts(store, 0, activation="swiglu")
+        stored = OffloadedExperts(store, 0, activation="swiglu")
         with pytest.raises(CheckpointError, match=r"layers\.0 expert (5|9): truncated while in use"):
             stored(torch.randn(1, D), naming([[5, 9, 4]]))
         stored(torch.randn(1, D), naming([[2, 3, 4]]))
@@ -518,7 +520,7 @@ def test_a_pack_that_is_deleted_or_replaced_while_in_use_is_read_on(tmp_path: Pa
     with torch.no_grad(), opened(path, 3) as store:
         path.unlink()
         path.write_bytes(b"something else")
-        assert StoredExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
+        assert OffloadedExperts(store, 0, activation="swiglu")(x_TD, routing).equal(whole[0](x_TD, routing))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +546,7 @@ def guessing(experts: list[int]) -> Callable[[Tensor], Routing]:
 def test_a_right_guess_is_there_when_it_is_needed(tmp_path: Path) -> None:
     with torch.no_grad(), opened(packed(tmp_path, layers(2)), 12) as store:
         store.guess_with(1, guessing([4, 5, 6]))
-        stored = [StoredExperts(store, i, activation="swiglu") for i in range(2)]
+        stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(2)]
         stored[0](torch.randn(1, D), naming([[0, 1, 2]]))
         settled(store)
         read = store.stats().total("bytes_read")
@@ -563,7 +565,7 @@ def test_a_right_guess_is_there_when_it_is_needed(tmp_path: Path) -> None:
 
 def test_wrong_guesses_cost_nobody_a_place(tmp_path: Path) -> None:
     with torch.no_grad(), opened(packed(tmp_path, layers(2)), 10, policy="lru") as store:
-        stored = [StoredExperts(store, i, activation="swiglu") for i in range(2)]
+        stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(2)]
         assert store.capacity == 7
         for chosen in ([0, 1, 2], [3, 4, 5], [6, 0, 1]):
             stored[0](torch.randn(1, D), naming([chosen]))
@@ -585,7 +587,7 @@ def test_wrong_guesses_cost_nobody_a_place(tmp_path: Path) -> None:
 
 def test_guessing_pauses_while_it_is_wrong_and_goes_on_when_it_is_right(tmp_path: Path) -> None:
     with torch.no_grad(), opened(packed(tmp_path, layers(2)), 12) as store:
-        layer = StoredExperts(store, 0, activation="swiglu")
+        layer = OffloadedExperts(store, 0, activation="swiglu")
         draw = random.Random(0)
 
         def calls(count: int, right: bool) -> int:
@@ -615,7 +617,7 @@ def test_a_guess_that_cannot_be_read_is_told_to_who_needs_it_only(
     damaged(path, layout.start + (E + 4) * layout.record_bytes, b"\xff\xff\xff")
     with torch.no_grad(), opened(path, 12) as store:
         store.guess_with(1, guessing([3, 4, 5]))
-        stored = [StoredExperts(store, i, activation="swiglu") for i in range(2)]
+        stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(2)]
         for _ in range(3):
             stored[0](torch.randn(1, D), naming([[0, 1, 2]]))
             settled(store)
@@ -635,9 +637,9 @@ def test_a_guess_on_its_way_is_hurried_and_waited_for(tmp_path: Path, monkeypatc
 
     with torch.no_grad(), opened(packed(tmp_path, whole), 12, readers=1) as store:
         second = store.layout.start + E * store.layout.record_bytes
-        monkeypatch.setattr(disk, "preadv", slow)
+        monkeypatch.setattr(expert_file, "preadv", slow)
         store.guess_with(1, guessing([4, 5, 6]))
-        stored = [StoredExperts(store, i, activation="swiglu") for i in range(2)]
+        stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(2)]
         stored[0](torch.randn(1, D), naming([[0, 1, 2]]))
         threading.Timer(0.1, gate.set).start()
         x_TD, routing = torch.randn(1, D), naming([[4, 6, 8]])  # 4 is on its way, 6 has not begun, 8 is no guess
@@ -661,14 +663,14 @@ def test_no_deadlock_and_no_slot_lost(tmp_path: Path, slots: int, policy: str, m
         return os.preadv(file, into, at)
 
     path = packed(tmp_path, whole)
-    monkeypatch.setattr(disk, "preadv", fickle)
+    monkeypatch.setattr(expert_file, "preadv", fickle)
     done: list[str] = []
 
     def use() -> None:
         with torch.no_grad(), opened(path, slots, policy=policy) as store:
             for i in range(3):
                 store.guess_with(i, lambda x_TD: naming([draw.sample(range(E), K)]))
-            stored = [StoredExperts(store, i, activation="swiglu") for i in range(3)]
+            stored = [OffloadedExperts(store, i, activation="swiglu") for i in range(3)]
             for call in range(90):
                 T = 1 if call % 9 else 20
                 x_TD, routing = torch.randn(T, D), naming([draw.sample(range(E), K) for _ in range(T)])
@@ -710,7 +712,7 @@ def test_ctrl_c_leaves_a_store_that_works_and_closes(tmp_path: Path) -> None:
     x_TD, routing = torch.randn(30, D), routing_of(30)
     with torch.no_grad():
         store = opened(path, 4)
-        stored = StoredExperts(store, 0, activation="swiglu")
+        stored = OffloadedExperts(store, 0, activation="swiglu")
         for stop in range(4):
             lists = store.fetch(0, list(range(E)))
             for _ in range(stop):
@@ -745,8 +747,8 @@ def test_close_in_the_middle_of_reads_waits_for_them(tmp_path: Path, monkeypatch
 
     with torch.no_grad(), opened(path, 16) as store:
         store.guess_with(1, guessing([4, 5, 6]))
-        StoredExperts(store, 0, activation="swiglu")(torch.randn(1, D), naming([[0, 1, 2]]))
-        monkeypatch.setattr(disk, "preadv", slow)
+        OffloadedExperts(store, 0, activation="swiglu")(torch.randn(1, D), naming([[0, 1, 2]]))
+        monkeypatch.setattr(expert_file, "preadv", slow)
         list(store.fetch(0, [3]))
         store.fetch(0, [4, 5])
     assert threads() == []

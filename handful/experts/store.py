@@ -1,17 +1,13 @@
 """Experts on disk, and as many of them in memory as a budget allows.
 
-    Store            the memory: slots of one expert each, shared by all layers, and who is in which
-    StoredExperts    (x_TD, routing) -> y_TD, as `Experts`, from a store's slots
+A Store is slots of one expert each, shared by all layers, and who is in which. `experts/offload.py` multiplies from
+them.
 
-    routing ─► needed ─┬─ in a slot ────────────────────► multiplied at once ─┐
-                       └─ not ─► read into another's slot ─► multiplied then ─┴─► weighted, summed ─► y_TD
-                          guessed by the next layer's router ─► read ahead, into slots kept for that
+    needed ─┬─ in a slot ─► ready
+            └─ not ─► read into another's slot ─► ready then
+               guessed by the next layer's router ─► read ahead, into slots kept for that
 
-A budget changes no bit: an assignment's output depends on its expert and token alone, and outputs are summed in the
-routing's order when all are there.
-
-Legend: T tokens · D model width · E experts · K experts per token · N assignments · F an expert's hidden width ·
-G = 2·F gate and up rows (F without a gate) · S slots · n tokens of one expert
+Legend: T tokens · D model width · K experts per token · S slots
 """
 
 from __future__ import annotations
@@ -25,32 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from handful.config import GATED
-from handful.errors import ConfigError, HandfulError, RoutingError
+from handful.errors import ConfigError, HandfulError
 from handful.experts.cache import POLICIES, check_policy
-from handful.experts.disk import PackFile, view
-from handful.experts.layer import BACKENDS, check_fits
-from handful.experts.native import (
-    DTYPES,
-    FEW,
-    Slots,
-    available,
-    compute_dtype,
-    experts_in_parts,
-    experts_in_slots,
-    takes,
-)
-from handful.experts.readahead import Key, Read, Reader
-from handful.experts.reference import activate
-from handful.experts.untraced import untraced
-from handful.machine import native_error
-from handful.quantize import Packed, unpack
+from handful.experts.expert_file import PackFile, view
+from handful.experts.readahead import ExpertId, Read, Reader
 from handful.routing import Routing
 
-__all__ = ["DEFAULT_POLICY", "LayerStats", "Store", "StoreStats", "StoredExperts"]
+__all__ = ["DEFAULT_POLICY", "LayerStats", "Store", "StoreStats"]
 
 DEFAULT_POLICY = "lfu"
 READERS = 4  # reads at a time: a disk is quicker with a few
@@ -159,9 +138,9 @@ class Store:
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8).view(self.slots, size)
         self._fields: dict[str, Tensor] | None = {field.name: view(whole, field) for field in self.layout.fields}
-        self._slot: dict[Key, int] = {}  # whose weights are there or on their way, needed
-        self._reads: dict[Key, Read] = {}  # of those, on their way
-        self._guess: OrderedDict[Key, Read] = OrderedDict()  # guessed, there or on their way, not needed yet
+        self._slot: dict[ExpertId, int] = {}  # whose weights are there or on their way, needed
+        self._reads: dict[ExpertId, Read] = {}  # of those, on their way
+        self._guess: OrderedDict[ExpertId, Read] = OrderedDict()  # guessed, there or on their way, not needed yet
         self._free = list(range(self.slots - 1, -1, -1))
         self._counts = [_Counts() for _ in self.layout.layers]
         self._guesses = 0
@@ -233,7 +212,7 @@ class Store:
         return self._lists(layer, ready, on_the_way, missing)
 
     def _lists(
-        self, layer: int, ready: list[Key], on_the_way: dict[Key, Read], missing: list[Key]
+        self, layer: int, ready: list[ExpertId], on_the_way: dict[ExpertId, Read], missing: list[ExpertId]
     ) -> Iterator[list[tuple[int, int]]]:
         while ready or on_the_way or missing:
             if ready:
@@ -253,7 +232,7 @@ class Store:
                     raise read.error
                 ready.append(read.key)
 
-    def _start(self, missing: list[Key], on_the_way: dict[Key, Read], pinned: set[Key]) -> bool:
+    def _start(self, missing: list[ExpertId], on_the_way: dict[ExpertId, Read], pinned: set[ExpertId]) -> bool:
         """Begin as many reads as there is room for; whether there was room for one."""
         began = False
         while missing:
@@ -269,7 +248,7 @@ class Store:
             self._reader.submit(on_the_way[key])
         return began
 
-    def _room(self, pinned: set[Key]) -> int | None:
+    def _room(self, pinned: set[ExpertId]) -> int | None:
         """A slot for one more that is needed, if one is free or another can give way."""
         if self._free and len(self._slot) < self.capacity:
             return self._free.pop()
@@ -336,7 +315,7 @@ class Store:
                 self._guesses += 1
                 self._reader.submit(self._guess[key], guess=True)
 
-    def _take_guess(self, key: Key, wanted: set[Key]) -> bool:
+    def _take_guess(self, key: ExpertId, wanted: set[ExpertId]) -> bool:
         """Make a guess that came true one of the needed ones. False: it is not there, or there is no room."""
         read = self._guess.get(key)
         if read is None:
@@ -404,141 +383,3 @@ class Store:
 def _release(reader: Reader, pack: PackFile) -> None:
     reader.stop()
     pack.close()
-
-
-class StoredExperts(nn.Module):
-    """E feed-forward networks in a store: (x_TD, routing) -> y_TD, as `Experts`, on a CPU and without gradients.
-
-    backend   "auto": the native kernels where they are (float32 and bfloat16), else the plain loop. "native": those
-              kernels or an error. "grouped" and "reference": the plain loop.
-
-    The bits are those of `Experts`, or of `QuantizedExperts` of the same bits and group, with the same backend; where
-    the plain loop runs, of "reference", which "auto" is there too.
-    """
-
-    def __init__(self, store: Store, layer: int, *, activation: str, backend: str = "auto") -> None:
-        super().__init__()
-        if backend not in BACKENDS:
-            raise ConfigError(f"experts backend {backend!r}: one of {', '.join(BACKENDS)}")
-        self.store = store
-        self.layer = layer
-        self.count = store.layout.experts
-        self.activation = activation
-        self.backend = backend
-        shapes = {field.name: field.shape for field in store.layout.fields}
-        self.width = shapes["down"][0]
-        self.hidden = shapes["gate_up"][0] // (2 if activation in GATED else 1)
-        self.float_dtype = None if store.layout.bits else getattr(torch, store.layout.dtype)
-
-    # A traced graph cannot wait for a disk.
-    @untraced
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        check_fits(x_TD, routing, self.count, self.width)
-        if torch.is_grad_enabled() and (x_TD.requires_grad or routing.weights_TK.requires_grad):
-            raise HandfulError(
-                "stored experts give no gradient: run the model under torch.no_grad() or torch.inference_mode()"
-            )
-        if x_TD.device.type != "cpu":
-            raise HandfulError(f"stored experts compute on the cpu: they were given x on {x_TD.device.type}")
-        if self.backend == "native" and not available():
-            raise HandfulError(f"experts backend 'native': {native_error()}")
-        taken = takes(x_TD) and (self.float_dtype is None or self.float_dtype in DTYPES)
-        if self.backend == "native" and not taken:
-            raise ConfigError("experts backend 'native' takes float32 and bfloat16 on cpu")
-        with self.store.busy:
-            if self.backend in ("auto", "native") and available() and taken:
-                y_TD = self._at_once(x_TD, routing)
-                if y_TD is not None:
-                    return y_TD
-                return experts_in_parts(x_TD, routing, self.count, self._slots(), self._fetch)
-            if not self.store.layout.bits:
-                return self._loop(x_TD, routing)
-            dtype = compute_dtype(x_TD)
-            with torch.autocast("cpu", enabled=False):
-                return self._loop(x_TD.to(dtype), routing)
-
-    def _at_once(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
-        """The output for few tokens whose experts are all in memory; None if they are not."""
-        if not 0 < len(x_TD) <= FEW or routing.dropped_TK is not None:
-            return None
-        slots = self._slots()
-        if slots.bits and slots.down_bias is not None and slots.down_bias.dtype != compute_dtype(x_TD):
-            return None
-        there = self.store.there(self.layer, routing.experts_TK.flatten().tolist())
-        if there is None:
-            return None
-        self.store.guess(self.layer + 1, x_TD)
-        slots_TK = torch.tensor(there).view(routing.experts_TK.shape)
-        return experts_in_slots(x_TD, slots_TK, routing.weights_TK, slots)
-
-    def _fetch(self, chosen: Sequence[int], x_TD: Tensor) -> Iterator[list[tuple[int, int]]]:
-        lists = self.store.fetch(self.layer, chosen)
-        self.store.guess(self.layer + 1, x_TD)
-        return lists
-
-    def _slots(self) -> Slots:
-        """The store's slots as the kernels take them."""
-        field, layout = self.store.field, self.store.layout
-        gate_up, down = field("gate_up"), field("down")
-        assert gate_up is not None
-        assert down is not None
-        return Slots(
-            gate_up=gate_up,
-            gate_up_scales=field("gate_up_scales"),
-            down=down,
-            down_scales=field("down_scales"),
-            gate_up_bias=field("gate_up_bias"),
-            down_bias=field("down_bias"),
-            activation=self.activation,
-            hidden=self.hidden,
-            bits=layout.bits,
-            group=layout.group,
-        )
-
-    def _loop(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """`reference`, with experts in the order in which they are there, and their outputs summed in its own."""
-        kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
-        if routing.dropped_TK is not None:
-            kept_TK = ~routing.dropped_TK
-        chosen = routing.experts_TK[kept_TK].unique().tolist()
-        for e in chosen:
-            if not 0 <= e < self.count:
-                raise RoutingError(f"routing names expert {e}: there are {self.count}, counted from 0")
-        accumulate = torch.promote_types(x_TD.dtype, torch.float32)
-        outputs: dict[int, tuple[Tensor, Tensor]] = {}
-        slots = self._slots()
-        for ready in self._fetch(chosen, x_TD):
-            for e, slot in ready:
-                token_n, slot_n = (kept_TK & (routing.experts_TK == e)).nonzero(as_tuple=True)
-                gate_up, down, gate_up_bias, down_bias = _one(slots, slot, x_TD.dtype)
-                h_nG = F.linear(x_TD[token_n], gate_up, gate_up_bias)
-                out_nD = F.linear(activate(h_nG, self.activation), down, down_bias)
-                weight_n1 = routing.weights_TK[token_n, slot_n].unsqueeze(1)
-                outputs[e] = token_n, (out_nD * weight_n1).to(accumulate)
-        y_TD = torch.zeros(x_TD.shape, dtype=accumulate)
-        for e in chosen:
-            y_TD = y_TD.index_add(0, *outputs[e])
-        return y_TD.to(x_TD.dtype)
-
-    def extra_repr(self) -> str:
-        layout = self.store.layout
-        return f"{self.count} experts, {layout.format}, activation={self.activation}, backend={self.backend}"
-
-
-def _one(slots: Slots, slot: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One slot's weights and biases, unpacked if they are quantised."""
-
-    def weight(codes: Tensor, scales: Tensor | None, inputs: int) -> Tensor:
-        if scales is None:
-            return codes[slot].to(dtype)
-        return unpack(Packed(codes[slot], scales[slot], slots.bits, slots.group, inputs), dtype)
-
-    def bias(stack: Tensor | None) -> Tensor | None:
-        return None if stack is None else stack[slot].to(dtype)
-
-    return (
-        weight(slots.gate_up, slots.gate_up_scales, slots.down.shape[1]),
-        weight(slots.down, slots.down_scales, slots.hidden),
-        bias(slots.gate_up_bias),
-        bias(slots.down_bias),
-    )

@@ -1,4 +1,4 @@
-"""Who multiplies when nobody says: what `backend="auto"` picks, why, and how quick each backend is here.
+"""What `backend="auto"` picks and why, and how quick each backend is here.
 
 Legend: T tokens · D model width · E experts · K experts per token · F an expert's hidden width
 """
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from handful.experts.layer import Experts
-from handful.experts.native import DTYPES, levels
+from handful.kernels.extension import DTYPES, levels
 from handful.machine import native_error
 from handful.routing import Routing
 
-__all__ = ["Choice", "Timed", "choose", "time_backends"]
+__all__ = ["Selection", "Timed", "choose", "time_backends"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """The backend that "auto" means for a device and a dtype, and in one line why."""
 
     backend: str
@@ -47,17 +47,17 @@ TIMED = (
 )
 
 
-def choose(device: str = "cpu", dtype: torch.dtype = torch.float32, *, gradients: bool = False) -> Choice:
+def choose(device: str = "cpu", dtype: torch.dtype = torch.float32, *, gradients: bool = False) -> Selection:
     """What "auto" means on `device` ("cpu", "cuda") for products in `dtype`, in inference or where `gradients` are
     asked for."""
     if device != "cpu":
-        return Choice("grouped", "the native kernels are for CPUs; on CUDA this is grouped_mm")
+        return Selection("grouped", "the native kernels are for CPUs; on CUDA this is grouped_mm")
     other = "grouped" if gradients else "reference"
     if dtype not in DTYPES:
-        return Choice(other, f"the native kernels take float32 and bfloat16, not {str(dtype)[6:]}")
+        return Selection(other, f"the native kernels take float32 and bfloat16, not {str(dtype)[6:]}")
     if error := native_error():
-        return Choice(other, error)
-    return Choice("native", f"one fused operation, products by {_instructions(dtype)}")
+        return Selection(other, error)
+    return Selection("native", f"one fused operation, products by {_instructions(dtype)}")
 
 
 def _instructions(dtype: torch.dtype) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor
 from handful.errors import CheckpointError, ConfigError
 from handful.quantize import check_format, columns_of
 
-__all__ = ["Field", "Layout", "PackFile", "layout_of", "sole_writer", "view", "write_pack"]
+__all__ = ["Layout", "PackFile", "RecordField", "layout_of", "sole_writer", "view", "write_pack"]
 
 MAGIC, VERSION = b"HANDFUL\x00", 3
 PAGE = 4096  # what direct reads are aligned to: the largest block of common disks
@@ -48,7 +48,7 @@ pwrite = os.pwrite
 
 
 @dataclass(frozen=True)
-class Field:
+class RecordField:
     """One tensor of every record: its name, dtype, shape, and where in the record it begins."""
 
     name: str
@@ -71,7 +71,7 @@ class Layout:
     layers     the names of the modules that hold experts, in order.
     experts    E, of each of them.
     bits       8 or 4 with `group` weights to a scale; 0: floating weights.
-    dtype      of the weights, or of what they were before they were quantised.
+    dtype      of the weights, or of what they were before they were quantized.
     fields     of a record: gate_up (G, D) and down (D, F), or their codes (`handful.quantize.Packed`) and
                gate_up_scales and down_scales; gate_up_bias (G,) and down_bias (D,) if there are any.
     """
@@ -83,7 +83,7 @@ class Layout:
     bits: int
     group: int
     dtype: str
-    fields: tuple[Field, ...]
+    fields: tuple[RecordField, ...]
 
     @property
     def record_bytes(self) -> int:
@@ -139,10 +139,10 @@ def layout_of(
         wanted += [("gate_up", name, gate_up[1:]), ("down", name, down[1:])]
     if bias:
         wanted += [("gate_up_bias", name, gate_up[1:2]), ("down_bias", name, down[1:2])]
-    fields: list[Field] = []
+    fields: list[RecordField] = []
     offset = 0
     for key, kind, shape in wanted:
-        fields.append(Field(key, kind, shape, offset))
+        fields.append(RecordField(key, kind, shape, offset))
         offset = _up(offset + fields[-1].nbytes, ALIGN)
     return Layout(
         source=UNKNOWN,
@@ -257,7 +257,7 @@ def _write(file: int, data: bytes | bytearray, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def view(record: Tensor, field: Field) -> Tensor:
+def view(record: Tensor, field: RecordField) -> Tensor:
     """A field of a record of bytes, or of a stack of them."""
     part = record[..., field.offset : field.offset + field.nbytes].view(DTYPES[field.dtype])
     stack: Tensor = part.unflatten(-1, field.shape)
@@ -380,7 +380,7 @@ class PackFile:
 def _layout_from(values: Any) -> Layout:
     """A description, as it was written. ValueError, KeyError or TypeError if it is not one."""
     fields = tuple(
-        Field(str(f["name"]), str(f["dtype"]), tuple(int(n) for n in f["shape"]), int(f["offset"]))
+        RecordField(str(f["name"]), str(f["dtype"]), tuple(int(n) for n in f["shape"]), int(f["offset"]))
         for f in values["fields"]
     )
     if not fields or any(f.dtype not in DTYPES or f.offset < 0 or min(f.shape, default=0) < 1 for f in fields):

@@ -1,0 +1,14 @@
+"""What the C++ extension (csrc/) offers, and how a forward pass comes to it.
+
+extension     whether it is there, what it takes, its errors
+operations    its operations, typed; autograd: their gradients, and their shapes for torch.compile
+dispatch      `with_kernel`, and who may be passed by
+forwards      the kernels that forwards are decorated with
+"""
+
+from __future__ import annotations
+
+from handful.kernels.dispatch import with_kernel
+from handful.kernels.forwards import argmax, decode_attention, linear, prefill_attention, rms_norm, route
+
+__all__ = ["argmax", "decode_attention", "linear", "prefill_attention", "rms_norm", "route", "with_kernel"]
