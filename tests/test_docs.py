@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import re
 import shlex
@@ -146,6 +147,35 @@ def test_table_of_training_settings() -> None:
 def test_every_page_is_in_the_index() -> None:
     linked = re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "README.md").read_text("utf-8"))
     assert sorted(linked) == sorted(path.name for path in DOCS.glob("*.md") if path.name != "README.md")
+
+
+def test_the_architecture_names_what_exists() -> None:
+    text = re.sub(FENCE, "", (DOCS / "architecture.md").read_text("utf-8"))
+    names = re.findall(r"`([^`\n]+)`", text)
+    paths = [name for name in names if re.match(r"(handful|csrc|tests|bench|docs)/", name)]
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    dotted = [name for name in names if re.fullmatch(r"[a-z_]+(\.\w+)+", name) and not name.endswith((".py", ".json"))]
+    assert len(dotted) > 40
+    assert [name for name in dotted if found(name) is None] == []
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\| \d: ", line)]
+    modules = [module for row in rows for module in row[2].replace("`", "").split()]
+    kinds = {"__init__", "__main__"}
+    package = {path.stem for path in (ROOT / "handful").glob("*.py")} - kinds
+    package |= {path.parent.name for path in (ROOT / "handful").glob("*/__init__.py")}
+    assert sorted(modules) == sorted(package)
+
+
+def found(name: str) -> object:
+    """What a dotted name of the package, or of torch, is; None if it is nothing."""
+    parts = name.split(".") if name.startswith("torch.") else ["handful", *name.split(".")]
+    for count in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            value: object = importlib.import_module(".".join(parts[:count]))
+            for part in parts[count:]:
+                value = getattr(value, part, None)
+            return value
+    return None
 
 
 def anchors(page: Path) -> set[str]:
