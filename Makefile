@@ -37,7 +37,7 @@ test: $(DEV) ## run the tests
 test-torch: $(DEV) ## run the tests of models, experts, memory and training without the kernels
 	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
 	  tests/test_{attention,balance,engine,generate,machine,memory,model,moe,padding,replay,transformers}.py \
-	  tests/experts/test_{choice,experts,quantized,stored}.py tests/verify
+	  tests/experts/test_{experts,offload,quantized,selection}.py tests/verify
 
 check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and un
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
 	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \
 	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys \
-	  tests/experts/test_native.py tests/experts/test_stored.py tests/kernels/test_decode_kernels.py
+	  tests/experts/test_native.py tests/experts/test_offload.py tests/kernels/test_decode_kernels.py
 
 # Nothing is linked and little optimised: what a compiler does not know or take, it says without.
 compilers: .venv/.torch-$(TORCH) ## compile the extension with the oldest compilers that it is for; COMPILERS="g++-11 clang++-14"

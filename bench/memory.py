@@ -185,7 +185,7 @@ def speed(
 ) -> None:
     rows: list[dict[str, Any]] = []
     dtype = {None: "bfloat16", 8: "int8", 4: "int4"}[quantize]
-    model, store = memory.load_offloaded(folder, 1 << 50, quantize=quantize)
+    model, store = memory.load(folder, 1 << 50, quantize=quantize)
     layout, held = store.layout, memory.resident_bytes(model)
     store.close()
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as beside:
@@ -194,7 +194,7 @@ def speed(
     for share in shares:
         granted = held + layout.records * share // 100 * layout.record_bytes
         for read_ahead in (True, False) if share < 100 else (False,):
-            model, store = memory.load_offloaded(folder, granted, quantize=quantize, read_ahead=read_ahead)
+            model, store = memory.load(folder, granted, quantize=quantize, read_ahead=read_ahead)
             assert isinstance(model, Decoder)
             assert model.config.router is not None
             with store:

@@ -39,7 +39,7 @@ class Replay:
 
 
 def replay(recording: Recording, capacity: int, *, policy: str = DEFAULT_POLICY) -> Replay:
-    """Play a recording through a cache of `capacity` experts, shared by all layers as in `handful.experts.stored`.
+    """Play a recording through a cache of `capacity` experts, shared by all layers as in `handful.experts.store`.
 
     Every token is taken for one that decodes alone. No more tokens are played than there is time for in about ten
     seconds: two million uses of experts. ConfigError for another policy, no capacity or an empty recording.

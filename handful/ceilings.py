@@ -27,7 +27,7 @@ from handful.experts.expert_file import PackFile, layout_of, write_pack
 from handful.experts.quantize_model import quantize_model
 from handful.experts.store import Store
 from handful.machine import Machine, machine, measure
-from handful.memory import attach, pack_experts, resident_bytes
+from handful.memory import attach, pack, resident_bytes
 from handful.model import Decoder
 from handful.sampling import Sampling
 
@@ -224,7 +224,7 @@ def measure_overhead(folder: str | Path | None = None, repeats: int = 40) -> Ove
     short, deep, packed, held, away = _tiny(few), _tiny(many), _tiny(many), _tiny(many), _tiny(many)
     quantize_model(packed, bits=4)
     with _folder_in(folder) as place, contextlib.ExitStack() as stores:
-        layout = pack_experts(held, place / "experts.pack", quantize=4)
+        layout = pack(held, place / "experts.pack", quantize=4)
         for model, slots in ((held, layout.records), (away, TOP_K)):  # all experts, or those of a layer alone
             budget = resident_bytes(model) + slots * layout.record_bytes
             stores.enter_context(attach(model, place / "experts.pack", budget, read_ahead=False))

@@ -303,7 +303,7 @@ class EncoderDecoder(nn.Module):
 
     @torch.inference_mode()
     def generate(self, inputs_BS: Tensor, max_tokens: int, *, mask_BS: Tensor | None = None) -> Tensor:
-        """The likeliest outputs, one after another, in evaluation mode: (B, at most max_tokens), without the start
+        """The most probable outputs, one after another, in evaluation mode: (B, at most max_tokens), without the start
         token. A row ends with the stop token and is filled up with the start token; all being done ends it.
 
         ConfigError for max_tokens below 1."""

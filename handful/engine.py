@@ -45,7 +45,7 @@ class Request:
     stop_tokens   tokens at which it ends, not part of the answer either.
     fresh         the answer is a text of its own (a message), and not the prompt's text gone on with: a space that a
                   tokenizer puts before every text is none of it.
-    logprobs      of how many of the likeliest tokens, beside the drawn one's; None: no log-probabilities.
+    logprobs      of how many of the most probable tokens, beside the drawn one's; None: no log-probabilities.
     """
 
     prompt: Sequence[int]

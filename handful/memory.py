@@ -1,10 +1,10 @@
 """A model in less memory than it needs: what every token uses is held, experts wait on disk until they are chosen.
 
-    pack_experts(folder, file)      its experts, in one file that they can be read from one by one
-    load_offloaded(folder, bytes)   a model and the store of its experts; packs them first if that is not done
-    attach(model, file, bytes)      the same for a model that is loaded already, whose experts leave memory
+    pack(folder, file)             its experts, in one file that they can be read from one by one
+    load(folder, bytes)            a model and the store of its experts; packs them first if that is not done
+    attach(model, file, bytes)     the same for a model that is loaded already, whose experts leave memory
 
-What is in memory is `handful.experts.stored`; what is on disk, `handful.experts.disk`.
+What is in memory is `handful.experts.store`; what is on disk, `handful.experts.expert_file`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from handful.families.materialize import Progress, materialize
 from handful.lazy_tensors import Tensors
 from handful.model import Decoder
 from handful.moe import MoE
-from handful.quantize import pack
+from handful.quantize import pack as quantized
 
-__all__ = ["attach", "load_offloaded", "pack_experts", "resident_bytes"]
+__all__ = ["attach", "load", "pack", "resident_bytes"]
 
 Model = Decoder | EncoderDecoder
 
 LARGEST_HEADER = 1 << 26  # bytes of a file's header that are looked at
 
 
-def pack_experts(
+def pack(
     source: str | Path | nn.Module,
     path: str | Path,
     *,
@@ -90,7 +90,7 @@ def attach(
         raise
 
 
-def load_offloaded(
+def load(
     path_or_repo: str | Path,
     memory_bytes: int,
     *,
@@ -112,7 +112,7 @@ def load_offloaded(
     policy, read_ahead                as in `attach`.
     progress    of packing: is told (bytes done, bytes in all).
 
-    Close the store when the model is done with. Errors as those of `handful.load`, `pack_experts` and `attach`.
+    Close the store when the model is done with. Errors as those of `handful.load`, `pack` and `attach`.
     """
     model, state, folder = open_checkpoint(path_or_repo, backend)
     layout = _layout(model, state, folder, quantize, group, dtype)
@@ -248,7 +248,7 @@ def _write(path: str | Path, layout: Layout, state: Tensors, progress: Progress 
         if layout.bits:
             for key in ("gate_up", "down"):
                 name = f"{layout.layers[layer]}.{key}[{expert}]"
-                packed = pack(found[key], layout.bits, layout.group, name)
+                packed = quantized(found[key], layout.bits, layout.group, name)
                 found |= {key: packed.codes, f"{key}_scales": packed.scales}
         return found
 

@@ -18,10 +18,10 @@ from handful.kernels import with_kernel
 
 __all__ = ["Logprobs", "Sampler", "Sampling", "sample"]
 
-# Below the one, the argmax token has it all; above the other, all are alike. Quotients by them are float32's.
+# Below the one, the most probable token has it all; above the other, all are alike. Quotients by them are float32's.
 COLDEST, HOTTEST = 1e-30, 1e30
 MILDEST, HARSHEST = 0.01, 100.0  # beyond them a penalty says nothing any more, and logits leave float32's range
-CANDIDATES = 1024  # argmax tokens that are sorted first: they are nearly always all that top_p keeps
+CANDIDATES = 1024  # most probable tokens that are sorted first: they are nearly always all that top_p keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class Sampling:
 
     repetition_penalty  above 1: logits of tokens that the prompt or the answer has are divided by it, or multiplied
                         where they are negative (arXiv:1909.05858); from 0.01 to 100.
-    temperature   0 takes the argmax token; 1 draws from the model's own probabilities.
-    top_k         draw only among the argmax k tokens; 0: among all.
-    top_p         draw only among the argmax tokens that together have this probability (nucleus sampling,
+    temperature   0 takes the most probable token; 1 draws from the model's own probabilities.
+    top_k         draw only among the most probable k tokens; 0: among all.
+    top_p         draw only among the most probable tokens that together have this probability (nucleus sampling,
                   arXiv:1904.09751).
-    min_p         draw only among tokens at least that share as likely as the argmax (arXiv:2407.01082).
+    min_p         draw only among tokens at least that share as probable as the first (arXiv:2407.01082).
     seed          of the draws; None: a different one each time.
     """
 
@@ -65,7 +65,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Logprobs:
     """Natural logarithms of the model's own probabilities, before any setting of `Sampling`: of the token that was
-    drawn, and of the argmax ones, by id, the argmax first."""
+    drawn, and of the most probable ones, by id, in that order."""
 
     token: float
     top: Mapping[int, float]
@@ -90,7 +90,7 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     share_V = logits_V.softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return int(torch.multinomial(share_V, 1, generator=random))
-    # The argmax first: all of them only where some that are not among the candidates may be kept.
+    # The most probable first: all of them only where some that are not among the candidates may be kept.
     count = len(share_V) if sampling.top_k == 0 else min(sampling.top_k, len(share_V))
     kept, ids = share_V.topk(min(count, CANDIDATES))
     if len(kept) < count and not (
@@ -100,7 +100,7 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     if sampling.top_k:
         kept = kept / kept.sum()
     if sampling.top_p < 1:
-        # A token stays if those before it have not reached top_p yet: the argmax always does.
+        # A token stays if those before it have not reached top_p yet: the most probable always does.
         beyond = kept.cumsum(0) - kept >= sampling.top_p
         beyond[0] = False
         kept = kept.masked_fill(beyond, 0)
@@ -152,7 +152,7 @@ class Sampler:
 
 
 def logprobs(logits_V: Tensor, token: int, count: int) -> Logprobs:
-    """Of a token that was drawn from these logits, and of the `count` argmax."""
+    """Of a token that was drawn from these logits, and of the `count` most probable ones."""
     log_V = logits_V.float().log_softmax(-1)
     best = log_V.topk(min(count, len(log_V)))
     top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))

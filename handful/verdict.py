@@ -17,7 +17,7 @@ from typing import Literal
 
 __all__ = ["CHANCE", "ENOUGH", "Verdict", "judge", "tokens_per_expert_weight"]
 
-CHANCE = 0.03  # nats a token, highest minus lowest of three seeds: README, "Is the mixture's lead real?"
+CHANCE = 0.03  # nats a token, highest minus lowest of three seeds: docs/benchmarks.md
 ENOUGH = 8.0  # tokens for each weight of an expert
 LAST = 2 / 3  # of the tokens: from there on, curves should not cross
 LEVEL = 0.001  # nats a token: less is no side to be on

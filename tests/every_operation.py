@@ -109,7 +109,7 @@ def decode(dtype: torch.dtype, bits: int, group: int) -> float:
         assert sample(got[0, -1], Sampling(temperature=0)) == int(got[0, -1].argmax())
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder, "experts.pack")
-        memory.pack_experts(plain, pack, quantize=bits or None, group=group or 32)
+        memory.pack(plain, pack, quantize=bits or None, group=group or 32)
         if not available():  # a store's plain loop has the bits of the plain loop
             for module in model.modules():
                 if isinstance(module, Experts):

@@ -13,7 +13,7 @@ from handful.kernels.extension import available
 # Levels of HANDFUL_ISA, each with a feature that tells of it.
 FEATURES = {"avx2": "avx2", "avx512f": "avx512", "avx512": "avx512_vnni", "amx": "amx_bf16"}
 # Of the kernels; others meet them in passing.
-FILES = {"test_native.py", "test_decode_kernels.py", "test_fused.py", "test_levels.py", "test_stored.py"}
+FILES = {"test_native.py", "test_decode_kernels.py", "test_fused.py", "test_levels.py", "test_offload.py"}
 
 
 def here() -> list[str]:

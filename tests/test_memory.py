@@ -45,7 +45,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def budget(folder: Path, slots: int, **kwargs: Any) -> int:
     """Bytes for a model and so many of its experts."""
-    model, store = memory.load_offloaded(folder, 1 << 40, **kwargs)
+    model, store = memory.load(folder, 1 << 40, **kwargs)
     with store:
         return memory.resident_bytes(model) + slots * store.layout.record_bytes
 
@@ -70,7 +70,7 @@ def test_a_budget_changes_no_bit(tmp_path: Path, dtype: torch.dtype, kwargs: dic
     right = logits_of(handful.load(folder, **kwargs))
     for slots, read_ahead in ((3, True), (10, True), (10, False), (30, True), (48, True)):
         granted = budget(folder, slots, **kwargs)
-        model, store = memory.load_offloaded(folder, granted, read_ahead=read_ahead, **kwargs)
+        model, store = memory.load(folder, granted, read_ahead=read_ahead, **kwargs)
         with store:
             assert store.slots == slots
             assert not model.training
@@ -85,7 +85,7 @@ def test_attach_and_load_agree_and_guess(tmp_path: Path) -> None:
     model = handful.load(folder)
     assert isinstance(model, Decoder)
     right = logits_of(model)
-    memory.pack_experts(model, tmp_path / "own.pack")
+    memory.pack(model, tmp_path / "own.pack")
     size = PackFile(tmp_path / "own.pack").layout.record_bytes
     held = memory.resident_bytes(model)
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
@@ -108,7 +108,7 @@ def test_attach_and_load_agree_and_guess(tmp_path: Path) -> None:
 
 def test_a_tied_model_of_another_dtype_takes_the_same_pack(tmp_path: Path) -> None:
     folder = made(tmp_path / "model", moe({"experts": 4, "top_k": 2}, tied=True))
-    memory.pack_experts(folder, tmp_path / "e.pack", dtype=BF16)
+    memory.pack(folder, tmp_path / "e.pack", dtype=BF16)
     model = handful.load(folder, dtype=BF16)
     right = logits_of(model)
     with memory.attach(model, tmp_path / "e.pack", memory.resident_bytes(model) + 10**6):
@@ -119,11 +119,11 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save(EncoderDecoder(SWITCH), tmp_path / "model")
     inputs, outputs = torch.randint(2, 13, (2, 7)), torch.randint(2, 13, (2, 5))
-    model, store = memory.load_offloaded(tmp_path / "model", 1 << 30)
+    model, store = memory.load(tmp_path / "model", 1 << 30)
     granted = memory.resident_bytes(model) + 3 * store.layout.record_bytes
     store.close()
     whole = handful.load(tmp_path / "model")
-    model, store = memory.load_offloaded(tmp_path / "model", granted)
+    model, store = memory.load(tmp_path / "model", granted)
     with torch.no_grad(), store:
         assert store.slots == 3
         assert model(inputs, outputs)[0].equal(whole(inputs, outputs)[0])
@@ -135,16 +135,16 @@ def test_a_tokenizer_is_taken_as_load_takes_it(tmp_path: Path) -> None:
     inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     save(EncoderDecoder(SWITCH), tmp_path / "both")
     made(tmp_path / "decoder")
-    model, store = memory.load_offloaded(tmp_path / "both", 1 << 30)
+    model, store = memory.load(tmp_path / "both", 1 << 30)
     store.close()
     assert model.tokenizer is None
     for name in ("both", "decoder"):
         inner.save(str(tmp_path / name / "tokenizer.json"))
-    model, store = memory.load_offloaded(tmp_path / "both", 1 << 30)
+    model, store = memory.load(tmp_path / "both", 1 << 30)
     with store:
         assert model.tokenizer is not None
         assert model.tokenizer.decode(model.tokenizer.encode("words words")) == "words words"
-    for load in (handful.load, lambda folder: memory.load_offloaded(folder, 1 << 30)):
+    for load in (handful.load, lambda folder: memory.load(folder, 1 << 30)):
         with pytest.raises(DataError, match="a byte-level or byte-fallback one is needed"):
             load(tmp_path / "decoder")
     assert not list((tmp_path / "decoder").glob("*.pack"))  # before hours of packing
@@ -156,7 +156,7 @@ def test_a_tokenizer_is_taken_as_load_takes_it(tmp_path: Path) -> None:
 
 def test_a_pack_of_other_weights_is_refused_or_made_again(tmp_path: Path) -> None:
     folder, other = made(tmp_path / "model"), made(tmp_path / "other", seed=1)
-    memory.pack_experts(other, tmp_path / "other.pack")
+    memory.pack(other, tmp_path / "other.pack")
     granted = budget(folder, 9)
     with pytest.raises(CheckpointError, match=r"other\.pack: holds the experts of other weights"):
         memory.attach(handful.load(folder), tmp_path / "other.pack", granted)
@@ -164,7 +164,7 @@ def test_a_pack_of_other_weights_is_refused_or_made_again(tmp_path: Path) -> Non
     told: list[tuple[int, int]] = []
     for written in (True, False):
         told.clear()
-        model, store = memory.load_offloaded(
+        model, store = memory.load(
             folder, granted, file=tmp_path / "other.pack", progress=lambda *done: told.append(done)
         )
         with store:
@@ -180,13 +180,13 @@ def test_one_changed_weight_of_any_expert_is_another_model(
     """In memory, by every number; in a folder, by its files."""
     folder = made(tmp_path / "model")
     model = handful.load(folder)
-    memory.pack_experts(model, tmp_path / "e.pack")
+    memory.pack(model, tmp_path / "e.pack")
     with memory.attach(handful.load(folder), tmp_path / "e.pack", 10**9):
         pass
     # What was packed from memory serves too.
-    with memory.load_offloaded(folder, 10**9, file=tmp_path / "e.pack")[1] as store:
+    with memory.load(folder, 10**9, file=tmp_path / "e.pack")[1] as store:
         assert store.layout.files == ()
-    memory.load_offloaded(folder, 10**9)[1].close()
+    memory.load(folder, 10**9)[1].close()
     with torch.no_grad():
         model.get_parameter(f"layers.1.ffn.experts.{matrix}")[place].mul_(1.01)
     with pytest.raises(CheckpointError, match="other weights"):
@@ -196,7 +196,7 @@ def test_one_changed_weight_of_any_expert_is_another_model(
         shutil.copy(file, folder / file.name)
     right = logits_of(handful.load(folder))
     for pack in (None, tmp_path / "e.pack"):
-        stored, store = memory.load_offloaded(folder, 10**9, file=pack)
+        stored, store = memory.load(folder, 10**9, file=pack)
         with store:
             assert equal(logits_of(stored), right)
 
@@ -204,7 +204,7 @@ def test_one_changed_weight_of_any_expert_is_another_model(
 def test_the_files_of_a_folder_tell_a_change_of_the_same_size_and_time(tmp_path: Path) -> None:
     """Headers are looked at beside sizes and times, which rsync may keep."""
     folder = made(tmp_path / "model")
-    memory.load_offloaded(folder, 10**9)[1].close()
+    memory.load(folder, 10**9)[1].close()
     weights = folder / "model.safetensors"
     before = weights.stat()
     content = weights.read_bytes()
@@ -217,7 +217,7 @@ def test_the_files_of_a_folder_tell_a_change_of_the_same_size_and_time(tmp_path:
     weights.write_bytes(swapped)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert weights.stat().st_size == before.st_size
-    stored, store = memory.load_offloaded(folder, 10**9)
+    stored, store = memory.load(folder, 10**9)
     with store:
         assert equal(logits_of(stored), logits_of(handful.load(folder)))
 
@@ -227,7 +227,7 @@ import sys, handful, torch
 from handful import memory
 from builders import logits_of
 torch.set_num_threads(1)
-model, store = memory.load_offloaded(sys.argv[1], 10**9)
+model, store = memory.load(sys.argv[1], 10**9)
 with store:
     print(float(torch.stack([x.double().sum() for x in logits_of(model)]).sum()))
 """
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
     for name in ("a/model", "b/model"):
         folder = made(tmp_path / name)
         for _ in range(2):  # made, and found again
-            with memory.load_offloaded(folder, 10**9)[1] as store:
+            with memory.load(folder, 10**9)[1] as store:
                 paths.append(store.pack.path)
         assert not list(folder.glob("*.pack"))
     assert paths[0] == paths[1] != paths[2] == paths[3]
@@ -262,31 +262,31 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 def test_a_pack_of_another_shape_or_format(tmp_path: Path) -> None:
     folder = made(tmp_path / "model")
     made(tmp_path / "small", moe({"experts": 4, "top_k": 2}))
-    memory.pack_experts(tmp_path / "small", tmp_path / "e.pack")
+    memory.pack(tmp_path / "small", tmp_path / "e.pack")
     has = r"e\.pack: holds 2 layers of 4 experts in float32: the model has 3 of 16 in float32"
     with pytest.raises(CheckpointError, match=has):
         memory.attach(handful.load(folder), tmp_path / "e.pack", 10**9)
     # A pack that was cut, of another version or of another format is made again.
     for spoil in (b"", b"HANDFUL\x00\x09", b"HANDF"):
         (tmp_path / "e.pack").write_bytes(spoil)
-        with memory.load_offloaded(folder, 10**9, file=tmp_path / "e.pack", quantize=8)[1] as store:
+        with memory.load(folder, 10**9, file=tmp_path / "e.pack", quantize=8)[1] as store:
             assert store.layout.format == "int8/32"
-    with memory.load_offloaded(folder, 10**9, file=tmp_path / "e.pack")[1] as store:
+    with memory.load(folder, 10**9, file=tmp_path / "e.pack")[1] as store:
         assert store.layout.format == "float32"
-    with memory.load_offloaded(folder, 10**9, quantize=4)[1] as store:
+    with memory.load(folder, 10**9, quantize=4)[1] as store:
         assert store.pack.path == folder / "experts-int4-32.pack"
 
 
 def test_models_that_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no experts that can be packed"):
-        memory.pack_experts(made(tmp_path / "dense", dense()), tmp_path / "e.pack")
+        memory.pack(made(tmp_path / "dense", dense()), tmp_path / "e.pack")
     folder = made(tmp_path / "model")
     with pytest.raises(ConfigError, match="quantized already"):
-        memory.pack_experts(handful.load(folder, quantize=4), tmp_path / "e.pack")
+        memory.pack(handful.load(folder, quantize=4), tmp_path / "e.pack")
     with pytest.raises(ConfigError, match="bits = 3"):
-        memory.pack_experts(folder, tmp_path / "e.pack", quantize=3)
+        memory.pack(folder, tmp_path / "e.pack", quantize=3)
     with pytest.raises(CheckpointError, match="no such folder"):
-        memory.pack_experts(tmp_path / "none", tmp_path / "e.pack")
+        memory.pack(tmp_path / "none", tmp_path / "e.pack")
     assert not (tmp_path / "e.pack").exists()
 
 
@@ -294,8 +294,8 @@ def test_too_little_memory_says_how_much_would_do(tmp_path: Path) -> None:
     folder = made(tmp_path / "model")
     least = budget(folder, 3)
     with pytest.raises(ConfigError, match=rf"memory = {least - 1:,} bytes: .* 3 experts .*: at least {least:,}"):
-        memory.load_offloaded(folder, least - 1)
-    with memory.load_offloaded(folder, least)[1] as store:
+        memory.load(folder, least - 1)
+    with memory.load(folder, least)[1] as store:
         assert store.slots == 3
     model = handful.load(folder)
     right = logits_of(model)
@@ -315,13 +315,13 @@ def test_packing_reads_one_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.
         return whole(entry, part, *args, **kwargs)
 
     monkeypatch.setattr(Entry, "read", spy)
-    with memory.load_offloaded(folder, 10**9)[1]:
+    with memory.load(folder, 10**9)[1]:
         assert len(stacks) >= 2 * 48
         assert None not in stacks
 
 
 def test_the_stored_model_says_what_it_is(tmp_path: Path) -> None:
-    model, store = memory.load_offloaded(made(tmp_path / "model"), 10**9, quantize=4)
+    model, store = memory.load(made(tmp_path / "model"), 10**9, quantize=4)
     with store:
         experts = model.get_submodule("layers.1.ffn.experts")
         assert isinstance(experts, OffloadedExperts)
@@ -345,7 +345,7 @@ def high():
 small, folder, granted = sys.argv[1], sys.argv[2], int(sys.argv[3])
 logits_of(handful.load(small), 200)  # what torch and the kernels take once
 before = high()
-model, store = memory.load_offloaded(folder, granted)
+model, store = memory.load(folder, granted)
 with store:
     held = memory.resident_bytes(model) + store.slots * store.layout.record_bytes
     logits_of(model, 200)
@@ -357,7 +357,7 @@ with store:
 def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     config = moe({"experts": 32, "top_k": 4}, layers=2, width=192, heads=4, expert_width=512)
     folder = made(tmp_path / "model", config)
-    memory.pack_experts(folder, folder / "experts-float32.pack")  # 75 MB
+    memory.pack(folder, folder / "experts-float32.pack")  # 75 MB
     granted = budget(folder, 16)
     assert granted < 22e6
     run = subprocess.run(

@@ -86,7 +86,7 @@ REAL = moe({"experts": 6}, layers=3, tied=False, dense_first=1, ffn=24, shared_w
 def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_path: Path) -> None:
     bits, wide = FORMATS[dtype], torch.float32 if dtype == "float32" else torch.bfloat16
     model = Decoder(shape).to(wide).eval()
-    layout = memory.pack_experts(model, tmp_path / "pack", quantize=bits or None)
+    layout = memory.pack(model, tmp_path / "pack", quantize=bits or None)
     found = plan(shape, QUICK, dtype=dtype, batch=3)
     assert found.expert == layout.record_bytes
     assert found.experts == layout.records == 12
@@ -499,7 +499,7 @@ def test_a_replay_hits_as_the_store_does(read_ahead: bool, tmp_path: Path) -> No
     torch.manual_seed(3)
     shape = moe({"experts": 8}, layers=3, context=128)
     model = Decoder(shape).eval()
-    memory.pack_experts(model, tmp_path / "pack")
+    memory.pack(model, tmp_path / "pack")
     found = plan(shape, QUICK, dtype="float32", memory=memory.resident_bytes(model) + 13 * 4096)
     assert found.expert == 4096
     recorder, passes = Recorder(), 0

@@ -22,19 +22,23 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, org/name or org/name@revision.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop at this text. May be given several times.")]
 TemperatureOption = Annotated[
-    float | None, typer.Option(help="0 takes the likeliest token. Default: the model's own, or 0.8.")
+    float | None, typer.Option(help="0 takes the most probable token. Default: the model's own, or 0.8.")
 ]
 TopKOption = Annotated[
     int | None,
-    typer.Option(help="Draw among this many of the likeliest tokens; 0: among all. Default: the model's own, or 0."),
+    typer.Option(
+        help="Draw among this many of the most probable tokens; 0: among all. Default: the model's own, or 0."
+    ),
 ]
 TopPOption = Annotated[
     float | None,
-    typer.Option(help="Draw among the likeliest tokens of this total probability. Default: the model's own, or 0.95."),
+    typer.Option(
+        help="Draw among the most probable tokens of this total probability. Default: the model's own, or 0.95."
+    ),
 ]
 MinPOption = Annotated[
     float | None,
-    typer.Option(help="Draw among tokens this share as likely as the likeliest. Default: the model's own, or 0."),
+    typer.Option(help="Draw among tokens this share as probable as the first. Default: the model's own, or 0."),
 ]
 PenaltyOption = Annotated[
     float | None,
@@ -63,7 +67,7 @@ def open_model(
 ) -> tuple[Decoder | EncoderDecoder, Store | None]:
     """The model that a name means, and with a memory budget the store of its experts, to be closed."""
     from handful.families.io import load
-    from handful.memory import load_offloaded
+    from handful.memory import load as load_within
     from handful.progress import LoadProgress
     from handful.units import parse_bytes
 
@@ -75,7 +79,7 @@ def open_model(
     with LoadProgress(open_screen()) as progress:
         if memory is None:
             return load(model, quantize=bits[quant], progress=progress), None
-        return load_offloaded(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
+        return load_within(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
 
 
 def given_settings(

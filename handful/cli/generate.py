@@ -46,7 +46,8 @@ def run(
     pack: answers.PackOption = None,
     template_arg: answers.VariableOption = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: of every token and that many of the likeliest, with their texts.")
+        int | None,
+        typer.Option(help="With --json: of every token and that many of the most probable, with their texts."),
     ] = None,
     routing: Annotated[
         Path | None, typer.Option(help="Write the experts of every token to this safetensors file.")
@@ -162,7 +163,7 @@ def _prompt(given: str | None, file: Path | None) -> str:
 
 
 def _logprobs(deltas: list[Delta], tokenizer: Tokenizer | None) -> list[dict[str, Any]] | None:
-    """Of every token its id, its text and its log-probability, and the same of the likeliest in its place."""
+    """Of every token its id, its text and its log-probability, and the same of the most probable in its place."""
     seen = [(delta.token, delta.logprobs) for delta in deltas if delta.token is not None and delta.logprobs is not None]
 
     def text(token: int) -> str:

@@ -617,12 +617,12 @@ def test_old_weights_are_let_go_one_after_another(monkeypatch: pytest.MonkeyPatc
     model = Decoder(moe())
     old = [weakref.ref(layer.experts.gate_up) for layer in model.moe_layers]
     alive = []
-    pack_experts = QuantizedExperts.pack
+    pack = QuantizedExperts.pack
 
     def spy(*args: Any) -> QuantizedExperts:
         gc.collect()
         alive.append([ref() is not None for ref in old])
-        return pack_experts(*args)
+        return pack(*args)
 
     monkeypatch.setattr(QuantizedExperts, "pack", spy)
     quantize_model(model)
