@@ -56,13 +56,15 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Choice | R
     while left:
         ready: list[Halves] = []
         for block, choice in left:
-            whole = fusible and is_unmodified(block, Block)
-            attention = attention_half(block, x_BSD, tokens, span) if whole else None
-            ready.append((attention, feed_half(block, x_BSD, tokens, span, choice) if whole else None))
-            if None in ready[-1]:
+            attention = feed = None
+            if fusible and is_unmodified(block, Block):
+                attention = attention_half(block, x_BSD, tokens, span)
+                feed = attention and feed_half(block, x_BSD, tokens, span, choice)
+            ready.append((attention, feed))
+            if feed is None:
                 break
         for (block, choice), halves in zip(left, ready, strict=False):
-            x_BSD, routing = _run(block, x_BSD, tokens, span, choice, halves)
+            x_BSD, routing = _run(block, x_BSD, tokens, span, choice, halves, fusible)
             if routing is not None:
                 routings.append(routing)
         del left[: len(ready)]
@@ -71,12 +73,12 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Choice | R
 
 
 def _run(
-    block: Any, x_BSD: Tensor, tokens: int, span: Span, choice: Choice | Routing | None, halves: Halves
+    block: Any, x_BSD: Tensor, tokens: int, span: Span, choice: Choice | Routing | None, halves: Halves, fusible: bool
 ) -> tuple[Tensor, Routing | None]:
     attention, feed = halves
     if attention is not None:
         x_BSD = attention.run(x_BSD)
-    elif feed is not None:
+    elif fusible and is_unmodified(block, Block):
         x_BSD = x_BSD + block.scaled(block.attn(block.attn_norm(x_BSD), span))
         feed = feed_half(block, x_BSD, tokens, span, choice) if unobserved(x_BSD, KINDS) else None
     else:
