@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import fresh
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn.modules.module import register_module_forward_hook
 
-from handful import fused
+from handful import fused, memory
 from handful.attention import Attention, RMSNorm
 from handful.block import Block
 from handful.config import ModelConfig, RopeScaling, RouterConfig
@@ -485,6 +486,35 @@ def given_to(model: Decoder, caches: Sequence[KVCache]) -> dict[str, tuple[Any, 
     assert attend is not None
     assert feed is not None
     return {str(o.call): (o.call, (x_1TD, *o.operands)) for o in (attend, feed.operation)}
+
+
+def test_a_step_is_planned_once_with_offloaded_experts_too(
+    tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each half is looked at once in a step, and what is planned is run."""
+    looked: list[str] = []
+    for name in ("attention_half", "feed_half"):
+        real = getattr(fused, name)
+
+        def half(block: Any, *given: Any, name: str = name, real: Any = real) -> Any:
+            looked.append(name)
+            return real(block, *given)
+
+        monkeypatch.setattr(fused, name, half)
+    model = decoder(SHARED)
+    memory.pack(model, tmp_path / "experts.pack")
+    with torch.inference_mode():
+        (cache,) = caches_of(model, [2])
+        looked.clear()
+        want = step(model, [cache])
+        assert looked == ["attention_half", "feed_half"] * 2
+        with memory.attach(model, tmp_path / "experts.pack", 10**9):
+            cache.length -= 1
+            looked.clear()
+            done.clear()
+            same(step(model, [cache]), want)
+    assert looked == ["attention_half", "feed_half"] * 2
+    assert done == ["attend_layer"] * 2
 
 
 def test_operands_are_named_as_in_the_schemas() -> None:
