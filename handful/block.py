@@ -16,7 +16,7 @@ from handful.config import ModelConfig
 from handful.experts import FeedForward
 from handful.moe import MoE
 from handful.positions import Span
-from handful.routing import Choice, Routing
+from handful.routing import Routing, Told
 
 __all__ = ["Block"]
 
@@ -45,14 +45,12 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.width, config.ffn, config.activation)
 
-    def forward(
-        self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None = None
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, span: Span, choice: Told | None = None) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.scaled(self.attn(self.attn_norm(x_BSD), span))
         y_BSD, routing = self.feed(self.ffn_norm(x_BSD), span, choice)
         return x_BSD + self.scaled(y_BSD), routing
 
-    def feed(self, x_BSD: Tensor, span: Span, choice: Choice | Routing | None) -> tuple[Tensor, Routing | None]:
+    def feed(self, x_BSD: Tensor, span: Span, choice: Told | None) -> tuple[Tensor, Routing | None]:
         """The network's output, and an MoE's routing."""
         if isinstance(self.ffn, MoE):
             return self.ffn(x_BSD, choice, mask=span.real_BS)  # type: ignore[no-any-return]

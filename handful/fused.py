@@ -30,7 +30,7 @@ from handful.kernels.operations import RouterRules
 from handful.moe import MoE, Router
 from handful.positions import Span
 from handful.quantize import Packed
-from handful.routing import Choice, Routing
+from handful.routing import Routing, Told, Without
 
 __all__ = ["layers"]
 
@@ -43,7 +43,7 @@ KINDS = (
 ACTIVATIONS = frozenset({"swiglu", "geglu", "gelu", "relu"})
 
 
-def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]) -> Any:
+def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | None]) -> Any:
     """`Decoder.through_layers` of few tokens: each half of a block as one operation, where it has one.
 
     Blocks are looked at in a row, up to one that has a half without: they answer more quickly so than between
@@ -73,7 +73,7 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Choice | R
 
 
 def _run(
-    block: Any, x_BSD: Tensor, tokens: int, span: Span, choice: Choice | Routing | None, halves: Halves, fusible: bool
+    block: Any, x_BSD: Tensor, tokens: int, span: Span, choice: Told | None, halves: Halves, fusible: bool
 ) -> tuple[Tensor, Routing | None]:
     attention, feed = halves
     if attention is not None:
@@ -204,7 +204,7 @@ def attention_half(block: nn.Module, x_BSD: Tensor, tokens: int, span: Span) -> 
     return Operation(torch.ops.handful.attend_layer.default, operands)
 
 
-def feed_half(block: nn.Module, x_BSD: Tensor, tokens: int, span: Span, choice: Choice | Routing | None) -> Feed | None:
+def feed_half(block: nn.Module, x_BSD: Tensor, tokens: int, span: Span, choice: Told | None) -> Feed | None:
     """x + scale · ffn(ffn_norm(x)) of few tokens, and the routing; None where the modules must be called."""
     ffn, norm = block._modules["ffn"], norm_operands(block._modules["ffn_norm"])
     if norm is None or span.real_BS is not None:
@@ -219,11 +219,11 @@ def feed_half(block: nn.Module, x_BSD: Tensor, tokens: int, span: Span, choice: 
 
 
 def _mixture(
-    moe: MoE, norm: NormOperands, x: Tensor, tokens: int, choice: Choice | Routing | None, residual_scale: Any
+    moe: MoE, norm: NormOperands, x: Tensor, tokens: int, choice: Told | None, residual_scale: Any
 ) -> Feed | None:
     own, width = moe._modules, x.shape[-1]
     router = own.get("router")
-    if not is_unmodified(router, Router) or not routes(router, x, tokens):
+    if isinstance(choice, Without) or not is_unmodified(router, Router) or not routes(router, x, tokens):
         return None
     experts, weight_ED = expert_weights(own.get("experts"), width, x.dtype), router._parameters["weight"]
     if experts is None or weight_ED is None or weight_ED.shape != (experts.experts, width):

@@ -24,7 +24,7 @@ from handful.kernels import with_kernel
 from handful.moe import MoE
 from handful.origin import Origin
 from handful.positions import KVCache, KVCaches, Span
-from handful.routing import Choice, Routing
+from handful.routing import Routing, Told
 from handful.text import Tokenizer
 
 __all__ = ["Decoder", "KVCache"]
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         cache: KVCache | KVCaches | None = None,
         *,
         padding_B: Tensor | None = None,
-        routing: Sequence[Choice | Routing] | None = None,
+        routing: Sequence[Told | None] | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Logits for every position, in the weights' dtype (autocast's under autocast).
 
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         cache: KVCache | KVCaches | None = None,
         *,
         padding_B: Tensor | None = None,
-        routing: Sequence[Choice | Routing] | None = None,
+        routing: Sequence[Told | None] | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """What the output layer is given, (B, S, D), and the routings: `forward` without the logits."""
         S = tokens_BS.shape[1]
@@ -127,9 +127,7 @@ class Decoder(nn.Module):
         return x_BSD if self.config.logits_scale == 1 else x_BSD / self.config.logits_scale, routings
 
     @with_kernel(fused.layers)
-    def through_layers(
-        self, x_BSD: Tensor, span: Span, choices: Sequence[Choice | Routing | None]
-    ) -> tuple[Tensor, list[Routing]]:
+    def through_layers(self, x_BSD: Tensor, span: Span, choices: Sequence[Told | None]) -> tuple[Tensor, list[Routing]]:
         """x through all layers, and the MoE layers' routings."""
         routings = []
         for block, choice in zip(self.layers, choices, strict=True):

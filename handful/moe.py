@@ -23,7 +23,7 @@ from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Experts, FeedForward
 from handful.kernels import with_kernel
-from handful.routing import Choice, Routing
+from handful.routing import Choice, Routing, Told, Without
 
 __all__ = ["MoE", "NotCausalWarning", "Router"]
 
@@ -85,25 +85,26 @@ class Router(nn.Module):
         x_TD: Tensor,
         sequence: int | None = None,
         *,
-        choice: Choice | Routing | None = None,
+        choice: Told | None = None,
         real_T: Tensor | None = None,
     ) -> Routing:
         """Route T tokens.
 
         sequence   how many tokens in a row are one sequence, whose share of an expert `sequence_capacity` limits; None:
                    all T are.
-        choice     the experts to take, and what to drop, whatever the scores say. The weights are made from the scores
-                   as ever, with their gradients: the same router gives the same weights.
+        choice     the experts to take, and what to drop, whatever the scores say; or those to do `Without`. The weights
+                   are made from the scores as ever, with their gradients: the same router gives the same weights.
         real_T     False for padding, which takes no place before an expert and is dropped; None: all are real.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
-            if choice is not None:
+            if isinstance(choice, Choice | Routing):
                 return self._chosen(logits_TE, scores_TE, choice, real_T)
+            off_TE = None if choice is None else self._off(choice, len(x_TD), x_TD.device)
             if self.config.choice == "expert":
-                return self._experts_choose(logits_TE, scores_TE, real_T)
-            return self._tokens_choose(logits_TE, scores_TE, sequence, real_T)
+                return self._experts_choose(logits_TE, scores_TE, real_T, off_TE)
+            return self._tokens_choose(logits_TE, scores_TE, sequence, real_T, off_TE)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         noisy = self.training
@@ -117,14 +118,21 @@ class Router(nn.Module):
         return logits_TE
 
     def _tokens_choose(
-        self, logits_TE: Tensor, scores_TE: Tensor, sequence: int | None, real_T: Tensor | None
+        self,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        sequence: int | None,
+        real_T: Tensor | None,
+        off_TE: Tensor | None,
     ) -> Routing:
         cfg = self.config
         # Selection has no gradient: only the weights of what was chosen do.
         with torch.no_grad():
             select_TE = scores_TE if self.balance_bias is None else scores_TE + self.balance_bias
+            if off_TE is not None:
+                select_TE = select_TE.masked_fill(off_TE, -math.inf)
             if cfg.top_groups < cfg.groups:
-                select_TE = _limit_groups(select_TE, cfg.groups, cfg.top_groups, cfg.group_score)
+                select_TE = _limit_groups(select_TE, cfg.groups, cfg.top_groups, cfg.group_score, cfg.top_k)
             experts_TK = select_TE.topk(cfg.top_k, dim=-1).indices
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
         dropped_TK = self._drop(experts_TK, weights_TK, sequence, real_T)
@@ -191,7 +199,21 @@ class Router(nn.Module):
         full_TK = _over_capacity(queue_TK, dropped_TK, capacity, cfg.drop_order == "choice")
         return full_TK if dropped_TK is None else full_TK | dropped_TK
 
-    def _experts_choose(self, logits_TE: Tensor, scores_TE: Tensor, real_T: Tensor | None) -> Routing:
+    def _off(self, without: Without, tokens: int, device: torch.device) -> Tensor:
+        """(T, E). RoutingError for another shape, and where a token is left with fewer experts than it takes."""
+        E, off_TE = self.config.experts, without.off_TE.to(device)
+        if off_TE.dtype != torch.bool or off_TE.shape not in ((E,), (tokens, E)):
+            found = f"{str(off_TE.dtype)[6:]} of shape {tuple(off_TE.shape)}"
+            raise RoutingError(f"off_TE is {found}: it must be bool of {(tokens, E)} or {(E,)}")
+        least = int((~off_TE).sum(-1).min()) if off_TE.numel() else E
+        needed = 1 if self.config.choice == "expert" else self.config.top_k
+        if least < needed:
+            raise RoutingError(f"without its experts that are off a router has {least} of {E}: it takes {needed}")
+        return off_TE.expand(tokens, E)
+
+    def _experts_choose(
+        self, logits_TE: Tensor, scores_TE: Tensor, real_T: Tensor | None, off_TE: Tensor | None
+    ) -> Routing:
         cfg = self.config
         T, E = scores_TE.shape
         select_TE = scores_TE.detach()
@@ -200,18 +222,29 @@ class Router(nn.Module):
             select_TE = select_TE.masked_fill(~real_T.unsqueeze(1), -math.inf)
         capacity = min(T, max(1, round(T * cfg.top_k / E)))
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+        if off_TE is not None:
+            select_TE = select_TE.masked_fill(off_TE, -math.inf)
         chosen_TE.scatter_(0, select_TE.topk(capacity, dim=0).indices, True)
+        if off_TE is not None:
+            chosen_TE &= ~off_TE
         weights_TE = self._weights(scores_TE * chosen_TE)
         experts_TE = torch.arange(E, device=scores_TE.device).expand_as(scores_TE)
         return Routing(logits_TE, scores_TE, experts_TE, weights_TE * cfg.scale, ~chosen_TE, real_T)
 
 
-def _limit_groups(select_TE: Tensor, groups: int, top_groups: int, score: str) -> Tensor:
-    """Rule out the experts outside each token's best groups (DeepSeek-V2's device limit, V3's node limit)."""
+def _limit_groups(select_TE: Tensor, groups: int, top_groups: int, score: str, top_k: int) -> Tensor:
+    """Rule out the experts outside each token's best groups (DeepSeek-V2's device limit, V3's node limit).
+
+    Where experts are off (-inf), further groups come in until a token has `top_k` experts to choose from.
+    """
     select_TGe = select_TE.view(len(select_TE), groups, select_TE.shape[1] // groups)
-    score_TG = select_TGe.amax(-1) if score == "max" else select_TGe.topk(2, dim=-1).values.sum(-1)
-    best_TG = torch.zeros_like(score_TG, dtype=torch.bool)
-    best_TG.scatter_(1, score_TG.topk(top_groups, dim=-1).indices, True)
+    on_TG = (select_TGe != -math.inf).sum(-1)
+    best_TGs = select_TGe.topk(1 if score == "max" else 2, dim=-1).values
+    score_TG = best_TGs.masked_fill(best_TGs == -math.inf, 0).sum(-1).masked_fill(on_TG == 0, -math.inf)
+    order_TG = score_TG.argsort(dim=-1, descending=True, stable=True)
+    on_TG = on_TG.gather(1, order_TG)
+    in_TG = (torch.arange(groups, device=on_TG.device) < top_groups) | (on_TG.cumsum(-1) - on_TG < top_k)
+    best_TG = torch.zeros_like(in_TG).scatter_(1, order_TG, in_TG)
     return select_TGe.masked_fill(~best_TG.unsqueeze(-1), -math.inf).flatten(1)
 
 
@@ -269,9 +302,7 @@ class MoE(nn.Module):
         self.shared = FeedForward(width, shared_width, activation) if shared_width else None
         self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
 
-    def forward(
-        self, x: Tensor, choice: Choice | Routing | None = None, *, mask: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, choice: Told | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """y and the routing.
 
         choice   as in `Router.forward`.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handful.errors import RoutingError
 
-__all__ = ["Choice", "Routing", "SortedAssignments"]
+__all__ = ["Choice", "Routing", "SortedAssignments", "Told", "Without"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,16 @@ class Choice:
 
     experts_TK: Tensor
     dropped_TK: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Without:
+    """Experts that a router is told to do without: it chooses among the others.
+
+    off_TE   True for an expert that a token may not go to: (T, E), or (E,) for all tokens alike.
+    """
+
+    off_TE: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,3 +143,6 @@ class Routing:
         if self.real_T is not None:
             value_TX = value_TX[self.real_T]
         return value_TX.mean(0) if len(value_TX) else value_TX.sum(0)
+
+
+Told = Choice | Routing | Without  # what a router may be told of its choice

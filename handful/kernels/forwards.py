@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from handful.kernels import operations
 from handful.kernels.extension import DTYPES, ROUTER_KERNEL_MAX_TOKENS, available, inference_only, prefers_native
 from handful.kernels.operations import DecodeAttention
-from handful.routing import Choice, Routing
+from handful.routing import Routing, Told, Without
 
 __all__ = ["argmax", "decode_attention", "decode_operands", "linear", "prefill_attention", "rms_norm", "route"]
 
@@ -53,11 +53,11 @@ def route(
     x_TD: Tensor,
     sequence: int | None = None,
     *,
-    choice: Choice | Routing | None = None,
+    choice: Told | None = None,
     real_T: Tensor | None = None,
 ) -> Any:
     """Router.forward."""
-    if real_T is not None or not routes(router, x_TD, len(x_TD)):
+    if real_T is not None or isinstance(choice, Without) or not routes(router, x_TD, len(x_TD)):
         return NotImplemented
     chosen_TK, dropped_TK = router.forced_experts(choice, len(x_TD), x_TD.device)
     made = operations.route(x_TD, router.weight, router.bias, router.balance_bias, chosen_TK, router.config)
