@@ -11,6 +11,7 @@ Legend: S tokens · T tokens of all sequences · D model width · V vocabulary
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,33 +20,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from handful.errors import ConfigError
+from handful.errors import ConfigError, HandfulError
 from handful.model import Decoder
 from handful.positions import KVCache, KVCaches
 from handful.routing import Routing
 from handful.sampling import Logprobs, Sampler, Sampling, logprobs
 from handful.text import Stream
 
-__all__ = ["CHUNK", "Delta", "Engine", "Finish", "Job", "Request", "StopText", "check_prompt"]
+__all__ = ["CHUNK", "Delta", "Engine", "EngineStats", "Finish", "Job", "Request", "StopText", "check_prompt"]
 
 CHUNK = 512  # tokens of prompts that a step reads at most, where nothing is said
+SCORED = 1 << 22  # logits of a prompt that are held at a time while its tokens are scored
 
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length", "cancelled", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to go on from, and how.
 
-    prompt        token ids.
-    max_tokens    that are made at most; the model's context may be reached before.
-    sampling      how they are drawn.
-    stop          texts at which it ends; they are not part of the answer. For models with a tokenizer. One that is a
-                  special token's text stands for that token.
-    stop_tokens   tokens at which it ends, not part of the answer either.
-    fresh         the answer is a text of its own (a message), and not the prompt's text gone on with: a space that a
-                  tokenizer puts before every text is none of it.
-    logprobs      of how many of the most probable tokens, beside the drawn one's; None: no log-probabilities.
+    prompt           token ids.
+    max_tokens       that are made at most; the model's context may be reached before. 0, where the prompt is scored:
+                     nothing is made.
+    sampling         how they are drawn.
+    stop             texts at which it ends; they are not part of the answer. For models with a tokenizer. One that is a
+                     special token's text stands for that token.
+    stop_tokens      tokens at which it ends, not part of the answer either.
+    fresh            the answer is a text of its own (a message), and not the prompt's text gone on with: a space that a
+                     tokenizer puts before every text is none of it.
+    logprobs         of how many of the most probable tokens, beside the drawn one's; None: no log-probabilities.
+    prompt_logprobs  likewise of the prompt's own tokens, which `Job.prompt_logprobs` holds.
     """
 
     prompt: Sequence[int]
@@ -55,17 +59,21 @@ class Request:
     stop_tokens: Sequence[int] = ()
     fresh: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
     """What a step made for one request.
 
-    token      None where the request ended without one (cancelled).
-    text       that is certain now: a character that several tokens spell comes whole, and what may be the beginning of
-               a stop text is held back.
-    finish     why it ended: "stop" (a stop token or text), "length" (max_tokens or the context) or "cancelled"; None
-               while it goes on.
+    token       None where the request ended without one.
+    text        that is certain now: a character that several tokens spell comes whole, and what may be the beginning of
+                a stop text is held back.
+    logprobs    of the token, or of the stop token.
+    finish      why it ended: "stop" (a stop token or text), "length" (max_tokens or the context), "cancelled" or
+                "failed"; None while it goes on.
+    stop_token  that was drawn and ended it.
+    error       why it failed.
     """
 
     job: Job
@@ -73,16 +81,44 @@ class Delta:
     text: str = ""
     logprobs: Logprobs | None = None
     finish: Finish | None = None
+    stop_token: int | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine holds now, and what it did since it was made.
+
+    cached_tokens  room that the caches of running requests take, of `cache_tokens`.
+    prompt_tokens  that were read; made_tokens: that were made.
+    """
+
+    running: int
+    waiting: int
+    cached_tokens: int
+    cache_tokens: int
+    prompt_tokens: int
+    made_tokens: int
 
 
 class Job:
-    """A request on its way through the engine."""
+    """A request on its way through the engine.
+
+    made                 the tokens so far.
+    finish               as in its last delta.
+    prompt_logprobs      of each token of the prompt, where they were asked for: whole when the first delta comes. None
+                         for the first, which follows nothing.
+    submitted, admitted  when, in seconds of `time.monotonic`; admitted is None while it waits.
+    """
 
     def __init__(self, number: int, request: Request, room: int) -> None:
         self.number = number
         self.request = request
         self.made: list[int] = []
         self.finish: Finish | None = None
+        self.prompt_logprobs: list[Logprobs | None] = []
+        self.submitted = time.monotonic()
+        self.admitted: float | None = None
         self._room = room  # tokens that its cache is to hold
         self._read = 0  # tokens of the prompt that are read
         self._cache: KVCache | None = None
@@ -137,6 +173,8 @@ class Engine:
 
     Where tokens compete for an expert's capacity, or experts choose, a sequence's result would depend on its
     neighbours: such models run one sequence at a time, prompts whole.
+
+    An engine belongs to one thread. Others may call `check` and `stats`.
     """
 
     def __init__(
@@ -162,38 +200,50 @@ class Engine:
         self._running: list[Job] = []
         self._ended: list[Delta] = []
         self._submitted = 0
+        self._prompt_tokens = 0
+        self._made_tokens = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Requests.
 
     def submit(self, request: Request) -> Job:
         """Take a request. ConfigError for one that cannot be run."""
-        self._check(request)
-        room = min(self.model.config.context, len(request.prompt) + request.max_tokens)
-        if room > self.cache_tokens:
-            raise ConfigError(f"prompt and max_tokens: {room} tokens; all caches together hold {self.cache_tokens}")
+        self.check(request)
         self._submitted += 1
-        job = Job(self._submitted, request, room)
+        job = Job(self._submitted, request, self._room(request))
         self._waiting.append(job)
         return job
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """ConfigError for a request that cannot be run."""
         config = self.model.config
-        check_prompt(request.prompt, request.max_tokens, config.vocab)
-        if len(request.prompt) >= config.context:
-            most = f"the model's context is {config.context}, so at most {config.context - 1}"
-            raise ConfigError(f"prompt: {len(request.prompt)} tokens; {most}")
+        scores = request.prompt_logprobs is not None
+        check_prompt(request.prompt, request.max_tokens, config.vocab, least=0 if scores else 1)
+        most = config.context - min(1, request.max_tokens)
+        if len(request.prompt) > most:
+            limit = f"the model's context is {config.context}" + (
+                f", so at most {most}" if most < config.context else ""
+            )
+            raise ConfigError(f"prompt: {len(request.prompt)} tokens; {limit}")
         if isinstance(request.stop, str) or not all(request.stop):
             raise ConfigError(f"stop = {request.stop!r}: a list of texts that are not empty")
         if request.stop and self.model.tokenizer is None:
             raise ConfigError("stop: the model has no tokenizer, which the text of its tokens is read by")
-        if request.logprobs is not None and request.logprobs < 0:
-            raise ConfigError(f"logprobs = {request.logprobs}: at least 0, or none")
+        for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            if count is not None and count < 0:
+                raise ConfigError(f"{name} = {count}: at least 0, or none")
+        room = self._room(request)
+        if room > self.cache_tokens:
+            raise ConfigError(f"prompt and max_tokens: {room} tokens; all caches together hold {self.cache_tokens}")
+
+    def _room(self, request: Request) -> int:
+        """Tokens that its cache is to hold."""
+        return min(self.model.config.context, len(request.prompt) + request.max_tokens)
 
     def cancel(self, job: Job) -> None:
         """End a request, wherever it is. Its last delta comes with the next step. No more happens to one that ended."""
         if job.finish is None:
-            self._ended.append(self._end(job, "cancelled", token=None))
+            self._ended.append(self._end(job, "cancelled"))
 
     @property
     def busy(self) -> bool:
@@ -205,12 +255,25 @@ class Engine:
         """Room that the caches of running requests take now, in tokens."""
         return sum(job._room for job in self._running)
 
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cached_tokens=self.cached_tokens,
+            cache_tokens=self.cache_tokens,
+            prompt_tokens=self._prompt_tokens,
+            made_tokens=self._made_tokens,
+        )
+
     # -----------------------------------------------------------------------------------------------------------------
     # Steps.
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Pass a batch through the model, and return what it made: at most one token of each request."""
+        """Pass a batch through the model, and return what it made: at most one token of each request.
+
+        A batch that fails is tried again, one request at a time: those that fail alone end, the others go on.
+        """
         deltas, self._ended = self._ended, []
         self._admit()
         for batch in self._batches():
@@ -218,10 +281,12 @@ class Engine:
         return deltas
 
     def run(self, requests: Iterable[Request]) -> list[Job]:
-        """Run requests to their ends."""
+        """Run requests to their ends. What one fails by is raised, after it."""
         jobs = [self.submit(request) for request in requests]
         while self.busy:
-            self.step()
+            for delta in self.step():
+                if delta.error is not None:
+                    raise delta.error
         return jobs
 
     def _admit(self) -> None:
@@ -231,6 +296,7 @@ class Engine:
             if self.cached_tokens + job._room > self.cache_tokens:
                 return
             self._waiting.popleft()
+            job.admitted = time.monotonic()
             job._cache = KVCache(self.model.config, 1, job._room, dtype=weight.dtype, device=weight.device)
             request, tokenizer = job.request, self.model.tokenizer
             stops, prefix = set(request.stop_tokens), tuple[int, ...]()
@@ -261,31 +327,59 @@ class Engine:
         caches = [job._cache for job in jobs if job._cache is not None]
         tokens_1T = torch.tensor([[token for _, tokens in batch for token in tokens]], device=device)
         cache = caches[0] if len(caches) == 1 else KVCaches(caches, new)
-        x_1TD, routings = self.model.hidden_states(tokens_1T, cache)
+        try:
+            x_1TD, routings = self.model.hidden_states(tokens_1T, cache)
+        except Exception as error:  # such as a disk that is gone: no cache has advanced
+            if len(batch) == 1:
+                return [self._end(jobs[0], "failed", error=error)]
+            return [delta for one in batch for delta in self._forward([one])]
         if self.on_routing is not None:
             self.on_routing(jobs, new, routings)
-        ready, last, end = [], [], 0
+        ready, last, end, deltas = [], [], 0, []
         for job, count in zip(jobs, new, strict=True):
             end += count
             if not job.made:
+                if job.request.prompt_logprobs is not None:
+                    self._score(job, x_1TD[0, end - count : end])
                 job._read += count
-            if job._read == len(job.request.prompt):
+                self._prompt_tokens += count
+            if job._read < len(job.request.prompt):
+                continue
+            if job.request.max_tokens == 0:
+                deltas.append(self._end(job, "length"))
+            else:
                 ready.append(job)
                 last.append(end - 1)
         if not ready:
-            return []
+            return deltas
         logits_TV = self.model.logits(x_1TD[0] if len(last) == x_1TD.shape[1] else x_1TD[0, last])
-        return [self._token(job, logits_V) for job, logits_V in zip(ready, logits_TV, strict=True)]
+        return deltas + [self._token(job, logits_V) for job, logits_V in zip(ready, logits_TV, strict=True)]
+
+    def _score(self, job: Job, x_SD: Tensor) -> None:
+        """Log-probabilities of the tokens of a prompt that follow those that are being read."""
+        prompt, count = job.request.prompt, job.request.prompt_logprobs
+        assert count is not None
+        if job._read == 0:
+            job.prompt_logprobs.append(None)
+        following = prompt[job._read + 1 : job._read + 1 + len(x_SD)]
+        step = max(1, SCORED // self.model.config.vocab)
+        for at in range(0, len(following), step):
+            tokens = following[at : at + step]
+            job.prompt_logprobs += logprobs(self.model.logits(x_SD[at : at + len(tokens)]), tokens, count)
 
     def _token(self, job: Job, logits_V: Tensor) -> Delta:
         """Draw a job's next token, and see whether it ends with it."""
         assert job._sampler is not None
         request = job.request
-        token = job._sampler(logits_V)
+        try:
+            token = job._sampler(logits_V)
+        except HandfulError as error:
+            return self._end(job, "failed", error=error)
+        seen = None if request.logprobs is None else logprobs(logits_V[None], [token], request.logprobs)[0]
         if token in job._stops:
-            return self._end(job, "stop", token=None)
-        seen = None if request.logprobs is None else logprobs(logits_V, token, request.logprobs)
+            return self._end(job, "stop", logprobs=seen, stop_token=token)
         job.made.append(token)
+        self._made_tokens += 1
         text, stopped = ("", False) if job._text is None else job._text.push(token)
         if stopped:
             return self._end(job, "stop", token=token, text=text, logprobs=seen)
@@ -294,7 +388,15 @@ class Engine:
         return Delta(job=job, token=token, text=text, logprobs=seen)
 
     def _end(
-        self, job: Job, finish: Finish, *, token: int | None, text: str = "", logprobs: Logprobs | None = None
+        self,
+        job: Job,
+        finish: Finish,
+        *,
+        token: int | None = None,
+        text: str = "",
+        logprobs: Logprobs | None = None,
+        stop_token: int | None = None,
+        error: Exception | None = None,
     ) -> Delta:
         """Forget all that was kept for a job. A text that was held back comes now, and may hold a stop text."""
         if job._text is not None and (finish != "stop" or token is None):
@@ -306,13 +408,15 @@ class Engine:
         self._running = [other for other in self._running if other is not job]
         if job in self._waiting:
             self._waiting.remove(job)
-        return Delta(job=job, token=token, text=text, logprobs=logprobs, finish=finish)
+        return Delta(
+            job=job, token=token, text=text, logprobs=logprobs, finish=finish, stop_token=stop_token, error=error
+        )
 
 
-def check_prompt(prompt: Sequence[int], max_tokens: int, vocab: int) -> None:
+def check_prompt(prompt: Sequence[int], max_tokens: int, vocab: int, least: int = 1) -> None:
     if not prompt:
         raise ConfigError("prompt: at least one token")
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens = {max_tokens}: at least 1")
+    if max_tokens < least:
+        raise ConfigError(f"max_tokens = {max_tokens}: at least {least}")
     if not 0 <= min(prompt) <= max(prompt) < vocab:
         raise ConfigError(f"prompt: a token is outside the vocabulary of {vocab}")

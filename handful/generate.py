@@ -44,11 +44,15 @@ def generate_tokens(
 
 
 def stream(engine: Engine, request: Request) -> Iterator[Delta]:
-    """Yield what an engine that nobody else uses makes of a request. Closing it cancels the request."""
+    """Yield what an engine that nobody else uses makes of a request; what it fails by is raised. Closing it cancels the
+    request."""
     job = engine.submit(request)
     try:
         while job.finish is None:
-            yield from engine.step()
+            for delta in engine.step():
+                if delta.error is not None:
+                    raise delta.error
+                yield delta
     finally:
         engine.cancel(job)
 

@@ -6,7 +6,7 @@ Legend: V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,9 +151,22 @@ class Sampler:
         return token
 
 
-def logprobs(logits_V: Tensor, token: int, count: int) -> Logprobs:
-    """Of a token that was drawn from these logits, and of the `count` most probable ones."""
-    log_V = logits_V.float().log_softmax(-1)
-    best = log_V.topk(min(count, len(log_V)))
-    top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Logprobs(float(log_V[token]), top)
+def logprobs(logits_TV: Tensor, tokens: Sequence[int], count: int) -> list[Logprobs]:
+    """Of a token for each row of logits, and of the row's `count` most probable ones.
+
+    Both are taken from the same rounded values, so that the argmax's equals the largest. It comes first, and of
+    other equals the smaller id.
+    """
+    log_TV = logits_TV.float().log_softmax(-1)
+    own_T = log_TV.gather(1, torch.tensor(list(tokens), device=log_TV.device)[:, None])[:, 0].tolist()
+    if count == 0:
+        return [Logprobs(own, {}) for own in own_T]
+    best = log_TV.topk(min(count, log_TV.shape[1]))
+    firsts = logits_TV.argmax(-1).tolist()
+    found = []
+    for own, first, ids, values in zip(own_T, firsts, best.indices.tolist(), best.values.tolist(), strict=True):
+        if first not in ids:  # of more equals than were asked for
+            ids[0] = first
+        rows = sorted(zip(ids, values, strict=True), key=lambda row: (-row[1], row[0] != first, row[0]))
+        found.append(Logprobs(own, dict(rows)))
+    return found

@@ -14,15 +14,16 @@ from builders import VOCAB, dense, moe, tiny_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import handful.engine
 from handful.config import MLAConfig, ModelConfig
 from handful.data import Data
 from handful.engine import Delta, Engine, Job, Request, StopText
-from handful.errors import ConfigError
+from handful.errors import CheckpointError, ConfigError
 from handful.generate import generate, generate_tokens, stream, text_request
 from handful.model import Decoder
 from handful.moe import NotCausalWarning
 from handful.routing import Routing
-from handful.sampling import Sampling
+from handful.sampling import Sampling, logprobs
 
 GREEDY = Sampling(temperature=0)
 KINDS: dict[str, ModelConfig] = {
@@ -238,6 +239,126 @@ def test_logprobs_are_the_models_own() -> None:
         tokens.append(delta.token)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [3, 50])
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+def test_prompts_are_scored(chunk: int, max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, and few positions at a time, beside others that are not; up to the whole context."""
+    monkeypatch.setattr(handful.engine, "SCORED", 2 * VOCAB)
+    model = decoder("moe")
+    prompts = [[4, 5, 6, 5, 4, 9, 8], [7], [3] * (32 - min(1, max_tokens))]
+    asked = [Request(prompt=p, max_tokens=max_tokens, sampling=GREEDY, prompt_logprobs=2) for p in prompts]
+    other = Request(prompt=[1, 2, 3], max_tokens=4, sampling=GREEDY)
+    jobs = Engine(model, chunk=chunk).run([*asked, other])
+    for prompt, job in zip(prompts, jobs, strict=False):
+        want_SV = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+        assert [one is None for one in job.prompt_logprobs] == [True] + [False] * (len(prompt) - 1)
+        for want_V, token, one in zip(want_SV, prompt[1:], job.prompt_logprobs[1:], strict=False):
+            assert one is not None
+            assert one.token == pytest.approx(float(want_V[token]), rel=1e-5)
+            best = want_V.topk(2)
+            assert list(one.top) == best.indices.tolist()
+            assert list(one.top.values()) == pytest.approx(best.values.tolist(), rel=1e-5)
+        assert job.finish == "length"
+        assert len(job.made) == min(max_tokens, 32 - len(prompt))
+    assert jobs[-1].prompt_logprobs == []
+    assert jobs[-1].made == list(generate_tokens(model, [1, 2, 3], 4, GREEDY))
+
+
+def test_the_argmax_token_has_the_largest_value() -> None:
+    """To the last bit, in any dtype; of equals that of the argmax comes first, however few are asked for."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        logits_TV = (torch.randn(20, 400) * 2).to(dtype)
+        tokens = logits_TV.argmax(-1).tolist()
+        for one, token in zip(logprobs(logits_TV, tokens, 3), tokens, strict=True):
+            assert next(iter(one.top)) == token
+            assert one.token == one.top[token] == max(one.top.values())
+    (one,) = logprobs(torch.zeros(1, 400), [7], 2)
+    assert (next(iter(one.top)), len(one.top), one.token) == (0, 2, one.top[0])
+
+
+def test_a_drawn_stop_token_is_told_and_has_its_logprobs() -> None:
+    model = decoder("moe")
+    whole = list(generate_tokens(model, [1, 2, 3], 12, GREEDY))
+    request = Request(prompt=[1, 2, 3], max_tokens=12, sampling=GREEDY, stop_tokens=[whole[2]], logprobs=1)
+    *_, last = stream(Engine(model), request)
+    assert (last.token, last.finish, last.stop_token) == (None, "stop", whole[2])
+    assert last.logprobs is not None
+    assert last.logprobs.token == last.logprobs.top[whole[2]]
+
+
+def test_statistics() -> None:
+    engine = Engine(decoder("moe"), max_sequences=1, cache_tokens=40)
+    first, second = (engine.submit(Request(prompt=[1] * 5, max_tokens=n, sampling=GREEDY)) for n in (3, 4))
+    engine.step()
+    assert vars(engine.stats()) == {
+        "running": 1, "waiting": 1, "cached_tokens": 8, "cache_tokens": 40, "prompt_tokens": 5, "made_tokens": 1,
+    }  # fmt: skip
+    assert first.admitted is not None
+    assert first.submitted <= first.admitted
+    assert second.admitted is None
+    engine.run([])
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.cached_tokens) == (0, 0, 0)
+    assert (stats.prompt_tokens, stats.made_tokens) == (10, 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failed.
+
+
+class Refusing:
+    """A layer's experts that cannot be had for some tokens: as on a disk that is gone."""
+
+    def __init__(self, layer: Any, tokens: set[int], seen: list[int]) -> None:
+        self.layer, self.tokens, self.seen, self.forward = layer, tokens, seen, layer.forward
+        layer.forward = self
+
+    def __call__(self, tokens_BS: Any, *rest: Any) -> Any:
+        self.seen.append(tokens_BS.numel())
+        if self.tokens & set(tokens_BS.flatten().tolist()):
+            raise CheckpointError("experts.pack: cannot be read")
+        return self.forward(tokens_BS, *rest)
+
+
+def test_who_fails_alone_ends_and_the_others_go_on() -> None:
+    model = decoder("moe")
+    want = list(generate_tokens(model, [1, 2, 3], 5, GREEDY))
+    seen: list[int] = []
+    Refusing(model.embed, {250}, seen)
+    engine = Engine(model)
+    requests = [Request(prompt=p, max_tokens=5, sampling=GREEDY) for p in ([1, 2, 3], [250, 2], [1, 2, 3])]
+    jobs = [engine.submit(request) for request in requests]
+    deltas = engine.step()
+    assert seen == [8, 3, 2, 3]  # together, then each alone
+    failed = [delta for delta in deltas if delta.error is not None]
+    assert [(delta.job.number, delta.finish, str(delta.error)) for delta in failed] == [
+        (2, "failed", "experts.pack: cannot be read")
+    ]
+    while engine.busy:
+        engine.step()
+    assert [job.made for job in jobs] == [want, [], want]
+    assert finished(engine, jobs)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        engine.run([requests[1]])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        list(generate_tokens(model, [250], 5))
+
+
+def test_logits_that_choose_nothing_end_one_request() -> None:
+    model = Decoder(moe(tied=False)).double()
+    want = list(generate_tokens(model, [1, 2, 3], 5, GREEDY))
+    with torch.no_grad():
+        model.embed.weight[250] = torch.nan
+    engine = Engine(model)
+    jobs = [engine.submit(Request(prompt=p, max_tokens=5, sampling=GREEDY)) for p in ([1, 2, 3], [250])]
+    deltas: list[Delta] = []
+    while engine.busy:
+        deltas += engine.step()
+    assert [delta.job.number for delta in deltas if isinstance(delta.error, CheckpointError)] == [2]
+    assert (jobs[0].made, jobs[1].finish) == (want, "failed")
+
+
 def test_routings_are_told_with_whose_they_are() -> None:
     told: list[tuple[list[int], list[int], int]] = []
 
@@ -260,6 +381,9 @@ def test_routings_are_told_with_whose_they_are() -> None:
         ({"stop": ["a", ""]}, r"stop = \['a', ''\]: a list of texts that are not empty"),
         ({"stop": ["a"]}, "stop: the model has no tokenizer"),
         ({"logprobs": -1}, "logprobs = -1: at least 0, or none"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs = -1: at least 0, or none"),
+        ({"prompt_logprobs": 1, "max_tokens": -1}, "max_tokens = -1: at least 0"),
+        ({"prompt_logprobs": 1, "max_tokens": 0, "prompt": [1] * 33}, "prompt: 33 tokens; the model's context is 32$"),
     ],
 )
 def test_requests_that_cannot_be_run(changes: dict[str, Any], message: str) -> None:
