@@ -14,11 +14,15 @@ A message is {"role": "user", "content": "…"}, and may have what else its temp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import sys
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from handful.encoder_decoder import EncoderDecoder
@@ -45,6 +49,7 @@ def render(
     answer: bool = True,
     template: str | None = None,
     variables: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
 ) -> str:
     """Messages as the text that the tokenizer's chat template makes of them.
 
@@ -52,9 +57,10 @@ def render(
     answer     end with the beginning of an answer, which the model goes on from.
     template   another one, in Jinja. None: the tokenizer's; with tools the one named "tool_use", if it has it.
     variables  what else the template may read, such as enable_thinking.
+    seconds    that the template may take: a program need not end. None: as long as it wants.
 
     ConfigError for messages that are malformed or that the template refuses, and where there is no template;
-    CheckpointError for a template that is malformed or does what it may not.
+    CheckpointError for a template that is malformed, does what it may not or takes too long.
     """
     import jinja2
 
@@ -72,7 +78,8 @@ def render(
     except (TypeError, ValueError, RecursionError):
         raise ConfigError("messages, tools: plain values, as JSON has them") from None
     try:
-        return _compiled(source).render(plain)
+        with _within(seconds):
+            return _compiled(source).render(plain)
     except _RefusedError as error:
         raise ConfigError(f"messages: the chat template refuses them: {first_line(error)}") from None
     except jinja2.TemplateSyntaxError as error:
@@ -150,6 +157,26 @@ class Conversation:
         finally:
             if said or whole:
                 self.messages = [*asked, {"role": "assistant", "content": said}]
+
+
+@contextlib.contextmanager
+def _within(seconds: float | None) -> Iterator[None]:
+    """TimeoutError in what runs here, in this thread, once it has taken so long. It is looked at before every line."""
+    if seconds is None:
+        yield
+        return
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it did not end within {seconds:g} seconds")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _template_of(tokenizer: Tokenizer, *, with_tools: bool) -> str:

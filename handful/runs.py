@@ -34,7 +34,7 @@ from handful.model import Decoder
 from handful.origin import read_origin
 from handful.text import Tokenizer
 
-__all__ = ["NOTE", "Run", "check_folder", "check_free", "read_asked", "read_events", "text_behind"]
+__all__ = ["NOTE", "Run", "check_folder", "check_free", "newest_run", "read_asked", "read_events", "text_behind"]
 
 KEPT = 2
 NOTE = "handful.json"  # in a checkpoint that no run made: where it is from
@@ -69,6 +69,24 @@ def read_asked(folder: Path) -> dict[str, Any]:
             if name not in asked[section]:
                 raise CheckpointError(f"{file}: damaged: {section}.{name} is missing")
     return asked
+
+
+def newest_run(folder: Path) -> Path:
+    """The run below a folder that was trained last; of those in one of its subfolders (a comparison) a mixture of
+    experts. ConfigError where there is none.
+    """
+    times = {}
+    for file in folder.rglob("run.json"):
+        config = file.parent / "model" / "config.json"
+        if config.is_file():
+            times[file.parent] = config.stat().st_mtime_ns
+    if not times:
+        raise ConfigError(
+            f"no run in {str(folder)!r}: train one (make demo, or handful compare --out {folder}/demo), or name a model"
+        )
+    together = max(times, key=lambda run: times[run]).relative_to(folder).parts[0]
+    runs = [run for run in times if run.relative_to(folder).parts[0] == together]
+    return max(runs, key=lambda run: (read_asked(run)["model"].get("router") is not None, times[run]))
 
 
 def text_behind(source: str | Path, folder: Path) -> dict[str, Any] | None:

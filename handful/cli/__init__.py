@@ -18,7 +18,7 @@ import typer
 from rich.text import Text
 
 from handful import __version__
-from handful.cli import chat, compare, cost, doctor, eval, generate, plan, presets, train, upcycle, verify
+from handful.cli import chat, compare, cost, doctor, eval, generate, plan, presets, serve, train, upcycle, verify
 from handful.cli.shared import open_screen
 from handful.errors import HandfulError
 
@@ -45,6 +45,7 @@ VERBS = {
     "upcycle": upcycle,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": eval,
     "presets": presets,
     "cost": cost,

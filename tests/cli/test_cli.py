@@ -36,7 +36,20 @@ from handful.observe import Recording
 from handful.presets import PRESETS
 from handful.text import load_tokenizer
 
-VERBS = ["compare", "train", "upcycle", "generate", "chat", "eval", "presets", "cost", "plan", "doctor", "verify"]
+VERBS = [
+    "compare",
+    "train",
+    "upcycle",
+    "generate",
+    "chat",
+    "serve",
+    "eval",
+    "presets",
+    "cost",
+    "plan",
+    "doctor",
+    "verify",
+]
 
 SETTINGS = """
 [data]

@@ -1,0 +1,85 @@
+"""`handful serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from handful.cli import answers
+from handful.cli.shared import Json, open_screen, print_json
+from handful.errors import ConfigError
+
+EXAMPLE = "handful serve runs/demo/moe/seed-0 --port 8000"
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A run folder, a checkpoint folder or org/name[@revision]. Default: the newest run."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where it listens; 0.0.0.0: to all who reach this computer.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: MODEL.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HANDFUL_API_KEY", help="The key that clients must show.")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let anybody who can reach it ask.")] = False,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may ask from a browser; *: any.")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(help="Requests that share the engine's steps.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; those beyond are refused.")] = 256,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that all KV caches hold together. Default: 8 times the context.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an answer at most. Default: the model's context.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Prompts × n of a request at most.")] = 128,
+    max_body: Annotated[str, typer.Option(help="Of a request at most.")] = "4MiB",
+    quant: answers.QuantOption = None,
+    memory: answers.MemoryOption = None,
+    pack: answers.PackOption = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Serve a model over HTTP to the clients of OpenAI's API."""
+    from handful.encoder_decoder import EncoderDecoder
+    from handful.runs import newest_run
+    from handful.server.app import Server
+    from handful.server.run import listen, serve, url_of
+    from handful.server.settings import ServerSettings
+    from handful.units import parse_bytes
+
+    screen = open_screen()
+    settings = ServerSettings(
+        name=name or model or str(newest_run(Path("runs"))),
+        host=host,
+        port=port,
+        api_key=api_key,
+        no_auth=no_auth,
+        origins=tuple(cors or ()),
+        queue=queue,
+        max_body=parse_bytes(max_body, "max_body"),
+        max_batch=max_batch,
+        max_output=max_tokens,
+    )
+    model = model or str(newest_run(Path("runs")))
+    sock = listen(host, port)  # before the model, which may take minutes
+    with sock:
+        found, store = answers.open_model(model, quant, memory, pack)
+        try:
+            if isinstance(found, EncoderDecoder):
+                raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
+            server = Server(found, settings, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
+            url = url_of(sock)
+            screen.print(f"serving {settings.name} at {url}")
+            screen.print(f"API {url}/v1, metrics {url}/metrics, description {url}/openapi.json", style="dim")
+            screen.print("Ctrl-C ends", style="dim")
+            if as_json:
+                print_json({"model": settings.name, "url": url, "context": found.config.context})
+                sys.stdout.flush()
+            serve(server, sock, say=screen.print)
+        finally:
+            if store is not None:
+                store.close()

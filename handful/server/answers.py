@@ -1,0 +1,200 @@
+"""What was made, in OpenAI's shapes: completions and chats, whole or in chunks.
+
+A chunk has what a whole answer has, of fewer tokens: so both are made of `Piece`s, and a whole one of all its pieces.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from handful.engine import Delta, Finish
+from handful.sampling import Logprobs
+from handful.server.requests import Asked
+from handful.text import Tokenizer
+
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece"]
+
+
+class Entry(NamedTuple):
+    """A token of an answer, where its text begins in it, and its log-probabilities; None for a prompt's first."""
+
+    token: int
+    offset: int
+    seen: Logprobs | None
+
+
+@dataclass
+class Piece:
+    """Some of an answer's text, the tokens behind it, and why it ended, if it did."""
+
+    text: str = ""
+    entries: list[Entry] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def __bool__(self) -> bool:
+        """There is something to show."""
+        return bool(self.text or self.entries or self.finish)
+
+
+class _Choice:
+    """One choice while it is made."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        self.made = 0
+        self.begun = False
+        self._length = 0  # of the text so far
+
+    def take(self, delta: Delta, tokenizer: Tokenizer | None) -> Piece:
+        request, piece = self.asked.request, Piece(finish=delta.finish)
+        if not self.begun and self.asked.echo is not None:
+            piece.text = self.asked.echo
+            if request.logprobs is not None:
+                offsets = _offsets(request.prompt, self.asked.echo, tokenizer)
+                rows = zip(request.prompt, offsets, delta.job.prompt_logprobs, strict=False)  # fewer, if it failed
+                piece.entries = [Entry(*row) for row in rows]
+        self.begun = True
+        self.made += delta.token is not None
+        # Who scores an echoed prompt counts on an entry for every drawn token, one that ends it too.
+        token = delta.stop_token if delta.token is None and self.asked.echo is not None else delta.token
+        if token is not None and request.logprobs is not None:
+            piece.entries.append(Entry(token, self._length + len(piece.text), delta.logprobs))
+        piece.text += delta.text
+        self._length += len(piece.text)
+        return piece
+
+
+def _offsets(prompt: Sequence[int], echo: str, tokenizer: Tokenizer | None) -> list[int]:
+    """Where each token of a prompt begins in its text, in which what a tokenizer puts before it is not shown."""
+    if tokenizer is None:
+        return [0] * len(prompt)
+    pieces = tokenizer.pieces(prompt)
+    before = max(0, len("".join(pieces)) - len(echo))
+    offsets, at = [], -before
+    for piece in pieces:
+        offsets.append(min(max(0, at), len(echo)))
+        at += len(piece)
+    return offsets
+
+
+class Answer:
+    """An answer to a request with one or more choices.
+
+    usage   tokens of its prompts (of each once, however many choices it has) and those that were made.
+    """
+
+    kind, whole, chunk = "", "", ""
+
+    def __init__(self, model: str, asked: Sequence[Asked], n: int, tokenizer: Tokenizer | None, ids: bool) -> None:
+        """ids: tokens are shown as "token_id:7"."""
+        self.head = {"id": f"{self.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.choices = [_Choice(one) for one in asked]
+        self.prompt_tokens = sum(len(one.request.prompt) for one in asked[::n])
+        self.tokenizer = tokenizer
+        self.ids = ids
+
+    def take(self, index: int, delta: Delta) -> Piece:
+        return self.choices[index].take(delta, self.tokenizer)
+
+    def usage(self) -> dict[str, Any]:
+        made = sum(choice.made for choice in self.choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+        }
+
+    def of_pieces(self, pieces: Sequence[Iterable[Piece]]) -> dict[str, Any]:
+        """The whole answer, of each choice's pieces."""
+        choices = [self.choice(index, _joined(found), whole=True) for index, found in enumerate(pieces)]
+        return {**self.head, "object": self.whole, "choices": choices, "usage": self.usage()}
+
+    def chunks(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
+        """What a stream tells of a piece; first: nothing was told of this choice yet."""
+        return [self.chunk_of([self.choice(index, piece, whole=False)])] if piece else []
+
+    def chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.head, "object": self.chunk, "choices": choices}
+
+    def choice(self, index: int, piece: Piece, *, whole: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def text(self, token: int) -> str:
+        """How a token is shown; a part of a character as U+FFFD."""
+        if self.ids or self.tokenizer is None:
+            return f"token_id:{token}"
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+    def scored(self, index: int) -> bool:
+        return self.choices[index].asked.request.logprobs is not None
+
+
+def _joined(pieces: Iterable[Piece]) -> Piece:
+    whole = Piece()
+    for piece in pieces:
+        whole.text += piece.text
+        whole.entries += piece.entries
+        whole.finish = piece.finish
+    return whole
+
+
+class CompletionAnswer(Answer):
+    kind, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, index: int, piece: Piece, *, whole: bool) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": piece.text,
+            "logprobs": self._columns(piece.entries) if self.scored(index) else None,
+            "finish_reason": piece.finish,
+        }
+
+    def _columns(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return {
+            "tokens": [self.text(entry.token) for entry in entries],
+            "token_logprobs": [None if entry.seen is None else entry.seen.token for entry in entries],
+            "top_logprobs": [None if entry.seen is None else self._top(entry.token, entry.seen) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+    def _top(self, token: int, seen: Logprobs) -> dict[str, float]:
+        """By text, the likeliest of one text; the token itself too, if it is none of the likeliest."""
+        found: dict[str, float] = {}
+        for other, value in (*seen.top.items(), (token, seen.token)):
+            found.setdefault(self.text(other), value)
+        return found
+
+
+class ChatAnswer(Answer):
+    kind, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, piece: Piece, *, whole: bool) -> dict[str, Any]:
+        said: dict[str, Any]
+        if whole:
+            said = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+        else:
+            said = {"delta": {"content": piece.text} if piece.text or piece.entries else {}}
+        seen = {"content": [self._row(entry) for entry in piece.entries], "refusal": None}
+        return {
+            "index": index,
+            **said,
+            "logprobs": seen if self.scored(index) and (whole or piece.entries) else None,
+            "finish_reason": piece.finish,
+        }
+
+    def chunks(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
+        role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return ([self.chunk_of([role])] if first else []) + super().chunks(index, piece, first)
+
+    def _row(self, entry: Entry) -> dict[str, Any]:
+        assert entry.seen is not None
+        top = [self._one(token, value) for token, value in entry.seen.top.items()]
+        return {**self._one(entry.token, entry.seen.token), "top_logprobs": top}
+
+    def _one(self, token: int, value: float) -> dict[str, Any]:
+        own = None if self.tokenizer is None else list(self.tokenizer.token_bytes(token))
+        return {"token": self.text(token), "logprob": value, "bytes": own}
