@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import socket
 import threading
@@ -87,15 +86,13 @@ class Served:
                 found[sample.name, "".join(labels)] = sample.value
         return found
 
-    def slow(self, seconds: float, steps: int | None = None) -> None:
-        """From now on the engine waits before every step, or before the next few."""
+    def slow(self, seconds: float) -> None:
+        """From now on the engine waits before every step."""
         engine = self.server.worker.engine
         step = engine.step
-        left = itertools.count() if steps is None else iter(range(steps))
 
         def waiting() -> Any:
-            if next(left, None) is not None:
-                time.sleep(seconds)
+            time.sleep(seconds)
             return step()
 
         engine.step = waiting  # type: ignore[method-assign]

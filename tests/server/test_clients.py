@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,9 +101,9 @@ def test_a_client_that_is_refused_tries_again() -> None:
     model: Decoder = chat_model()
     with serving(model, max_sequences=1, queue=0) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=2)
-        served.slow(0.5, steps=1)
-        first = client.completions.create(model="tiny", prompt="a", max_tokens=5, stream=True)
+        served.slow(0.05)
+        first = client.completions.create(model="tiny", prompt="a", max_tokens=100, stream=True)
         with pytest.raises(openai.RateLimitError):
             client.with_options(max_retries=0).completions.create(model="tiny", prompt="a", max_tokens=1)
+        threading.Timer(0.3, first.close).start()
         assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
-        first.close()
