@@ -162,7 +162,7 @@ class CompletionAnswer(Answer):
         }
 
     def _top(self, token: int, seen: Logprobs) -> dict[str, float]:
-        """By text, the likeliest of one text; the token itself too, if it is none of the likeliest."""
+        """By text, the most probable of one text; the token itself too, if it is none of them."""
         found: dict[str, float] = {}
         for other, value in (*seen.top.items(), (token, seen.token)):
             found.setdefault(self.text(other), value)

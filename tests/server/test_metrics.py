@@ -13,7 +13,7 @@ from builders import moe
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 from serving import Served, chat_model, serving
 
-from handful.memory import attach, pack_experts
+from handful.memory import attach, pack
 from handful.model import Decoder
 from handful.observe import dead, entropy, max_vio
 from handful.routing import Routing
@@ -126,7 +126,7 @@ def test_load_is_told_by_layer(model: Decoder) -> None:
 def offloaded(tmp_path: Path) -> Any:
     """A server whose experts have half the memory that they need."""
     model = chat_model()
-    pack_experts(model, tmp_path / "experts.pack")
+    pack(model, tmp_path / "experts.pack")
     size = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     whole = sum(p.nbytes for p in model.parameters())
     store = attach(model, tmp_path / "experts.pack", whole - size // 2)
