@@ -75,9 +75,8 @@ def _as_written(kind: type) -> bool:
         return True
     body = forward.__wrapped__ if getattr(forward, "__code__", None) is _WITH_KERNEL else forward
     code = getattr(body, "__code__", None)
-    if code is None or code.co_qualname != f"{kind.__qualname__}.forward":
-        return False
-    if code.co_filename != sys.modules[kind.__module__].__file__:
+    where = getattr(code, "co_qualname", None), getattr(code, "co_filename", None)
+    if where != (f"{kind.__qualname__}.forward", sys.modules[kind.__module__].__file__):
         return False
     _written[kind] = forward
     return True
