@@ -1,4 +1,4 @@
-// The forward pass of the routed experts: GEMM for those with many tokens, GEMV for those with few.
+// The forward pass of the routed experts: GEMM for many tokens, GEMV for few.
 #include <algorithm>
 
 #include "experts_call.h"
@@ -84,13 +84,13 @@ void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   });
 }
 
-// The experts of `few`, by GEMV: the same.
-void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& few, float* out_ND) {
+// The experts of `used`, by GEMV: the same.
+void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& used, float* out_ND) {
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
   std::vector<GemvItem> items;
   std::vector<int64_t> theirs;  // their assignments, by place in the sort
   for (int64_t e = 0; e < call.experts; ++e) {
-    for (int64_t n = sorted.offsets[e]; few[e] && n < sorted.offsets[e + 1]; ++n) theirs.push_back(n);
+    for (int64_t n = sorted.offsets[e]; used[e] && n < sorted.offsets[e + 1]; ++n) theirs.push_back(n);
   }
   if (theirs.empty()) return;
   const auto count = static_cast<int64_t>(theirs.size());
@@ -98,16 +98,16 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   for (int64_t i = 0; i < count; ++i) slot[theirs[i]] = i;
   const auto for_each_expert = [&](const auto& work) {
     for (int64_t e = 0; e < call.experts; ++e) {
-      if (few[e]) work(e, sorted.offsets[e], static_cast<int>(sorted.load(e)));
+      if (used[e]) work(e, sorted.offsets[e], static_cast<int>(sorted.load(e)));
     }
   };
 
   // Each token is prepared once, however many experts it chose.
-  std::vector<char> used(sorted.tokens, 0);
-  for (const int64_t n : theirs) used[sorted.token(n)] = 1;
+  std::vector<char> chose(sorted.tokens, 0);
+  for (const int64_t n : theirs) chose[sorted.token(n)] = 1;
   const Prepared x(sorted.tokens, D, call.gate_up.first);
   each(sorted.tokens, 1.0 * D, [&](int64_t t) {
-    if (used[t]) x.fill(t, call.x_row(t), call.x_type);
+    if (chose[t]) x.fill(t, call.x_row(t), call.x_type);
   });
 
   const Buffer h_buffer(count * G * 4);
@@ -136,16 +136,24 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
                    [&](int64_t n) { return out_ND + n * D; }, D);
 }
 
+// Whether GEMV multiplies all of a call's experts, or GEMM all of them. Each by its own load would be a little quicker
+// where loads differ, but then a token's bits would depend on what the other tokens chose.
+bool is_of_few_tokens(const ExpertsCall& call) {
+  const Tensor& chosen = call.assignments.experts;
+  const int64_t most = std::min(gemv_max_tokens(call.gate_up.first) * call.experts, kGemvMaxCall * chosen.size(1));
+  return chosen.numel() <= most;
+}
+
 // Writes the rows of the assignments of the experts of `here` to out_ND.
-void run_few_and_many(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& here, float* out_ND) {
-  std::vector<char> few(call.experts), many(call.experts);
-  for (int64_t e = 0; e < call.experts; ++e) {
-    const int64_t load = here[e] ? sorted.load(e) : 0;
-    few[e] = load > 0 && load <= gemv_max_tokens(call.gate_up.first);
-    many[e] = load > 0 && !few[e];
+void run_experts(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& here, float* out_ND) {
+  std::vector<char> used(call.experts);
+  for (int64_t e = 0; e < call.experts; ++e) used[e] = here[e] && sorted.load(e) > 0;
+  if (std::none_of(used.begin(), used.end(), [](char u) { return u; })) return;
+  if (is_of_few_tokens(call)) {
+    run_gemv(call, sorted, used, out_ND);
+  } else {
+    run_gemm(call, sorted, used, out_ND, nullptr);
   }
-  run_gemv(call, sorted, few, out_ND);
-  if (std::any_of(many.begin(), many.end(), [](char m) { return m; })) run_gemm(call, sorted, many, out_ND, nullptr);
 }
 
 // Tokens `first` up to `end`; `kept` null: nothing is kept.
@@ -158,7 +166,7 @@ void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, void* kept
 
   const std::vector<char> all_of_them(call.experts, 1);
   if (kept == nullptr) {
-    run_few_and_many(call, sorted, all_of_them, out_ND);
+    run_experts(call, sorted, all_of_them, out_ND);
   } else {
     run_gemm(call, sorted, all_of_them, out_ND, kept);  // the backward pass reads tiles
   }
@@ -174,16 +182,19 @@ void check_rows(const Tensor& rows, int64_t assignments, int64_t width) {
 
 ScalarType type_of(bool bf16) { return bf16 ? ScalarType::BFloat16 : ScalarType::Float; }
 
-// Tokens, each with `top_k` of `count` experts, that are computed at a time.
-int64_t experts_step(int64_t count, int64_t top_k) {
-  return std::max<int64_t>(std::max(kAtOnce, kLoad * count) / std::max<int64_t>(top_k, 1), 1);
+// Of tokens, each with `top_k` of `count` experts, how many are computed at a time: parts as even as can be, so that none
+// is of few tokens where all together are many.
+int64_t experts_step(int64_t tokens, int64_t count, int64_t top_k) {
+  const int64_t most = std::max<int64_t>(std::max(kAtOnce, kLoad * count) / std::max<int64_t>(top_k, 1), 1);
+  const int64_t parts = std::max<int64_t>((tokens + most - 1) / most, 1);
+  return std::max<int64_t>((tokens + parts - 1) / parts, 1);
 }
 
 }  // namespace
 
 Tensor experts(const Tensor& x, const Assignments& assignments, const ExpertsWeights& weights, bool bf16) {
   const ExpertsCall call = make_call(x, assignments, weights, bf16);
-  const int64_t tokens = x.size(0), step = experts_step(call.experts, assignments.experts.size(1));
+  const int64_t tokens = x.size(0), step = experts_step(tokens, call.experts, assignments.experts.size(1));
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16));
   char* out = static_cast<char*>(y.mutable_data_ptr());
   for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
@@ -249,7 +260,7 @@ int64_t experts_rows(Tensor rows, Tensor x, Tensor chosen, MaybeTensor dropped, 
   }
   const ExpertSort sorted = sort_by_expert(assignments, 0, x.size(0), call.experts);
   check_rows(rows, sorted.size(), call.width);
-  run_few_and_many(call, sorted, here, static_cast<float*>(rows.mutable_data_ptr()));
+  run_experts(call, sorted, here, static_cast<float*>(rows.mutable_data_ptr()));
   int64_t done = 0;
   for (int64_t e = 0; e < call.experts; ++e) done += here[e] ? sorted.load(e) : 0;
   return done;
@@ -286,7 +297,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
       "Tensor? gate_up_scales, Tensor down, Tensor? down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
       "str activation, int hidden, int bits, int group, bool bf16) -> int");
   m.def("experts_sum(Tensor rows, Tensor experts, Tensor weights, Tensor? dropped, int count, bool bf16) -> Tensor");
-  m.def("experts_step(int count, int top_k) -> int");
+  m.def("experts_step(int tokens, int count, int top_k) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) { m.impl("experts_step", TORCH_BOX(&experts_step)); }

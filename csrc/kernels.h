@@ -42,6 +42,8 @@ constexpr int kGrid = 64;  // a row is padded to a multiple of it, and of a grou
 
 // Tokens up to which GEMV multiplies a matrix: of floats one by one; of codes, or of bfloat16 in pairs.
 constexpr int64_t kGemvMaxTokens = 8, kGemvMaxTokensPacked = 16;
+// And of a call for experts, whose average load it is, at most so many tokens.
+constexpr int64_t kGemvMaxCall = 256;
 
 enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 

@@ -24,8 +24,8 @@ std::string levels(std::string features) {
 std::string limits() {
   const auto line = [](const char* name, int64_t value) { return name + (": " + std::to_string(value)) + "\n"; };
   return line("panel", handful::kPanel) + line("gemv_max_tokens", handful::kGemvMaxTokens) +
-         line("gemv_max_tokens_packed", handful::kGemvMaxTokensPacked) + line("code_piece", handful::kPiece) +
-         line("code_block", handful::kBlock) + line("code_grid", handful::kGrid);
+         line("gemv_max_tokens_packed", handful::kGemvMaxTokensPacked) + line("gemv_max_call", handful::kGemvMaxCall) +
+         line("code_piece", handful::kPiece) + line("code_block", handful::kBlock) + line("code_grid", handful::kGrid);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ from handful.kernels.operations import RouterRules
 from handful.moe import MoE, Router
 from handful.positions import Span
 from handful.quantize import Packed
-from handful.routing import Routing, Told, Without
+from handful.routing import Limits, Piecewise, Routing, Told
 
 __all__ = ["layers"]
 
@@ -223,7 +223,7 @@ def _mixture(
 ) -> Feed | None:
     own, width = moe._modules, x.shape[-1]
     router = own.get("router")
-    if isinstance(choice, Without) or not is_unmodified(router, Router) or not routes(router, x, tokens):
+    if isinstance(choice, Limits | Piecewise) or not is_unmodified(router, Router) or not routes(router, x, tokens):
         return None
     experts, weight_ED = expert_weights(own.get("experts"), width, x.dtype), router._parameters["weight"]
     if experts is None or weight_ED is None or weight_ED.shape != (experts.experts, width):
@@ -232,6 +232,8 @@ def _mixture(
     if shared is None:
         return None
     chosen_TK, dropped_TK = router.forced_experts(choice, tokens, x.device)
+    if chosen_TK is not None and chosen_TK.shape[1] != router.config.top_k:
+        return None
     if dropped_TK is not None and (chosen_TK is None or dropped_TK.shape != chosen_TK.shape):
         return None
     routed = RouterOperands(weight_ED, router.bias, router._buffers.get("balance_bias"), chosen_TK, dropped_TK)

@@ -23,7 +23,7 @@ from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Experts, FeedForward
 from handful.kernels import with_kernel
-from handful.routing import Choice, Routing, Told, Without
+from handful.routing import Choice, Limits, Piecewise, Routing, Told
 
 __all__ = ["MoE", "NotCausalWarning", "Router"]
 
@@ -92,19 +92,32 @@ class Router(nn.Module):
 
         sequence   how many tokens in a row are one sequence, whose share of an expert `sequence_capacity` limits; None:
                    all T are.
-        choice     the experts to take, and what to drop, whatever the scores say; or those to do `Without`. The weights
-                   are made from the scores as ever, with their gradients: the same router gives the same weights.
+        choice     the experts to take, and what to drop, whatever the scores say; or the `Limits` to choose within. The
+                   weights are made from the scores as ever, with their gradients: the same router gives the same
+                   weights. `Piecewise`: another for each run of tokens, where each token is routed for itself.
         real_T     False for padding, which takes no place before an expert and is dropped; None: all are real.
         """
+        if isinstance(choice, Piecewise):
+            return self._piece_by_piece(x_TD, choice, real_T)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
             if isinstance(choice, Choice | Routing):
                 return self._chosen(logits_TE, scores_TE, choice, real_T)
-            off_TE = None if choice is None else self._off(choice, len(x_TD), x_TD.device)
+            top_k, off_TE = self.within(choice, len(x_TD), x_TD.device)
             if self.config.choice == "expert":
-                return self._experts_choose(logits_TE, scores_TE, real_T, off_TE)
-            return self._tokens_choose(logits_TE, scores_TE, sequence, real_T, off_TE)
+                return self._experts_choose(logits_TE, scores_TE, real_T, top_k, off_TE)
+            return self._tokens_choose(logits_TE, scores_TE, sequence, real_T, top_k, off_TE)
+
+    def _piece_by_piece(self, x_TD: Tensor, choice: Piecewise, real_T: Tensor | None) -> Routing:
+        if not self.config.independent:
+            raise RoutingError("choice is Piecewise: this router's tokens compete for places, and are routed together")
+        counts = [count for count, _ in choice.pieces]
+        if sum(counts) != len(x_TD):
+            raise RoutingError(f"choice is of {sum(counts)} tokens: there are {len(x_TD)}")
+        real = [None] * len(counts) if real_T is None else real_T.split(counts)
+        pieces = zip(x_TD.split(counts), choice.pieces, real, strict=True)
+        return Routing.joined([self(x_XD, choice=told, real_T=real_X) for x_XD, (_, told), real_X in pieces])
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         noisy = self.training
@@ -123,20 +136,25 @@ class Router(nn.Module):
         scores_TE: Tensor,
         sequence: int | None,
         real_T: Tensor | None,
+        top_k: int,
         off_TE: Tensor | None,
     ) -> Routing:
-        cfg = self.config
-        # Selection has no gradient: only the weights of what was chosen do.
-        with torch.no_grad():
-            select_TE = scores_TE if self.balance_bias is None else scores_TE + self.balance_bias
-            if off_TE is not None:
-                select_TE = select_TE.masked_fill(off_TE, -math.inf)
-            if cfg.top_groups < cfg.groups:
-                select_TE = _limit_groups(select_TE, cfg.groups, cfg.top_groups, cfg.group_score, cfg.top_k)
-            experts_TK = select_TE.topk(cfg.top_k, dim=-1).indices
+        experts_TK = self.best(scores_TE, top_k, off_TE)
         weights_TK = self._weights(scores_TE.gather(1, experts_TK))
         dropped_TK = self._drop(experts_TK, weights_TK, sequence, real_T)
-        return Routing(logits_TE, scores_TE, experts_TK, weights_TK * cfg.scale, dropped_TK, real_T)
+        return Routing(logits_TE, scores_TE, experts_TK, weights_TK * self.config.scale, dropped_TK, real_T)
+
+    @torch.no_grad()
+    def best(self, scores_TE: Tensor, top_k: int, off_TE: Tensor | None) -> Tensor:
+        """The experts that tokens choose, (T, top_k), best first. Selection has no gradient: only the weights of what
+        was chosen do."""
+        cfg = self.config
+        select_TE = scores_TE if self.balance_bias is None else scores_TE + self.balance_bias
+        if off_TE is not None:
+            select_TE = select_TE.masked_fill(off_TE, -math.inf)
+        if cfg.top_groups < cfg.groups:
+            select_TE = _limit_groups(select_TE, cfg.groups, cfg.top_groups, cfg.group_score, top_k)
+        return select_TE.topk(top_k, dim=-1).indices
 
     def _weights(self, weights_TK: Tensor) -> Tensor:
         # Sigmoid scores can all be next to nothing; softmax's chosen ones sum to at least 1/E.
@@ -167,8 +185,10 @@ class Router(nn.Module):
         if choice is None:
             return None, None
         experts_TK = choice.experts_TK.to(device=device, dtype=torch.int64)
-        right = tokens, self.config.experts if self.config.choice == "expert" else self.config.top_k
-        if experts_TK.shape != right:
+        by_experts = self.config.choice == "expert"
+        least, most = (self.config.experts,) * 2 if by_experts else (1, self.config.top_k)
+        if experts_TK.dim() != 2 or len(experts_TK) != tokens or not least <= experts_TK.shape[1] <= most:
+            right = f"{(tokens, most)}" + ("" if least == most else ", or of fewer experts")
             raise RoutingError(f"choice.experts_TK has shape {tuple(experts_TK.shape)}: it must be {right}")
         return experts_TK, choice.dropped_TK
 
@@ -180,7 +200,7 @@ class Router(nn.Module):
         dropped_TK = None
         if real_T is not None:
             dropped_TK = ~real_T.unsqueeze(1).repeat(1, experts_TK.shape[1])
-        if cfg.random_second and self.training:
+        if cfg.random_second and self.training and experts_TK.shape[1] > 1:
             dropped_TK = torch.zeros_like(experts_TK, dtype=torch.bool) if dropped_TK is None else dropped_TK
             dropped_TK[:, 1] |= torch.rand_like(weights_TK[:, 1]) > 2 * weights_TK[:, 1]
         factor = cfg.capacity_factor if self.training else cfg.eval_capacity_factor
@@ -199,28 +219,36 @@ class Router(nn.Module):
         full_TK = _over_capacity(queue_TK, dropped_TK, capacity, cfg.drop_order == "choice")
         return full_TK if dropped_TK is None else full_TK | dropped_TK
 
-    def _off(self, without: Without, tokens: int, device: torch.device) -> Tensor:
-        """(T, E). RoutingError for another shape, and where a token is left with fewer experts than it takes."""
-        E, off_TE = self.config.experts, without.off_TE.to(device)
+    def within(self, limits: Limits | None, tokens: int, device: torch.device) -> tuple[int, Tensor | None]:
+        """How many experts a token takes, and which it may not, (T, E). RoutingError for limits of another shape, and
+        where a token is left with fewer experts than it takes."""
+        E, K = self.config.experts, self.config.top_k
+        if limits is None:
+            return K, None
+        top_k = K if limits.top_k is None else limits.top_k
+        if not 1 <= top_k <= K:
+            raise RoutingError(f"top_k = {top_k}: from 1 to the router's own {K}")
+        if limits.off_TE is None:
+            return top_k, None
+        off_TE = limits.off_TE.to(device)
         if off_TE.dtype != torch.bool or off_TE.shape not in ((E,), (tokens, E)):
             found = f"{str(off_TE.dtype)[6:]} of shape {tuple(off_TE.shape)}"
             raise RoutingError(f"off_TE is {found}: it must be bool of {(tokens, E)} or {(E,)}")
         least = int((~off_TE).sum(-1).min()) if off_TE.numel() else E
-        needed = 1 if self.config.choice == "expert" else self.config.top_k
+        needed = 1 if self.config.choice == "expert" else top_k
         if least < needed:
             raise RoutingError(f"without its experts that are off a router has {least} of {E}: it takes {needed}")
-        return off_TE.expand(tokens, E)
+        return top_k, off_TE.expand(tokens, E)
 
     def _experts_choose(
-        self, logits_TE: Tensor, scores_TE: Tensor, real_T: Tensor | None, off_TE: Tensor | None
+        self, logits_TE: Tensor, scores_TE: Tensor, real_T: Tensor | None, top_k: int, off_TE: Tensor | None
     ) -> Routing:
-        cfg = self.config
         T, E = scores_TE.shape
         select_TE = scores_TE.detach()
         if real_T is not None:
             T = int(real_T.sum())
             select_TE = select_TE.masked_fill(~real_T.unsqueeze(1), -math.inf)
-        capacity = min(T, max(1, round(T * cfg.top_k / E)))
+        capacity = min(T, max(1, round(T * top_k / E)))
         chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
         if off_TE is not None:
             select_TE = select_TE.masked_fill(off_TE, -math.inf)
@@ -229,7 +257,7 @@ class Router(nn.Module):
             chosen_TE &= ~off_TE
         weights_TE = self._weights(scores_TE * chosen_TE)
         experts_TE = torch.arange(E, device=scores_TE.device).expand_as(scores_TE)
-        return Routing(logits_TE, scores_TE, experts_TE, weights_TE * cfg.scale, ~chosen_TE, real_T)
+        return Routing(logits_TE, scores_TE, experts_TE, weights_TE * self.config.scale, ~chosen_TE, real_T)
 
 
 def _limit_groups(select_TE: Tensor, groups: int, top_groups: int, score: str, top_k: int) -> Tensor:

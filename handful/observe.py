@@ -85,7 +85,7 @@ def coactivation(routing: Routing) -> Tensor:
     """(E, E) how many tokens both experts of a pair computed (dropped ones left out); the diagonal: each expert's."""
     used_TK = torch.ones_like(routing.weights_TK) if routing.dropped_TK is None else ~routing.dropped_TK
     used_TE = torch.zeros(routing.tokens, routing.experts, device=routing.experts_TK.device)
-    used_TE.scatter_(1, routing.experts_TK, used_TK.float())
+    used_TE.scatter_add_(1, routing.experts_TK, used_TK.float())
     return used_TE.T @ used_TE
 
 
@@ -201,7 +201,7 @@ class Recorder:
         """One forward pass's routings, or those of its tokens start..end."""
         if self._passes and len(self._passes[0]) != len(routings):
             raise RoutingError(f"routings of {len(routings)} MoE layers: those before were of {len(self._passes[0])}")
-        self._passes.append([_rows(routing, start, end) for routing in routings])
+        self._passes.append([r.rows(start, r.tokens if end is None else end) for r in routings])
 
     @property
     def tokens(self) -> int:
@@ -228,19 +228,6 @@ class Recorder:
             ],
             None if tokens is None else torch.tensor(list(tokens), dtype=torch.int32),
         )
-
-
-def _rows(routing: Routing, start: int, end: int | None) -> Routing:
-    if start == 0 and end in (None, routing.tokens):
-        return routing
-    return Routing(
-        routing.logits_TE[start:end],
-        routing.scores_TE[start:end],
-        routing.experts_TK[start:end],
-        routing.weights_TK[start:end],
-        None if routing.dropped_TK is None else routing.dropped_TK[start:end],
-        None if routing.real_T is None else routing.real_T[start:end],
-    )
 
 
 def _small(experts_TK: Tensor, experts: int) -> Tensor:

@@ -5,22 +5,24 @@ Legend: T tokens · E experts · K experts per token · N = T·K assignments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from handful.errors import RoutingError
 
-__all__ = ["Choice", "Routing", "SortedAssignments", "Told", "Without"]
+__all__ = ["Choice", "Limits", "Piecewise", "Routing", "SortedAssignments", "Told"]
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The experts of T tokens, chosen before: what a router is told to choose again (`observe.Recording`).
 
-    experts_TK   the chosen experts.
+    experts_TK   the chosen experts, at most as many for each token as the router takes.
     dropped_TK   True where an assignment was not computed; None: all were.
     """
 
@@ -29,13 +31,25 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class Without:
-    """Experts that a router is told to do without: it chooses among the others.
+class Limits:
+    """What a router is told to do with less: without some experts, or with fewer of them a token.
 
-    off_TE   True for an expert that a token may not go to: (T, E), or (E,) for all tokens alike.
+    off_TE   True for an expert that a token may not go to: (T, E), or (E,) for all tokens alike; None: none is off.
+    top_k    experts per token; None: as many as the router takes, which is also the most.
     """
 
-    off_TE: Tensor
+    off_TE: Tensor | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Piecewise:
+    """What a router is told of one run of tokens after another, such as those of several sequences.
+
+    pieces   how many tokens, and what of them; None: the router chooses as ever.
+    """
+
+    pieces: tuple[tuple[int, Choice | Routing | Limits | None], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +105,36 @@ class Routing:
         if self.real_T is not None and self.real_T.shape != (self.tokens,):
             raise RoutingError(f"routing.real_T has shape {tuple(self.real_T.shape)}: it must be ({self.tokens},)")
 
+    @staticmethod
+    def joined(routings: Sequence[Routing]) -> Routing:
+        """One after the other. Where a token has fewer experts than another, the rest of its places is dropped."""
+        K = max(routing.top_k for routing in routings)
+        experts, weights, dropped = [], [], []
+        for routing in routings:
+            none_TK = torch.zeros_like(routing.experts_TK, dtype=torch.bool)
+            missing = 0, K - routing.top_k
+            experts.append(F.pad(routing.experts_TK, missing))
+            weights.append(F.pad(routing.weights_TK, missing))
+            dropped.append(F.pad(none_TK if routing.dropped_TK is None else routing.dropped_TK, missing, value=True))
+        some_dropped = any(routing.dropped_TK is not None or routing.top_k < K for routing in routings)
+        padded = [routing.real_T for routing in routings if routing.real_T is not None]
+        assert len(padded) in (0, len(routings)), "padding of some sequences alone"
+        return Routing(
+            torch.cat([routing.logits_TE for routing in routings]),
+            torch.cat([routing.scores_TE for routing in routings]),
+            torch.cat(experts),
+            torch.cat(weights),
+            torch.cat(dropped) if some_dropped else None,
+            torch.cat(padded) if padded else None,
+        )
+
+    def rows(self, start: int, end: int) -> Routing:
+        """That of tokens start..end."""
+        if start == 0 and end == self.tokens:
+            return self
+        parts = (self.logits_TE, self.scores_TE, self.experts_TK, self.weights_TK, self.dropped_TK, self.real_T)
+        return Routing(*(None if part is None else part[start:end] for part in parts))  # type: ignore[arg-type]
+
     @property
     def tokens(self) -> int:
         return self.experts_TK.shape[0]
@@ -145,4 +189,4 @@ class Routing:
         return value_TX.mean(0) if len(value_TX) else value_TX.sum(0)
 
 
-Told = Choice | Routing | Without  # what a router may be told of its choice
+Told = Choice | Routing | Limits | Piecewise  # what a router may be told of its choice

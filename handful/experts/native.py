@@ -80,7 +80,7 @@ def native_in_parts(x_TD: Tensor, routing: Routing, slots: ExpertWeights, fetch:
     x_TD, experts_TK, weights_TK, dropped_TK = _tokens(x_TD, routing)
     dtype = compute_dtype(x_TD)
     bf16 = dtype == torch.bfloat16
-    step = torch.ops.handful.experts_step(count, experts_TK.shape[1])
+    step = torch.ops.handful.experts_step(len(x_TD), count, experts_TK.shape[1])
     # An expert's biases are there when it is, and turned to the products' dtype then.
     biases = [slots.gate_up_bias, slots.down_bias]
     turned = biases

@@ -28,6 +28,7 @@ __all__ = [
     "levels",
     "native_max_tokens",
     "prefers_native",
+    "steady_tokens",
     "translate_error",
 ]
 
@@ -40,7 +41,7 @@ NATIVE_MAX_TOKENS_AMX, NATIVE_MAX_TOKENS_PAIRS, NATIVE_MAX_TOKENS = 16, 128, 4
 
 _available: bool | None = None  # None: nobody has asked yet
 _max_tokens_bfloat16 = NATIVE_MAX_TOKENS
-_gemv_max_tokens = 0
+_gemv_max_tokens = _gemv_max_call = 0
 
 
 def available() -> bool:
@@ -53,11 +54,12 @@ def available() -> bool:
 
 
 def _load() -> bool:
-    global _available, _gemv_max_tokens, _max_tokens_bfloat16
+    global _available, _gemv_max_tokens, _gemv_max_call, _max_tokens_bfloat16
     found = native_error() is None
     if found:
         limits = dict(line.split(": ") for line in torch.ops.handful.limits().splitlines())
         _gemv_max_tokens = int(limits["gemv_max_tokens_packed"])
+        _gemv_max_call = int(limits["gemv_max_call"])
         register(panel=int(limits["panel"]))
         isa = set(torch.ops.handful.isa().split())
         if isa >= {"avx512_vnni", "avx512_bf16"}:
@@ -93,6 +95,19 @@ def gemv_max_tokens() -> int:
 def native_max_tokens(dtype: torch.dtype) -> int:
     """Tokens up to which our kernels multiply a matrix of floats more quickly than torch."""
     return _max_tokens_bfloat16 if dtype == torch.bfloat16 else NATIVE_MAX_TOKENS
+
+
+def steady_tokens(dtype: torch.dtype, experts: int = 0, top_k: int = 1) -> int | None:
+    """Tokens of a forward pass from which the bits of each depend on itself and those before it alone, and not on how
+    many others pass with it: fewer may be multiplied by other kernels, which add in another order. None where no number
+    is large enough: without our kernels, and in other dtypes.
+
+    experts, top_k   of the model's MoE layers; 0: it has none.
+    """
+    if not available() or dtype not in DTYPES:
+        return None
+    few_of_experts = min(_gemv_max_tokens * experts // top_k, _gemv_max_call)
+    return max(ROUTER_KERNEL_MAX_TOKENS, native_max_tokens(dtype), _gemv_max_tokens, few_of_experts) + 1
 
 
 def prefers_native(weight: Tensor, tokens: int, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ Legend: as in `handful.attention` and `handful.moe`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from handful.kernels import operations
 from handful.kernels.extension import DTYPES, ROUTER_KERNEL_MAX_TOKENS, available, inference_only, prefers_native
 from handful.kernels.operations import DecodeAttention
-from handful.routing import Routing, Told, Without
+from handful.routing import Limits, Piecewise, Routing, Told
 
 __all__ = ["argmax", "decode_attention", "decode_operands", "linear", "prefill_attention", "rms_norm", "route"]
 
@@ -57,10 +58,18 @@ def route(
     real_T: Tensor | None = None,
 ) -> Any:
     """Router.forward."""
-    if real_T is not None or isinstance(choice, Without) or not routes(router, x_TD, len(x_TD)):
+    if real_T is not None or isinstance(choice, Piecewise) or not routes(router, x_TD, len(x_TD)):
         return NotImplemented
-    chosen_TK, dropped_TK = router.forced_experts(choice, len(x_TD), x_TD.device)
-    made = operations.route(x_TD, router.weight, router.bias, router.balance_bias, chosen_TK, router.config)
+    config, tokens = router.config, len(x_TD)
+    if isinstance(choice, Limits):
+        top_k, off_TE = router.within(choice, tokens, x_TD.device)
+        own = operations.route(x_TD, router.weight, router.bias, router.balance_bias, None, config)
+        chosen_TK, dropped_TK = router.best(own[1], top_k, off_TE), None  # of the operation's own scores
+    else:
+        chosen_TK, dropped_TK = router.forced_experts(choice, tokens, x_TD.device)
+    if chosen_TK is not None and chosen_TK.shape[1] != config.top_k:
+        config = replace(config, top_k=chosen_TK.shape[1])
+    made = operations.route(x_TD, router.weight, router.bias, router.balance_bias, chosen_TK, config)
     return Routing(*made, dropped_TK)
 
 

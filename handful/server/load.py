@@ -22,7 +22,7 @@ PASSES, TOKENS = 64, 4096  # that wait to be counted together: one by one they w
 
 
 class LoadWatch:
-    """Counts assignments by expert, for each MoE layer; an engine's `on_routing`, in its thread."""
+    """Counts computed assignments by expert, for each MoE layer; an engine's `on_routing`, in its thread."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.layers = [layer for layer in range(config.layers) if config.is_moe(layer)]
@@ -36,7 +36,7 @@ class LoadWatch:
         if not self.layers:
             return
         with self._lock:
-            self._waiting.append([routing.experts_TK for routing in routings])
+            self._waiting.append([_computed(routing) for routing in routings])
             self._tokens += sum(new)
             if len(self._waiting) >= PASSES or self._tokens >= TOKENS:
                 self._count()
@@ -46,7 +46,7 @@ class LoadWatch:
             return
         self._counts_LE *= 0.5 ** (self._tokens / HALF_LIFE)
         for counts_E, passes in zip(self._counts_LE, zip(*self._waiting, strict=True), strict=True):
-            chosen_N = torch.cat([experts_TK.flatten() for experts_TK in passes]).cpu()
+            chosen_N = torch.cat(passes).cpu()
             counts_E += chosen_N.bincount(minlength=len(counts_E))
         self._waiting, self._tokens = [], 0
 
@@ -55,3 +55,10 @@ class LoadWatch:
         with self._lock:
             self._count()
             return {layer: counts_E.clone() for layer, counts_E in zip(self.layers, self._counts_LE, strict=True)}
+
+
+def _computed(routing: Routing) -> Tensor:
+    """The experts of its assignments that were computed, (N,)."""
+    if routing.dropped_TK is None:
+        return routing.experts_TK.flatten()
+    return routing.experts_TK[~routing.dropped_TK]

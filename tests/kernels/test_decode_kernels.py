@@ -369,8 +369,8 @@ def test_a_router_refuses_experts_that_do_not_exist() -> None:
             router(x_TD, choice=Choice(chosen))
         with pytest.raises(RoutingError, match="choice names expert 4: there are 4"):
             route(x_TD, router.weight, None, None, chosen, config)
-        with pytest.raises(RoutingError, match=r"shape \(1, 1\): it must be \(1, 2\)"):
-            router(x_TD, choice=Choice(chosen[:, :1]))
+        with pytest.raises(RoutingError, match=r"shape \(1, 3\): it must be \(1, 2\), or of fewer experts"):
+            router(x_TD, choice=Choice(torch.tensor([[0, 1, 2]])))
 
 
 CHILD = """

@@ -133,7 +133,7 @@ def test_the_extension_says_its_limits() -> None:
     """A line each; those of codes are the format's, which Python packs."""
     limits = dict(line.split(": ") for line in torch.ops.handful.limits().splitlines())
     assert {name: int(value) for name, value in limits.items()} == {
-        "panel": 32, "gemv_max_tokens": 8, "gemv_max_tokens_packed": 16,
+        "panel": 32, "gemv_max_tokens": 8, "gemv_max_tokens_packed": 16, "gemv_max_call": 256,
         "code_piece": PIECE, "code_block": BLOCK, "code_grid": GRID,
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import moe
+from builders import moe, routing_of
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 from serving import Served, chat_model, serving
 
@@ -73,8 +73,8 @@ def test_numbers(model: Decoder) -> None:
             assert found[f"handful:{name}", ""] == 0
 
 
-def routed(experts_TK: torch.Tensor) -> Any:
-    return type("Routed", (), {"experts_TK": experts_TK})()
+def routed(experts_TK: torch.Tensor, dropped_TK: torch.Tensor | None = None) -> Routing:
+    return routing_of(experts_TK, 4, torch.ones(experts_TK.shape), dropped_TK)
 
 
 def test_load_of_the_last_tokens() -> None:
@@ -90,6 +90,9 @@ def test_load_of_the_last_tokens() -> None:
         want += torch.stack([one.flatten().bincount(minlength=4) for one in chosen])
     found = torch.stack(list(watch.counts().values()))
     assert found == pytest.approx(want, rel=450 / HALF_LIFE)
+    # What was not computed is none of it.
+    watch((), [3], [routed(torch.full((3, 2), 1), torch.ones(3, 2, dtype=torch.bool))] * layers)
+    assert torch.stack(list(watch.counts().values())) == pytest.approx(want, rel=460 / HALF_LIFE)
     for _ in range(12):
         watch((), [8192], [routed(torch.full((8192, 2), 1)) for _ in range(layers)])
     for counts_E in watch.counts().values():
