@@ -14,75 +14,28 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from handful.errors import ConfigError, HandfulError
+from handful.kernels import steady_tokens
 from handful.model import Decoder
+from handful.observe import Recorder, Recording
 from handful.positions import KVCache, KVCaches
+from handful.prefix_cache import WORTH, Prefix, PrefixCache, common
+from handful.request import Delta, Finish, Job, Request, StopText
 from handful.routing import Routing
-from handful.sampling import Logprobs, Sampler, Sampling, logprobs
-from handful.text import Stream
+from handful.routing_options import told
+from handful.sampling import Logprobs, Sampler, logprobs
 
 __all__ = ["CHUNK", "Delta", "Engine", "EngineStats", "Finish", "Job", "Request", "StopText", "check_prompt"]
 
 CHUNK = 512  # tokens of prompts that a step reads at most, where nothing is said
 SCORED = 1 << 22  # logits of a prompt that are held at a time while its tokens are scored
-
-Finish = Literal["stop", "length", "cancelled", "failed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to go on from, and how.
-
-    prompt           token ids.
-    max_tokens       that are made at most; the model's context may be reached before. 0, where the prompt is scored:
-                     nothing is made.
-    sampling         how they are drawn.
-    stop             texts at which it ends; they are not part of the answer. For models with a tokenizer. One that is a
-                     special token's text stands for that token.
-    stop_tokens      tokens at which it ends, not part of the answer either.
-    fresh            the answer is a text of its own (a message), and not the prompt's text gone on with: a space that a
-                     tokenizer puts before every text is none of it.
-    logprobs         of how many of the most probable tokens, beside the drawn one's; None: no log-probabilities.
-    prompt_logprobs  likewise of the prompt's own tokens, which `Job.prompt_logprobs` holds.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int = 200
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
-    stop_tokens: Sequence[int] = ()
-    fresh: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delta:
-    """What a step made for one request.
-
-    token       None where the request ended without one.
-    text        that is certain now: a character that several tokens spell comes whole, and what may be the beginning of
-                a stop text is held back.
-    logprobs    of the token, or of the stop token.
-    finish      why it ended: "stop" (a stop token or text), "length" (max_tokens or the context), "cancelled" or
-                "failed"; None while it goes on.
-    stop_token  that was drawn and ended it.
-    error       why it failed.
-    """
-
-    job: Job
-    token: int | None
-    text: str = ""
-    logprobs: Logprobs | None = None
-    finish: Finish | None = None
-    stop_token: int | None = None
-    error: Exception | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,76 +43,20 @@ class EngineStats:
     """What an engine holds now, and what it did since it was made.
 
     cached_tokens  room that the caches of running requests take, of `cache_tokens`.
-    prompt_tokens  that were read; made_tokens: that were made.
+    kept_tokens    that are kept for prompts that begin with them.
+    prompt_tokens  that were read or found; made_tokens: that were made.
+    prefix_tokens  of prompts that were looked for among those kept; prefix_hits: that were found.
     """
 
     running: int
     waiting: int
     cached_tokens: int
     cache_tokens: int
+    kept_tokens: int
     prompt_tokens: int
     made_tokens: int
-
-
-class Job:
-    """A request on its way through the engine.
-
-    made                 the tokens so far.
-    finish               as in its last delta.
-    prompt_logprobs      of each token of the prompt, where they were asked for: whole when the first delta comes. None
-                         for the first, which follows nothing.
-    submitted, admitted  when, in seconds of `time.monotonic`; admitted is None while it waits.
-    """
-
-    def __init__(self, number: int, request: Request, room: int) -> None:
-        self.number = number
-        self.request = request
-        self.made: list[int] = []
-        self.finish: Finish | None = None
-        self.prompt_logprobs: list[Logprobs | None] = []
-        self.submitted = time.monotonic()
-        self.admitted: float | None = None
-        self._room = room  # tokens that its cache is to hold
-        self._read = 0  # tokens of the prompt that are read
-        self._cache: KVCache | None = None
-        self._sampler: Sampler | None = None
-        self._stops: frozenset[int] = frozenset()
-        self._text: StopText | None = None
-
-    def __repr__(self) -> str:
-        return f"Job({self.number}, {len(self.request.prompt)} + {len(self.made)} tokens, {self.finish or 'going on'})"
-
-
-class StopText:
-    """Text as it comes, up to the first of some stop texts."""
-
-    def __init__(self, stream: Stream, stop: Sequence[str]) -> None:
-        self._stream = stream
-        self._stop = stop
-        self._held = ""
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """The text that is certain with this token, and whether a stop text has come."""
-        return self._certain(self._stream.push(token), last=False)
-
-    def finish(self) -> tuple[str, bool]:
-        """What is held back when no token comes any more."""
-        return self._certain(self._stream.finish(), last=True)
-
-    def _certain(self, text: str, last: bool) -> tuple[str, bool]:
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop text."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    prefix_tokens: int
+    prefix_hits: int
 
 
 class Engine:
@@ -167,12 +64,18 @@ class Engine:
 
     max_sequences   that are in the works at once; more wait their turn, first come, first served.
     cache_tokens    that all their caches may hold together: a request is let in when its prompt and max_tokens have
-                    room. None: 8 times the model's context.
+                    room. Room that is left holds prompts that were read, for those that begin alike. None: 8 times the
+                    model's context.
     chunk           tokens of prompts that a step reads at most.
     on_routing      told of every forward pass: the jobs in it, how many tokens of each, and the routings.
 
+    A prompt that begins as one in memory does is not computed again as far as they are alike. Nor does that change a
+    bit: our kernels give a token the same ones in every pass of at least so many tokens (`kernels.steady_tokens`), so
+    that what was read in such passes is kept, and at least so many of a prompt's tokens are read. Without our kernels,
+    on a GPU and with latent attention results are the same up to rounding, as they are beside other neighbours.
+
     Where tokens compete for an expert's capacity, or experts choose, a sequence's result would depend on its
-    neighbours: such models run one sequence at a time, prompts whole.
+    neighbours: such models run one sequence at a time, prompts whole, each computed.
 
     An engine belongs to one thread. Others may call `check` and `stats`.
     """
@@ -196,12 +99,15 @@ class Engine:
         self.on_routing = on_routing
         router = model.config.router
         self._apart = router is not None and not router.independent
+        self._steady = _steady_tokens(model)
+        self._moe_layers = len(model.moe_layers)
+        self._prefixes = None if self._apart else PrefixCache()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._ended: list[Delta] = []
         self._submitted = 0
-        self._prompt_tokens = 0
-        self._made_tokens = 0
+        self._prompt_tokens = self._made_tokens = 0
+        self._prefix_tokens = self._prefix_hits = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Requests.
@@ -232,9 +138,24 @@ class Engine:
         for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
             if count is not None and count < 0:
                 raise ConfigError(f"{name} = {count}: at least 0, or none")
+        if request.routing is not None:
+            self._check_routing(request)
         room = self._room(request)
         if room > self.cache_tokens:
             raise ConfigError(f"prompt and max_tokens: {room} tokens; all caches together hold {self.cache_tokens}")
+
+    def _check_routing(self, request: Request) -> None:
+        assert request.routing is not None
+        plan, tokens = request.routing.plan(self.model.config), self._room(request)
+        if plan.replay is None:
+            return
+        if plan.replay.tokens > tokens:
+            raise ConfigError(f"replay: {plan.replay.tokens} tokens; prompt and max_tokens are {tokens}")
+        if self._apart and plan.replay.tokens < len(request.prompt):
+            raise ConfigError(
+                f"replay: {plan.replay.tokens} tokens of a prompt of {len(request.prompt)}; this router's tokens "
+                "compete for places, and are routed together"
+            )
 
     def _room(self, request: Request) -> int:
         """Tokens that its cache is to hold."""
@@ -261,8 +182,11 @@ class Engine:
             waiting=len(self._waiting),
             cached_tokens=self.cached_tokens,
             cache_tokens=self.cache_tokens,
+            kept_tokens=0 if self._prefixes is None else self._prefixes.tokens,
             prompt_tokens=self._prompt_tokens,
             made_tokens=self._made_tokens,
+            prefix_tokens=self._prefix_tokens,
+            prefix_hits=self._prefix_hits,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -306,7 +230,11 @@ class Engine:
                 job._text = StopText(tokenizer.stream(() if request.fresh else request.prompt), request.stop)
             job._stops = frozenset(stops)
             job._sampler = Sampler(request.sampling, request.prompt, weight.device, spared={*stops, *prefix})
+            if request.routing is not None and request.routing.changes:
+                job._plan = request.routing.plan(self.model.config)
             self._running.append(job)
+            if self._prefixes is not None:
+                self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
 
     def _batches(self) -> list[list[tuple[Job, Sequence[int]]]]:
         """The jobs of this step and the new tokens of each: as one batch, or one of each job."""
@@ -314,12 +242,22 @@ class Engine:
         for job in self._running:
             tokens: Sequence[int] = job.made[-1:]
             if not tokens:
-                take = len(job.request.prompt) if self._apart else left
+                if not (job._begun or self._begin(job)):
+                    continue
+                unread = len(job.request.prompt) - job._read
+                take = unread if self._apart else self._part(unread, left)
                 tokens = job.request.prompt[job._read : job._read + take]
                 left -= min(left, len(tokens))
             if tokens:
                 batch.append((job, tokens))
         return [[one] for one in batch] if self._apart else [batch] if batch else []
+
+    def _part(self, unread: int, left: int) -> int:
+        """How many tokens of a prompt are read now, of which a step may read `left`: no few are left for the last."""
+        steady = self._steady
+        if steady is None or self.chunk < 2 * steady or left >= unread or unread - left >= steady:
+            return min(unread, left)
+        return max(0, unread - steady)
 
     def _forward(self, batch: list[tuple[Job, Sequence[int]]]) -> list[Delta]:
         device = self.model.embed.weight.device
@@ -327,22 +265,30 @@ class Engine:
         caches = [job._cache for job in jobs if job._cache is not None]
         tokens_1T = torch.tensor([[token for _, tokens in batch for token in tokens]], device=device)
         cache = caches[0] if len(caches) == 1 else KVCaches(caches, new)
+        parts = [(job._plan, own.length, count) for job, own, count in zip(jobs, caches, new, strict=True)]
         try:
-            x_1TD, routings = self.model.hidden_states(tokens_1T, cache)
+            x_1TD, routings = self.model.hidden_states(tokens_1T, cache, routing=told(parts, self._moe_layers))
         except Exception as error:  # such as a disk that is gone: no cache has advanced
             if len(batch) == 1:
                 return [self._end(jobs[0], "failed", error=error)]
             return [delta for one in batch for delta in self._forward([one])]
         if self.on_routing is not None:
             self.on_routing(jobs, new, routings)
+        steady = self._steady is None or len(tokens_1T[0]) >= self._steady
         ready, last, end, deltas = [], [], 0, []
         for job, count in zip(jobs, new, strict=True):
             end += count
+            if _records(job.request):
+                _record(job, routings, end - count, end)
             if not job.made:
                 if job.request.prompt_logprobs is not None:
                     self._score(job, x_1TD[0, end - count : end])
+                if steady and job._shareable == job._read:
+                    job._shareable += count
                 job._read += count
                 self._prompt_tokens += count
+            elif self._steady is None:
+                job._shareable += count
             if job._read < len(job.request.prompt):
                 continue
             if job.request.max_tokens == 0:
@@ -354,6 +300,57 @@ class Engine:
             return deltas
         logits_TV = self.model.logits(x_1TD[0] if len(last) == x_1TD.shape[1] else x_1TD[0, last])
         return deltas + [self._token(job, logits_V) for job, logits_V in zip(ready, logits_TV, strict=True)]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Prompts that begin alike.
+
+    def _begin(self, job: Job) -> bool:
+        """Take what is in memory of a prompt's beginning. False: more of it is being read now, which is waited for."""
+        request = job.request
+        most = len(request.prompt) - (self._steady or 1)
+        if self._prefixes is not None and job._plan is None and request.prompt_logprobs is None and most > 0:
+            prompt, recorded = np.asarray(request.prompt), _records(request)
+            source, length = self._prefixes.find(prompt, recorded)
+            coming = 0
+            for other in self._running:
+                theirs = other.request
+                if not other._begun or other._plan is not None or (recorded and not _records(theirs)):
+                    continue
+                alike = common(np.asarray(theirs.prompt), prompt)
+                if other._read < len(theirs.prompt) >= (self._steady or 1):
+                    coming = max(coming, alike)
+                if min(alike, other._shareable) > length:
+                    length = min(alike, other._shareable)
+                    source = self._prefix_of(other, length)
+            length = min(length, most)
+            if min(coming, most) >= length + WORTH:
+                return False
+            self._prefix_tokens += len(prompt)
+            if source is not None:
+                assert job._cache is not None
+                job._cache.begin(source.keys_values, length)
+                job.cached = job._read = job._shareable = length
+                if source.routed is not None and recorded:
+                    job._routed = [source.routed.part(0, length)]
+                self._prompt_tokens += length
+                self._prefix_hits += length
+        job._begun = True
+        return True
+
+    def _prefix_of(self, job: Job, length: int) -> Prefix:
+        """The first tokens of a job's, as its own cache holds them."""
+        assert job._cache is not None
+        tokens = np.asarray([*job.request.prompt, *job.made])[:length]
+        routed = Recording.joined(job._routed).part(0, length) if job._routed else None
+        return Prefix(tokens, job._cache.keys_values, routed)
+
+    def _keep(self, job: Job) -> None:
+        """Keep what a job's cache holds that other prompts may begin with."""
+        if self._prefixes is not None and job._cache is not None and job._plan is None:
+            self._prefixes.keep(self._prefix_of(job, job._shareable))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tokens.
 
     def _score(self, job: Job, x_SD: Tensor) -> None:
         """Log-probabilities of the tokens of a prompt that follow those that are being read."""
@@ -385,7 +382,7 @@ class Engine:
             return self._end(job, "stop", token=token, text=text, logprobs=seen)
         if len(request.prompt) + len(job.made) >= job._room:
             return self._end(job, "length", token=token, text=text, logprobs=seen)
-        return Delta(job=job, token=token, text=text, logprobs=seen)
+        return Delta(job=job, token=token, text=text, logprobs=seen, **_news(job))
 
     def _end(
         self,
@@ -404,13 +401,46 @@ class Engine:
             text += rest
             finish = "stop" if stopped and finish == "length" else finish
         job.finish = finish
-        job._cache = job._sampler = job._text = None
+        told_now = {"token": token, "text": text, "logprobs": logprobs, "stop_token": stop_token, **_news(job)}
         self._running = [other for other in self._running if other is not job]
         if job in self._waiting:
             self._waiting.remove(job)
-        return Delta(
-            job=job, token=token, text=text, logprobs=logprobs, finish=finish, stop_token=stop_token, error=error
-        )
+        if self._prefixes is not None and finish != "failed":
+            self._keep(job)
+            self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
+        job._cache = job._sampler = job._text = job._plan = None
+        job._routed, job._routings = [], []
+        return Delta(job=job, finish=finish, error=error, **told_now)
+
+
+def _steady_tokens(model: Decoder) -> int | None:
+    """`kernels.steady_tokens` for a model; None: results are the same up to rounding alone."""
+    config, weight = model.config, model.embed.weight
+    if config.mla is not None or not weight.is_cpu:
+        return None
+    router = config.router
+    return steady_tokens(weight.dtype, *(() if router is None else (router.experts, router.top_k)))
+
+
+def _records(request: Request) -> bool:
+    return request.routing is not None and request.routing.record
+
+
+def _record(job: Job, routings: Sequence[Routing], start: int, end: int) -> None:
+    """Record what became of a job's tokens in a pass, its rows start..end."""
+    recorder = Recorder()
+    recorder.add(routings, start, end)
+    job._routed.append(recorder.recording())
+    job._routings = [routing.rows(end - 1, end) for routing in routings]
+
+
+def _news(job: Job) -> dict[str, Any]:
+    """What a delta tells of the routing since the delta before."""
+    if job._told == len(job._routed):
+        return {}
+    routed = Recording.joined(job._routed[job._told :])
+    job._told = len(job._routed)
+    return {"routed": routed, "routings": job._routings}
 
 
 def check_prompt(prompt: Sequence[int], max_tokens: int, vocab: int, least: int = 1) -> None:

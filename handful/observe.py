@@ -158,6 +158,25 @@ class Recording(Sequence[Choice]):
             None if self.tokens_T is None else self.tokens_T[start:end],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Recording]) -> Recording:
+        """One after the other; the tokens are not kept."""
+        if len(parts) == 1:
+            return parts[0]
+        dropped_TK: list[Tensor | None] = []
+        for layer in range(len(parts[0])):
+            none = all(part.dropped_TK[layer] is None for part in parts)
+            dropped_TK.append(None if none else torch.cat([part._dropped(layer) for part in parts]))
+        return cls(
+            [torch.cat(found) for found in zip(*(part.experts_TK for part in parts), strict=True)],
+            [torch.cat(found) for found in zip(*(part.weights_TK for part in parts), strict=True)],
+            dropped_TK,
+        )
+
+    def _dropped(self, layer: int) -> Tensor:
+        dropped_TK = self.dropped_TK[layer]
+        return torch.zeros_like(self.experts_TK[layer], dtype=torch.bool) if dropped_TK is None else dropped_TK
+
     def save(self, path: str | Path) -> None:
         """Write it as a safetensors file: `layers.0.experts`, `layers.0.weights`, … and `tokens`."""
         tensors = {"tokens": self.tokens_T} if self.tokens_T is not None else {}

@@ -162,6 +162,13 @@ class KVCache:
         """Hold `new` tokens more: every layer has appended them."""
         self.length += new
 
+    def begin(self, keys_values: Sequence[tuple[Tensor, ...]], length: int) -> None:
+        """Hold the first `length` tokens of what another cache of the same config held, as if they had been read."""
+        for own, others in zip(self.keys_values, keys_values, strict=True):
+            for held, other in zip(own, others, strict=True):
+                held[:, :, :length] = other[:, :, :length]
+        self.length = length
+
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Store what a layer has made of the new tokens, each (B, J, S, d), after the `length` held ones; returns all
         of the layer's, (B, J, P, d)."""

@@ -292,7 +292,8 @@ def test_statistics() -> None:
     first, second = (engine.submit(Request(prompt=[1] * 5, max_tokens=n, sampling=GREEDY)) for n in (3, 4))
     engine.step()
     assert vars(engine.stats()) == {
-        "running": 1, "waiting": 1, "cached_tokens": 8, "cache_tokens": 40, "prompt_tokens": 5, "made_tokens": 1,
+        "running": 1, "waiting": 1, "cached_tokens": 8, "cache_tokens": 40, "kept_tokens": 0,
+        "prompt_tokens": 5, "made_tokens": 1, "prefix_tokens": 5, "prefix_hits": 0,
     }  # fmt: skip
     assert first.admitted is not None
     assert first.submitted <= first.admitted

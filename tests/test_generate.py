@@ -250,7 +250,7 @@ def test_no_forward_pass_is_wasted(model: Decoder, monkeypatch: pytest.MonkeyPat
     lengths = []
     real = model.hidden_states
 
-    def hidden_states(tokens_BS: Tensor, cache: Any = None) -> Any:
+    def hidden_states(tokens_BS: Tensor, cache: Any = None, **told: Any) -> Any:
         lengths.append(tokens_BS.shape[1])
         return real(tokens_BS, cache)
 
@@ -307,7 +307,7 @@ def says(model: Decoder, tokenizer: Tokenizer, tokens: list[int], monkeypatch: p
     asked: list[list[int]] = []
     left = iter(tokens)
 
-    def hidden_states(tokens_BS: Tensor, cache: Any) -> Any:
+    def hidden_states(tokens_BS: Tensor, cache: Any, **told: Any) -> Any:
         asked.append(tokens_BS[0].tolist())
         return torch.zeros(1, tokens_BS.shape[1], model.config.width), []
 
