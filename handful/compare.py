@@ -337,7 +337,7 @@ def _sample(folder: Path, moe: Team, data: Data) -> dict[str, Any]:
     _, routings = model(tokens_BS)
     return {
         "pieces": data.tokenizer.pieces(tokens_BS.flatten().tolist()),
-        "layers": [i for i in range(moe.model.layers) if moe.model.is_moe(i)],
+        "layers": list(moe.model.moe_layers),
         "experts": [r.experts_TK.tolist() for r in routings],
         "weights": [[[round(w, 4) for w in row] for row in r.weights_TK.tolist()] for r in routings],
     }

@@ -330,6 +330,11 @@ class ModelConfig:
         regular = layer >= self.dense_first and (layer + 1) % self.moe_every == 0
         return self.router is not None and regular and layer not in self.dense_layers
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The blocks that route to experts, by number."""
+        return tuple(layer for layer in range(self.layers) if self.is_moe(layer))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:

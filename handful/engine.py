@@ -428,10 +428,13 @@ def _records(request: Request) -> bool:
 
 def _record(job: Job, routings: Sequence[Routing], start: int, end: int) -> None:
     """Record what became of a job's tokens in a pass, its rows start..end."""
+    own = [routing.rows(start, end) for routing in routings]
+    if job._plan is not None:  # beside others a token has as many places as theirs
+        own = [routing.of_top(job._plan.top_k) for routing in own]
     recorder = Recorder()
-    recorder.add(routings, start, end)
+    recorder.add(own)
     job._routed.append(recorder.recording())
-    job._routings = [routing.rows(end - 1, end) for routing in routings]
+    job._routings = [routing.rows(end - start - 1, end - start) for routing in own]
 
 
 def _news(job: Job) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class CollapseMonitor:
     def __init__(self, config: ModelConfig, settings: TrainConfig) -> None:
         self.warm = settings.warmup * settings.steps
         self.top_k = config.router.top_k if config.router else 0
-        self.in_a_row = {i: 0 for i in range(config.layers) if config.is_moe(i)}
+        self.in_a_row = dict.fromkeys(config.moe_layers, 0)
 
     def see(self, routing: Event) -> list[Event]:
         """The warnings that a routing event calls for."""

@@ -198,7 +198,7 @@ def _colors(doc: Doc) -> dict[str, str]:
 def _layers(team: Doc) -> list[int]:
     """The indices of a team's MoE layers."""
     model = from_dict(ModelConfig, team["model"])
-    return [layer for layer in range(model.layers) if model.is_moe(layer)]
+    return list(model.moe_layers)
 
 
 def _json(value: Any) -> str:

@@ -135,6 +135,16 @@ class Routing:
         parts = (self.logits_TE, self.scores_TE, self.experts_TK, self.weights_TK, self.dropped_TK, self.real_T)
         return Routing(*(None if part is None else part[start:end] for part in parts))  # type: ignore[arg-type]
 
+    def of_top(self, top_k: int) -> Routing:
+        """With the first `top_k` experts of each token alone."""
+        if top_k == self.top_k:
+            return self
+        dropped_TK = None if self.dropped_TK is None else self.dropped_TK[:, :top_k]
+        if dropped_TK is not None and not dropped_TK.any():
+            dropped_TK = None
+        chosen = self.experts_TK[:, :top_k], self.weights_TK[:, :top_k], dropped_TK
+        return Routing(self.logits_TE, self.scores_TE, *chosen, self.real_T)
+
     @property
     def tokens(self) -> int:
         return self.experts_TK.shape[0]

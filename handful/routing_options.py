@@ -24,7 +24,7 @@ class RoutingOptions:
 
     record       its routing is told in its deltas.
     replay       the experts of its first tokens, prompt and made ones, as another request's were recorded; to the same
-                 bits where the model, the tokens and the passes are the same. It has at most K experts a token.
+                 bits where the model, the tokens and the passes are the same. It has `top_k` experts a token.
     experts_off  experts that it is to do without, by the number of their layer.
     top_k        experts a token; None: K, which is also the most.
     """
@@ -42,13 +42,14 @@ class RoutingOptions:
     def plan(self, config: ModelConfig) -> RoutingPlan:
         """What each MoE layer is to be told. ConfigError for what this model cannot do."""
         router = config.router
-        moe_layers = [layer for layer in range(config.layers) if config.is_moe(layer)]
+        moe_layers = config.moe_layers
         if router is None or not moe_layers:
             raise ConfigError("routing: the model is dense, and has no router")
         E, K = router.experts, router.top_k
         if self.top_k is not None and not 1 <= self.top_k <= K:
             raise ConfigError(f"top_k_experts = {self.top_k}: from 1 to the model's own {K}")
-        needed = 1 if router.choice == "expert" else self.top_k or K
+        top_k = E if router.choice == "expert" else self.top_k or K
+        needed = 1 if router.choice == "expert" else top_k
         for layer, off in self.experts_off.items():
             if layer not in moe_layers:
                 raise ConfigError(f"experts_off: layer {layer} has no experts; those that have: {_ranges(moe_layers)}")
@@ -58,9 +59,9 @@ class RoutingOptions:
                 left = E - len(set(off))
                 raise ConfigError(f"experts_off: layer {layer} would have {left} of {E} experts: it takes {needed}")
         if self.replay is not None:
-            _check_replay(self.replay, len(moe_layers), E, E if router.choice == "expert" else K)
+            _check_replay(self.replay, len(moe_layers), E, top_k)
         limits = [self._limits(self.experts_off.get(layer, ()), E) for layer in moe_layers]
-        return RoutingPlan(self.replay, limits)
+        return RoutingPlan(top_k, self.replay, limits)
 
     def _limits(self, off: Sequence[int], experts: int) -> Limits | None:
         if not off:
@@ -70,12 +71,12 @@ class RoutingOptions:
         return Limits(off_E, self.top_k)
 
 
-def _check_replay(replay: Recording, layers: int, experts: int, most: int) -> None:
+def _check_replay(replay: Recording, layers: int, experts: int, top_k: int) -> None:
     if len(replay) != layers:
         raise ConfigError(f"replay: a routing of {len(replay)} MoE layers; the model has {layers}")
     for experts_TK, dropped_TK in zip(replay.experts_TK, replay.dropped_TK, strict=True):
-        if not 1 <= experts_TK.shape[1] <= most or experts_TK.shape != replay.experts_TK[0].shape:
-            raise ConfigError(f"replay: {experts_TK.shape[1]} experts a token; the router takes {most}")
+        if experts_TK.shape[1] != top_k or len(experts_TK) != replay.tokens:
+            raise ConfigError(f"replay: {experts_TK.shape[1]} experts a token; the request takes {top_k}")
         if not experts_TK.numel():
             continue
         low, high = (int(bound) for bound in experts_TK.aminmax())
@@ -100,8 +101,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RoutingPlan:
-    """A request's options, for the MoE layers of one model, in order."""
+    """A request's options, for the MoE layers of one model, in order. top_k: experts that a token of it has."""
 
+    top_k: int
     replay: Recording | None
     limits: Sequence[Limits | None]
 

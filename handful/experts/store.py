@@ -347,6 +347,18 @@ class Store:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def places(self) -> list[str]:
+        """Where the experts of each layer are now, a letter for each: "m" in memory, "d" on disk alone, "f" being
+        fetched. Any thread may ask."""
+        with self._reader.cond:
+            there, coming = set(self._slot), set(self._reads)
+            for key, read in self._guess.items():
+                (there if read.done else coming).add(key)
+        return [
+            "".join("f" if (i, e) in coming else "m" if (i, e) in there else "d" for e in range(self.layout.experts))
+            for i in range(len(self.layout.layers))
+        ]
+
     def stats(self) -> StoreStats:
         """What happened so far."""
         with self._reader.cond:

@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from handful.engine import Delta, Finish
+from handful.model import Decoder
+from handful.observe import Recording
 from handful.sampling import Logprobs
 from handful.server.requests import Asked
+from handful.server.routed import experts_npy, weights_npy
+from handful.server.schema import DrawnBody
 from handful.text import Tokenizer
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece"]
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece", "Tells"]
 
 
 class Entry(NamedTuple):
@@ -34,20 +38,26 @@ class Piece:
     text: str = ""
     entries: list[Entry] = field(default_factory=list)
     finish: Finish | None = None
+    prompt: Sequence[int] | None = None  # in the first, where tokens are to be told
+    tokens: list[int] = field(default_factory=list)
+    routed: list[Recording] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """There is something to show."""
-        return bool(self.text or self.entries or self.finish)
+        return bool(self.text or self.entries or self.finish or self.tokens or self.routed)
 
 
 class _Choice:
     """One choice while it is made."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, tells: Tells) -> None:
         self.asked = asked
         self.made = 0
+        self.cached = 0
         self.begun = False
+        self._tells = tells
         self._length = 0  # of the text so far
+        self._skip = tells.routed_from
 
     def take(self, delta: Delta, tokenizer: Tokenizer | None) -> Piece:
         request, piece = self.asked.request, Piece(finish=delta.finish)
@@ -57,8 +67,17 @@ class _Choice:
                 offsets = _offsets(request.prompt, self.asked.echo, tokenizer)
                 rows = zip(request.prompt, offsets, delta.job.prompt_logprobs, strict=False)  # fewer, if it failed
                 piece.entries = [Entry(*row) for row in rows]
+        if not self.begun:
+            self.cached = delta.job.cached
+            if self._tells.token_ids:
+                piece.prompt = request.prompt
         self.begun = True
         self.made += delta.token is not None
+        if self._tells.token_ids and delta.token is not None:
+            piece.tokens = [delta.token]
+        if delta.routed is not None:
+            skip, self._skip = min(self._skip, delta.routed.tokens), 0
+            piece.routed = [delta.routed.part(skip, delta.routed.tokens)]
         # Who scores an echoed prompt counts on an entry for every drawn token, one that ends it too.
         token = delta.stop_token if delta.token is None and self.asked.echo is not None else delta.token
         if token is not None and request.logprobs is not None:
@@ -81,6 +100,31 @@ def _offsets(prompt: Sequence[int], echo: str, tokenizer: Tokenizer | None) -> l
     return offsets
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tells:
+    """What an answer tells beside its text.
+
+    as_ids       tokens are shown as "token_id:7" in log-probabilities.
+    token_ids    the tokens themselves.
+    weights      of the chosen experts, beside them.
+    routed_from  the first token of the prompt whose routing is told, where it is recorded.
+    """
+
+    as_ids: bool = False
+    token_ids: bool = False
+    weights: bool = False
+    routed_from: int = 0
+
+    @staticmethod
+    def of(body: DrawnBody) -> Tells:
+        return Tells(
+            as_ids=bool(body.return_tokens_as_token_ids),
+            token_ids=bool(body.return_token_ids),
+            weights=bool(body.routed_weights),
+            routed_from=body.routed_experts_prompt_start or 0,
+        )
+
+
 class Answer:
     """An answer to a request with one or more choices.
 
@@ -89,13 +133,15 @@ class Answer:
 
     kind, whole, chunk = "", "", ""
 
-    def __init__(self, model: str, asked: Sequence[Asked], n: int, tokenizer: Tokenizer | None, ids: bool) -> None:
-        """ids: tokens are shown as "token_id:7"."""
-        self.head = {"id": f"{self.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self.choices = [_Choice(one) for one in asked]
+    def __init__(self, name: str, model: Decoder, asked: Sequence[Asked], n: int, tells: Tells) -> None:
+        """name: the model's, to clients. n: choices of each prompt."""
+        self.head = {"id": f"{self.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
+        self.choices = [_Choice(one, tells) for one in asked]
+        self.n = n
         self.prompt_tokens = sum(len(one.request.prompt) for one in asked[::n])
-        self.tokenizer = tokenizer
-        self.ids = ids
+        self.tokenizer = model.tokenizer
+        self.router = model.config.router
+        self.tells = tells
 
     def take(self, index: int, delta: Delta) -> Piece:
         return self.choices[index].take(delta, self.tokenizer)
@@ -106,16 +152,22 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": made,
             "total_tokens": self.prompt_tokens + made,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached for choice in self.choices[:: self.n])},
         }
 
     def of_pieces(self, pieces: Sequence[Iterable[Piece]]) -> dict[str, Any]:
         """The whole answer, of each choice's pieces."""
-        choices = [self.choice(index, _joined(found), whole=True) for index, found in enumerate(pieces)]
-        return {**self.head, "object": self.whole, "choices": choices, "usage": self.usage()}
+        whole = [_joined(found) for found in pieces]
+        choices = [self.choice(index, piece, whole=True) for index, piece in enumerate(whole)]
+        return {**self.head, "object": self.whole, "choices": choices, **self.once(whole[0]), "usage": self.usage()}
 
     def chunks(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
         """What a stream tells of a piece; first: nothing was told of this choice yet."""
-        return [self.chunk_of([self.choice(index, piece, whole=False)])] if piece else []
+        return [self.chunk_of([self.choice(index, piece, whole=False)]) | self.once(piece)] if piece else []
+
+    def once(self, piece: Piece) -> dict[str, Any]:
+        """What is told beside the choices, of the first piece of one."""
+        return {}
 
     def chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": self.chunk, "choices": choices}
@@ -125,12 +177,22 @@ class Answer:
 
     def text(self, token: int) -> str:
         """How a token is shown; a part of a character as U+FFFD."""
-        if self.ids or self.tokenizer is None:
+        if self.tells.as_ids or self.tokenizer is None:
             return f"token_id:{token}"
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     def scored(self, index: int) -> bool:
         return self.choices[index].asked.request.logprobs is not None
+
+    def beside(self, piece: Piece) -> dict[str, Any]:
+        """What was asked to be told beside a choice's text."""
+        found: dict[str, Any] = {"token_ids": piece.tokens} if self.tells.token_ids else {}
+        if piece.routed and self.router is not None:
+            routed = Recording.joined(piece.routed)
+            found["routed_experts"] = experts_npy(routed, self.router)
+            if self.tells.weights:
+                found["routed_weights"] = weights_npy(routed)
+        return found
 
 
 def _joined(pieces: Iterable[Piece]) -> Piece:
@@ -139,6 +201,9 @@ def _joined(pieces: Iterable[Piece]) -> Piece:
         whole.text += piece.text
         whole.entries += piece.entries
         whole.finish = piece.finish
+        whole.prompt = piece.prompt if whole.prompt is None else whole.prompt
+        whole.tokens += piece.tokens
+        whole.routed += piece.routed
     return whole
 
 
@@ -151,6 +216,8 @@ class CompletionAnswer(Answer):
             "text": piece.text,
             "logprobs": self._columns(piece.entries) if self.scored(index) else None,
             "finish_reason": piece.finish,
+            **({} if piece.prompt is None else {"prompt_token_ids": piece.prompt}),
+            **self.beside(piece),
         }
 
     def _columns(self, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -172,6 +239,9 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     kind, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def once(self, piece: Piece) -> dict[str, Any]:
+        return {} if piece.prompt is None else {"prompt_token_ids": piece.prompt}
+
     def choice(self, index: int, piece: Piece, *, whole: bool) -> dict[str, Any]:
         said: dict[str, Any]
         if whole:
@@ -184,6 +254,7 @@ class ChatAnswer(Answer):
             **said,
             "logprobs": seen if self.scored(index) and (whole or piece.entries) else None,
             "finish_reason": piece.finish,
+            **self.beside(piece),
         }
 
     def chunks(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:

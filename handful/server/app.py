@@ -21,14 +21,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from handful.engine import Engine
 from handful.experts.store import Store
 from handful.model import Decoder
-from handful.server.answers import Answer, ChatAnswer, CompletionAnswer, Piece
+from handful.server.answers import Answer, ChatAnswer, CompletionAnswer, Piece, Tells
 from handful.server.errors import RETRY, ApiError, invalid, of_engine
 from handful.server.guard import Guard, error_response, read_body
+from handful.server.inside import experts_now, model_facts, path_of, path_request
 from handful.server.load import LoadWatch
 from handful.server.metrics import TEXT, Metrics
 from handful.server.openapi import describe
 from handful.server.requests import Asked, of_chat, of_completion, prompt_tokens, tokenizer_of
-from handful.server.schema import Body, ChatBody, CompletionBody, DetokenizeBody, DrawnBody, TokenizeBody, parse
+from handful.server.schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    DrawnBody,
+    PathBody,
+    TokenizeBody,
+    parse,
+)
 from handful.server.settings import ServerSettings
 from handful.server.stream import GoneError, patient, send_events, unless_gone
 from handful.server.worker import Ticket, Worker
@@ -59,9 +69,10 @@ class Server:
         store: Store | None = None,
     ) -> None:
         self.model, self.settings = model, settings
-        load = LoadWatch(model.config)
-        engine = Engine(model, max_sequences=max_sequences, cache_tokens=cache_tokens, on_routing=load)
-        self.metrics = Metrics(settings.name, engine, load, store)
+        self._load, self._store = LoadWatch(model.config), store
+        self._model_facts = model_facts(settings.name, model, store)
+        engine = Engine(model, max_sequences=max_sequences, cache_tokens=cache_tokens, on_routing=self._load)
+        self.metrics = Metrics(settings.name, engine, self._load, store)
         self.worker = Worker(engine, queue=settings.queue, told=self.metrics.told)
         self._created = int(time.time())
         self._described = json.dumps(describe()).encode()
@@ -110,6 +121,9 @@ class Server:
             Route("/ready", self._ready, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
             Route("/openapi.json", self._openapi, methods=["GET"]),
+            Route("/routing/model", self._facts, methods=["GET"]),
+            Route("/routing/experts", self._experts, methods=["GET"]),
+            Route("/routing/path", self._path, methods=["POST"]),
         ]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -136,8 +150,7 @@ class Server:
     ) -> None:
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "only with stream = true")
-        ids = bool(body.return_tokens_as_token_ids)
-        answer = kind(self.settings.name, asked, body.n or 1, self.model.tokenizer, ids)
+        answer = kind(self.settings.name, self.model, asked, body.n or 1, Tells.of(body))
         ticket = self.worker.accept([one.request for one in asked])
         headers = {"X-Request-Id": str(answer.head["id"])}
         try:
@@ -215,6 +228,28 @@ class Server:
         template = tokenizer.chat_templates.get("default")
         named = {"bos_token": None, "pad_token": None, **tokenizer.named}
         return JSONResponse({"tokenizer_class": "PreTrainedTokenizerFast", **own, **named, "chat_template": template})
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is inside.
+
+    async def _facts(self, request: Request) -> Response:
+        return JSONResponse(self._model_facts)
+
+    async def _experts(self, request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(experts_now, self.model.config, self._load, self._store))
+
+    async def _path(self, request: Request) -> Response:
+        asked = await self._read(request, lambda content: path_request(self._parse(PathBody, content), self.model))
+        ticket = self.worker.accept([asked])
+        try:
+            made = await unless_gone(request.receive, ticket.take())
+        finally:
+            ticket.cancel()
+        if made[0].delta.error is not None:
+            raise of_engine(made[0].delta.error)
+        return JSONResponse(path_of(made[0].delta, self.model))
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     async def _health(self, request: Request) -> Response:
         if not self.worker.alive:

@@ -11,6 +11,7 @@ from handful.errors import ConfigError, HandfulError, RoutingError
 __all__ = ["ApiError", "busy", "invalid", "of_engine"]
 
 RETRY = {"Retry-After": "1"}
+FIELDS = {"replay": "replay_routed_experts"}  # what the engine calls otherwise
 
 
 class ApiError(Exception):
@@ -51,7 +52,7 @@ def of_engine(error: BaseException) -> ApiError:
     if isinstance(error, ConfigError | RoutingError):
         field, _, rest = str(error).partition(": ")
         param = field.partition(" = ")[0].partition(",")[0]
-        return ApiError(400, str(error), param=param if rest and param.isidentifier() else None)
+        return ApiError(400, str(error), param=FIELDS.get(param, param) if rest and param.isidentifier() else None)
     what = str(error) if isinstance(error, HandfulError) else type(error).__name__
     what = re.sub(r"(?<!\S)/\S*/", "", what)
     return ApiError(500, f"the model failed: {what}", kind="server_error", code="model_failed")

@@ -25,7 +25,7 @@ class LoadWatch:
     """Counts computed assignments by expert, for each MoE layer; an engine's `on_routing`, in its thread."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.layers = [layer for layer in range(config.layers) if config.is_moe(layer)]
+        self.layers = config.moe_layers
         experts = config.router.experts if config.router is not None else 0
         self._counts_LE = torch.zeros(len(self.layers), experts, dtype=torch.float64)
         self._waiting: list[list[Tensor]] = []

@@ -84,8 +84,10 @@ class Metrics:
         yield self._gauge("num_requests_waiting", "Requests that wait for room.", stats.waiting)
         usage = stats.cached_tokens / stats.cache_tokens
         yield self._gauge("kv_cache_usage_perc", "Room of the KV caches that is taken, from 0 to 1.", usage)
-        yield self._counter("prompt_tokens", "Prompt tokens that were read.", stats.prompt_tokens)
+        yield self._counter("prompt_tokens", "Prompt tokens that were read or found.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens that were made.", stats.made_tokens)
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked for in memory.", stats.prefix_tokens)
+        yield self._counter("prefix_cache_hits", "Prompt tokens found in memory, and not computed.", stats.prefix_hits)
         yield from self._of_load()
         if self.store is not None:
             yield from self._of_store(self.store)

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from handful import __version__
-from handful.server.schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from handful.server.schema import Body, ChatBody, CompletionBody, DetokenizeBody, PathBody, TokenizeBody
 
 __all__ = ["describe"]
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, DetokenizeBody, TokenizeBody)
+BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, DetokenizeBody, PathBody, TokenizeBody)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
 REFUSED = {
     "400": "A field is wrong or not supported; `param` names it.",
@@ -33,9 +33,14 @@ def _list(items: Any) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
-TEXT, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+TEXT, NUMBER, INTEGER, BOOLEAN = {"type": "string"}, {"type": "number"}, {"type": "integer"}, {"type": "boolean"}
 FINISH = {"enum": ["stop", "length", None]}
-USAGE = _object({"prompt_tokens": INTEGER, "completion_tokens": INTEGER, "total_tokens": INTEGER})
+USAGE = _object(
+    {"prompt_tokens": INTEGER, "completion_tokens": INTEGER, "total_tokens": INTEGER},
+    prompt_tokens_details=_object({"cached_tokens": INTEGER}),
+)
+# What a choice has beside its text, where it was asked for; of routing base64 of .npy files.
+BESIDE = {"token_ids": _list(INTEGER), "routed_experts": TEXT, "routed_weights": TEXT}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +68,11 @@ SCHEMAS: dict[str, Any] = {
         {
             **HEAD,
             "choices": _list(
-                _object({"index": INTEGER, "text": TEXT, "logprobs": _or_null(COLUMNS), "finish_reason": FINISH})
+                _object(
+                    {"index": INTEGER, "text": TEXT, "logprobs": _or_null(COLUMNS), "finish_reason": FINISH},
+                    prompt_token_ids=_list(INTEGER),
+                    **BESIDE,
+                )
             ),
             "usage": USAGE,
         }
@@ -78,11 +87,13 @@ SCHEMAS: dict[str, Any] = {
                         "message": _object({"role": TEXT, "content": TEXT}),
                         "logprobs": _or_null(ROWS),
                         "finish_reason": FINISH,
-                    }
+                    },
+                    **BESIDE,
                 )
             ),
             "usage": USAGE,
-        }
+        },
+        prompt_token_ids=_list(INTEGER),
     ),
     "Model": MODEL,
     "Models": _object({"object": TEXT, "data": _list(MODEL)}),
@@ -92,6 +103,46 @@ SCHEMAS: dict[str, Any] = {
     "Text": _object({"prompt": TEXT}),
     "TokenizerInfo": _object({"tokenizer_class": TEXT, "eos_token": TEXT}),
     "Status": _object({"status": TEXT}),
+    "Inside": _object(
+        {
+            "model": TEXT,
+            "context": INTEGER,
+            "chat": BOOLEAN,
+            "layers": INTEGER,
+            "moe_layers": _list(INTEGER),
+            "experts": INTEGER,
+            "top_k": INTEGER,
+            "shared": BOOLEAN,
+            "score": _or_null(TEXT),
+            "parameters": _object({"total": INTEGER, "active": INTEGER}),
+            "bytes": _object({"total": INTEGER, "token": INTEGER}),
+            "memory": _or_null(_object({"slots": INTEGER, "experts": INTEGER})),
+        }
+    ),
+    "Experts": _object(
+        {
+            "layers": {
+                "type": "object",
+                "additionalProperties": _object({"load": _list(NUMBER), "places": _or_null(TEXT)}),
+            }
+        }
+    ),
+    "Path": _object(
+        {
+            "token": INTEGER,
+            "layers": _list(
+                _object(
+                    {
+                        "layer": INTEGER,
+                        "scores": _list(NUMBER),
+                        "experts": _list(INTEGER),
+                        "weights": _list(NUMBER),
+                    }
+                )
+            ),
+            "next": _list(_object({"token": INTEGER, "text": _or_null(TEXT), "probability": NUMBER})),
+        }
+    ),
 }  # fmt: skip
 
 
@@ -111,6 +162,9 @@ def describe() -> dict[str, Any]:
             "/tokenize": _post("The tokens of a text, or of messages.", TokenizeBody, "Tokens"),
             "/detokenize": _post("The text of tokens.", DetokenizeBody, "Text"),
             "/tokenizer_info": _get("What the model's tokenizer says of itself.", "TokenizerInfo", ("400",)),
+            "/routing/model": _get("The model's layers, experts, parameters and bytes.", "Inside"),
+            "/routing/experts": _get("The load of every expert, and where it is under a budget.", "Experts"),
+            "/routing/path": _post("The way of the last of some tokens through all layers.", PathBody, "Path"),
             "/v1/models": _get("The served model, in a list.", "Models"),
             "/v1/models/{model}": {
                 **_get("The served model.", "Model", ("404",)),

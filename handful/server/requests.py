@@ -14,13 +14,15 @@ from handful.engine import Request
 from handful.errors import CheckpointError, HandfulError
 from handful.generate import stop_ids
 from handful.model import Decoder
+from handful.routing_options import RoutingOptions
 from handful.sampling import Sampling
 from handful.server.errors import ApiError, invalid, of_engine
-from handful.server.schema import ChatBody, CompletionBody, DrawnBody, Message, TokenizeBody
+from handful.server.routed import replayed, routed_bytes
+from handful.server.schema import ChatBody, CompletionBody, DrawnBody, Limited, Message, TokenizeBody
 from handful.server.settings import ServerSettings
 from handful.text import Tokenizer
 
-__all__ = ["Asked", "of_chat", "of_completion", "prompt_tokens", "tokenizer_of"]
+__all__ = ["Asked", "experts_off", "of_chat", "of_completion", "prompt_tokens", "tokenizer_of"]
 
 TEMPLATE_SECONDS = 5.0  # a chat template is a program that was downloaded, and need not end
 
@@ -56,8 +58,12 @@ def of_completion(body: CompletionBody, model: Decoder, settings: ServerSettings
             stop=body.stops(),
             stop_tokens=_stop_tokens(body, model),
             sampling=_sampling(body, model),
+            routing=_routing(body, model),
         )
         asked += [Asked(one, echo if body.echo else None) for one in _seeded(request, n)]
+    if body.replay_routed_experts is not None and len(body.prompt) > 1:
+        raise invalid("replay_routed_experts", f"{len(body.prompt)} prompts: it is of one")
+    _check_routed(body, asked, model, settings)
     return asked
 
 
@@ -81,8 +87,11 @@ def of_chat(body: ChatBody, model: Decoder, settings: ServerSettings) -> list[As
         stop_tokens=_stop_tokens(body, model),
         sampling=_sampling(body, model),
         fresh=True,
+        routing=_routing(body, model),
     )
-    return [Asked(one) for one in _seeded(request, n)]
+    asked = [Asked(one) for one in _seeded(request, n)]
+    _check_routed(body, asked, model, settings)
+    return asked
 
 
 def prompt_tokens(body: TokenizeBody, model: Decoder) -> list[int]:
@@ -129,6 +138,45 @@ def _max_tokens(name: str, asked: int, settings: ServerSettings) -> int:
 
 def _stop_tokens(body: DrawnBody, model: Decoder) -> tuple[int, ...]:
     return (*(() if body.ignore_eos else stop_ids(model)), *(body.stop_token_ids or ()))
+
+
+def _routing(body: DrawnBody, model: Decoder) -> RoutingOptions | None:
+    router = model.config.router
+    for name in ("routed_weights", "routed_experts_prompt_start"):
+        if getattr(body, name) and not body.return_routed_experts:
+            raise invalid(name, "needs return_routed_experts = true")
+    record, replay = bool(body.return_routed_experts), body.replay_routed_experts
+    if router is None and (record or replay is not None or body.experts_off or body.top_k_experts is not None):
+        field = "return_routed_experts" if record else "replay_routed_experts" if replay is not None else "experts_off"
+        raise invalid(field if body.top_k_experts is None else "top_k_experts", "the model is dense, and has no router")
+    options = RoutingOptions(
+        record=record,
+        replay=None if replay is None or router is None else replayed(replay, router),
+        experts_off=experts_off(body),
+        top_k=body.top_k_experts,
+    )
+    return options if options.record or options.changes else None
+
+
+def experts_off(body: Limited) -> dict[int, list[int]]:
+    """By number of a layer. ApiError for a name that is none."""
+    for name in body.experts_off or ():
+        if not (name.isascii() and name.isdecimal() and len(name) < 9):
+            raise invalid("experts_off", f"{name[:40]!r}: the number of a layer")
+    return {int(name): off for name, off in (body.experts_off or {}).items()}
+
+
+def _check_routed(body: DrawnBody, asked: Sequence[Asked], model: Decoder, settings: ServerSettings) -> None:
+    """ApiError for more routing than an answer may hold."""
+    router = model.config.router
+    if router is None or not body.return_routed_experts:
+        return
+    skipped = body.routed_experts_prompt_start or 0
+    tokens = sum(max(0, len(one.request.prompt) - skipped) + one.request.max_tokens for one in asked)
+    size = routed_bytes(tokens, len(model.moe_layers), router, bool(body.routed_weights))
+    if size > settings.max_routed:
+        most = f"at most {settings.max_routed:,} a request; routed_experts_prompt_start leaves the prompt's out"
+        raise invalid("return_routed_experts", f"up to {size:,} bytes: {most}")
 
 
 def _sampling(body: DrawnBody, model: Decoder) -> Sampling:

@@ -14,7 +14,10 @@ from pydantic_core import PydanticCustomError, from_json
 
 from handful.server.errors import ApiError, invalid
 
-__all__ = ["ChatBody", "CompletionBody", "DetokenizeBody", "DrawnBody", "Message", "TokenizeBody", "parse"]
+__all__ = [
+    "ChatBody", "CompletionBody", "DetokenizeBody", "DrawnBody", "Limited", "Message", "PathBody", "TokenizeBody",
+    "parse",
+]  # fmt: skip
 
 MOST_LOGPROBS = 20
 TOKEN = {"type": "integer", "minimum": 0}
@@ -40,9 +43,11 @@ B = TypeVar("B", bound=Body)
 
 
 def _whole(value: Any) -> Any:
-    """5.0 is an integer in JSON Schema, and to some languages' writers: of a field, and of a list's items."""
+    """5.0 is an integer in JSON Schema, and to some languages' writers: of a field, and of what a value holds."""
     if isinstance(value, list):
         return [_whole(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _whole(one) for name, one in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -144,7 +149,16 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class DrawnBody(Body):
+class Limited(Body):
+    """What the routers are to do without."""
+
+    experts_off: dict[str, list[Annotated[int, Field(ge=0)]]] | None = Field(
+        default=None, description="By the number of a layer, experts that its router is not to choose."
+    )
+    top_k_experts: int | None = Field(default=None, ge=1, description="Experts a token, fewer than the model takes.")
+
+
+class DrawnBody(Limited):
     """What completions and chats share: how tokens are drawn, and when they end."""
 
     model: str | None = Field(default=None, description="The served model's name; may be left out.")
@@ -162,6 +176,19 @@ class DrawnBody(Body):
     ignore_eos: bool | None = Field(default=False, description="Go on after the model's own end tokens.")
     return_tokens_as_token_ids: bool | None = Field(
         default=False, description='In log-probabilities tokens are "token_id:7", so that those of one text differ.'
+    )
+    return_token_ids: bool | None = Field(
+        default=False, description="Tell the tokens themselves; in a stream each has a chunk of its own then."
+    )
+    return_routed_experts: bool | None = Field(
+        default=False, description="Tell the experts of every token that passed the model: base64 of a .npy file."
+    )
+    routed_weights: bool | None = Field(default=False, description="Tell what their outputs were multiplied by too.")
+    routed_experts_prompt_start: int | None = Field(
+        default=0, ge=0, description="Leave out so many tokens of the prompt."
+    )
+    replay_routed_experts: str | None = Field(
+        default=None, description="Take these experts for the first tokens, as routed_experts told them."
     )
     # Known, and of no effect here.
     metadata: dict[str, str] | None = None
@@ -196,6 +223,13 @@ class ChatBody(DrawnBody):
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     add_generation_prompt: bool | None = Field(default=True, description="Begin an answer after the messages.")
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="What else the template may read.")
+
+
+class PathBody(Limited):
+    EXAMPLE: ClassVar[dict[str, Any]] = {"tokens": [1, 2, 3]}
+
+    model: str | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, description="The last one's way is told.")]
 
 
 class TokenizeBody(Body):

@@ -22,6 +22,7 @@ class ServerSettings:
     max_body        bytes of a request.
     max_batch       choices of a request: prompts × n.
     max_output      tokens of a choice; None: what the model's context has room for.
+    max_routed      bytes of routing that a request may be told, of all its choices.
     max_requests    that are open at a time.
     quiet_seconds   after which a stream without news sends a comment, so that nobody takes it for dead.
     patience        seconds that a client may take to send a request, or to take what it is sent.
@@ -39,12 +40,14 @@ class ServerSettings:
     max_body: int = 4 << 20
     max_batch: int = 128
     max_output: int | None = None
+    max_routed: int = 64 << 20
     max_requests: int = 1024
     quiet_seconds: float = 15.0
     patience: float = 60.0
 
     def __post_init__(self) -> None:
-        for field, least in (("queue", 0), ("max_body", 1), ("max_batch", 1), ("max_output", 1), ("max_requests", 1)):
+        least_of = {"queue": 0, "max_body": 1, "max_batch": 1, "max_output": 1, "max_routed": 0, "max_requests": 1}
+        for field, least in least_of.items():
             value = getattr(self, field)
             if value is not None and value < least:
                 raise ConfigError(f"{field} = {value}: at least {least}")

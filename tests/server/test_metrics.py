@@ -80,7 +80,7 @@ def routed(experts_TK: torch.Tensor, dropped_TK: torch.Tensor | None = None) -> 
 def test_load_of_the_last_tokens() -> None:
     """As `observe` measures it, of the layers that are mixtures; what is long past no longer counts."""
     watch = LoadWatch(moe(layers=3, dense_layers=(1,), ffn=8))
-    assert watch.layers == [0, 2]
+    assert watch.layers == (0, 2)
     layers = len(watch.layers)
     assert {layer: int(counts.sum()) for layer, counts in watch.counts().items()} == dict.fromkeys(watch.layers, 0)
     want = torch.zeros(layers, 4, dtype=torch.float64)
