@@ -15,7 +15,7 @@ RUNTIME := .venv/.runtime-$(HASH)
 DEV := .venv/.dev-$(HASH)
 
 # One thread for each test process, so that the processes do not fight for the cores. No test reaches for a network.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 # Memory that nobody wrote to is filled with NaN (bytes of 255) there, so that a result made from it shows.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1

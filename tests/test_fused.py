@@ -204,7 +204,7 @@ def test_replayed_experts(done: list[str]) -> None:
         for wrong, line in (
             (torch.tensor([[0, 1], [1, 4]]), "^choice names expert 4: there are 4, counted from 0$"),
             (torch.tensor([[0, 1], [-1, 2]]), "^choice names expert -1: there are 4, counted from 0$"),
-            (torch.tensor([[0, 1]]), r"^choice.experts_TK has shape \(1, 2\): it must be \(2, 2\)$"),
+            (torch.tensor([[0, 1]]), r"^choice.experts_TK has shape \(1, 2\): it must be \(2, 2\), or"),
         ):
             with pytest.raises(RoutingError, match=line):
                 step(model, caches_of(model, read), routing=[Choice(wrong)] * 2)

@@ -635,7 +635,6 @@ def test_overhead_is_measured(tmp_path: Path) -> None:
     assert min(vars(found).values()) >= 0
     assert all(map(math.isfinite, vars(found).values()))
     assert found.step_seconds + 8 * found.layer_seconds > 1e-6
-    assert found.fetch_seconds > 1e-6
     assert not list(tmp_path.iterdir())
 
 

@@ -70,7 +70,7 @@ def test_a_prompt_in_every_form(model: Decoder, served: Served) -> None:
         assert answer["id"].startswith("cmpl-")
         prompts = len(ids) * len(want) if prompt != [ids, other] else len(ids) + len(other)
         usage = {"prompt_tokens": prompts, "completion_tokens": 6 * len(want), "total_tokens": prompts + 6 * len(want)}
-        assert answer["usage"] == usage
+        assert answer["usage"].items() >= usage.items()
         assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
         assert answer["choices"][0]["logprobs"] is None
     assert served.post(COMPLETIONS, prompt="the cat", model="tiny", temperature=0)["usage"]["completion_tokens"] == 16
@@ -195,7 +195,10 @@ def test_a_chat(model: Decoder, served: Served) -> None:
     text = tokenizer_of(model).decode(want)
     assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
     assert (answer["object"], choice["finish_reason"], choice["logprobs"]) == ("chat.completion", "length", None)
-    assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 6, "total_tokens": len(ids) + 6}
+    assert (
+        answer["usage"].items()
+        >= {"prompt_tokens": len(ids), "completion_tokens": 6, "total_tokens": len(ids) + 6}.items()
+    )
     parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
     for messages, name in ((parts, "max_tokens"), (ASKED, "max_completion_tokens")):
         again = served.post(CHAT, messages=messages, temperature=0, **{name: 6})

@@ -107,3 +107,25 @@ def test_a_client_that_is_refused_tries_again() -> None:
             client.with_options(max_retries=0).completions.create(model="tiny", prompt="a", max_tokens=1)
         threading.Timer(0.3, first.close).start()
         assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+def test_langchain(served: Served) -> None:
+    """Called, streamed with usage, in a batch, and by its completions class."""
+    from langchain_openai import ChatOpenAI, OpenAI
+
+    url = f"{served.url}/v1"
+    chat = ChatOpenAI(model="tiny", base_url=url, api_key="k", temperature=0, max_tokens=6, seed=1, max_retries=0)  # type: ignore[arg-type,call-arg]
+    said = chat.invoke("the cat")
+    assert said.usage_metadata is not None
+    assert said.usage_metadata["output_tokens"] == 6
+    assert said.response_metadata["finish_reason"] == "length"
+    assert "".join(str(part.content) for part in chat.stream("the cat")) == said.content
+    first, _ = chat.batch(["the cat", "a dog"])
+    assert first.content == said.content
+    scored = chat.bind(logprobs=True, top_logprobs=2).invoke("the cat")
+    assert len(scored.response_metadata["logprobs"]["content"]) == 6
+    routed = chat.bind(extra_body={"experts_off": {"0": [0]}, "top_k_experts": 1}).invoke("the cat")
+    assert routed.content != said.content
+    completion = OpenAI(model="tiny", base_url=url, api_key="k", temperature=0, max_tokens=6)  # type: ignore[arg-type,call-arg]
+    text = completion.invoke("the cat")
+    assert text == served.post("/v1/completions", prompt="the cat", max_tokens=6, temperature=0)["choices"][0]["text"]
