@@ -126,6 +126,6 @@ def test_langchain(served: Served) -> None:
     assert len(scored.response_metadata["logprobs"]["content"]) == 6
     routed = chat.bind(extra_body={"experts_off": {"0": [0]}, "top_k_experts": 1}).invoke("the cat")
     assert routed.content != said.content
-    completion = OpenAI(model="tiny", base_url=url, api_key="k", temperature=0, max_tokens=6)  # type: ignore[arg-type,call-arg]
+    completion = OpenAI(model="tiny", base_url=url, api_key="k", temperature=0, max_tokens=6)  # type: ignore[arg-type]
     text = completion.invoke("the cat")
     assert text == served.post("/v1/completions", prompt="the cat", max_tokens=6, temperature=0)["choices"][0]["text"]
