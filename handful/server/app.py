@@ -28,6 +28,7 @@ from handful.server.inside import experts_now, model_facts, path_of, path_reques
 from handful.server.load import LoadWatch
 from handful.server.metrics import TEXT, Metrics
 from handful.server.openapi import describe
+from handful.server.pages import page_routes
 from handful.server.requests import Asked, of_chat, of_completion, prompt_tokens, tokenizer_of
 from handful.server.schema import (
     Body,
@@ -124,6 +125,7 @@ class Server:
             Route("/routing/model", self._facts, methods=["GET"]),
             Route("/routing/experts", self._experts, methods=["GET"]),
             Route("/routing/path", self._path, methods=["POST"]),
+            *page_routes(),
         ]
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from handful.server.errors import ApiError, busy
+from handful.server.pages import is_page
 from handful.server.settings import ServerSettings, is_loopback
 from handful.server.stream import GoneError
 
@@ -50,7 +51,7 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if self._key is not None and scope["method"] != "OPTIONS":
+        if self._key is not None and scope["method"] != "OPTIONS" and not is_page(scope["path"]):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(
                 _digest(given.strip().encode("latin-1")), self._key

@@ -1,0 +1,72 @@
+// An expert's page: what it took, beside chance, and the switch that turns it off.
+
+import { answerWithout } from "./ask.js";
+import { fill, h, percent, plural, shown } from "./dom.js";
+import { sayLoad } from "./heat.js";
+import { placeOf } from "./map.js";
+import { runs, shownRun, state } from "./state.js";
+import { aboveChance, relative } from "./stats.js";
+
+const MOST = 12; // rows of the table
+const EVIDENCE = 0.05;
+
+export function drawExpert(root, heading) {
+  const { model, layer, pick } = state;
+  const { expert } = pick;
+  const number = model.moe_layers[layer];
+  const run = shownRun();
+  heading.textContent = `Expert ${expert} of layer ${number}`;
+  const found = aboveChance(run, layer, expert);
+  const load = relative(run.routing.counts(layer, model.experts));
+  const place = placeOf(layer, expert);
+  const name = state.b ? `text ${run.name.toUpperCase()}` : "this text";
+  const even = model.top_k / model.experts;
+  const took = found.rows
+    ? `It took ${found.total} of the ${plural(found.rows, "token")} of ${name}, ${percent(found.share)}; even would be ${percent(even)}.`
+    : "It has taken nothing yet: no text was read.";
+  const lately = state.lately?.layers?.[String(number)]?.load;
+  const recent = lately?.some((share) => share > 0)
+    ? `Lately, over all that this server answered: ${sayLoad(lately[expert] * model.experts, "load", model.experts)}.` : null;
+  fill(
+    root,
+    h("p", {}, took, place && ` It is ${place[0]}.`),
+    recent && h("p", { class: "soft" }, recent),
+    toggle(number, expert),
+    load && found.kinds.length > 0 && [h("h3", {}, "The tokens that it took"), table(found), note(found)],
+  );
+}
+
+function toggle(number, expert) {
+  const off = runs().some((run) => (run.off[number] ?? []).includes(expert));
+  const able = state.a.asked !== null && !runs().some((run) => run.status === "busy");
+  const why = state.a.file ? "This text came from a file. Ask the model first, then an expert can be turned off."
+    : state.a.asked === null ? "Ask the model first, then an expert can be turned off."
+    : off ? "The answer without it stands beside the first one." : "Turn it off, and the model answers again without it, beside the first answer.";
+  return h("div", { class: "toggle" },
+    h("button", {
+      class: "switch", type: "button", role: "switch", disabled: !able, id: "expert-switch",
+      aria: { checked: !off, label: `Expert ${expert} of layer ${number}` },
+      on: { click: () => answerWithout(number, expert, !off) },
+    }, h("span", { class: "knob", aria: { hidden: "true" } })),
+    h("span", {}, h("strong", {}, off ? "Off" : "On"), ` · ${why}`));
+}
+
+function table({ kinds }) {
+  const rows = kinds.slice(0, MOST).map((one) =>
+    h("tr", { class: one.chance <= EVIDENCE ? "" : "faint" },
+      h("th", { scope: "row" }, shown(one.text)), h("td", {}, `${one.taken} of ${one.of}`), h("td", {}, one.expected.toFixed(1)),
+      h("td", {}, `${one.ratio.toFixed(1)} ×`)));
+  return h("div", { class: "scroll" }, h("table", { class: "took" },
+    h("thead", {}, h("tr", {}, ["Token", "Took", "By chance", "Above it"].map((text) => h("th", { scope: "col" }, text)))),
+    h("tbody", {}, rows)));
+}
+
+function note({ kinds, share }) {
+  const sure = kinds.filter((one) => one.chance <= EVIDENCE).length;
+  const more = kinds.length > MOST ? ` ${kinds.length - MOST} more are left out.` : "";
+  const by = `By chance: its share of all tokens, ${percent(share)}, of each one's count.`;
+  const verdict = sure
+    ? " Rows in grey could be chance: small numbers are no evidence."
+    : " All of this could be chance: small numbers are no evidence.";
+  return h("p", { class: "soft" }, by, verdict, more, " An expert is a parameter region, not a topic.");
+}

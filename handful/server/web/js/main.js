@@ -1,0 +1,291 @@
+// The page: what is on it, put together.
+
+import { getJson, setKey } from "./api.js";
+import { ask, stop, writeOn } from "./ask.js";
+import { count, fill, find, findAll, h, percent, plural, short } from "./dom.js";
+import { drawExpert } from "./expert.js";
+import { MapView } from "./map.js";
+import { drawToken } from "./path.js";
+import { Run } from "./run.js";
+import { change, drawn, isMixture, runs, state } from "./state.js";
+import { TokensView } from "./tokens.js";
+import { Tour } from "./tour.js";
+import { load, save } from "./trace.js";
+
+const EXAMPLES = {
+  completion: ["def main(", "import os\n", "class Router:", "The capital of France is"],
+  chat: ["What is a mixture of experts?", "Write a haiku about rivers.", "17 × 23 = ?"],
+};
+
+const views = ["a", "b"].map((slot) => new TokensView(find(`#text-${slot}`), slot, find("#token-readout")));
+const map = new MapView();
+const tour = new Tour((prompt) => {
+  find("#prompt").value = prompt;
+  setMode("completion");
+  send();
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Asking.
+
+const mode = () => find("input[name=mode]:checked").value;
+
+function setMode(value) {
+  for (const input of findAll("input[name=mode]")) input.checked = input.value === value;
+  modeChanged();
+}
+
+function modeChanged() {
+  const chat = mode() === "chat";
+  find("#prompt").placeholder = chat ? "Say something" : "Begin a text, and the model goes on: def main(";
+  fill(find("#examples"), EXAMPLES[mode()].map((text) =>
+    h("button", { type: "button", class: "example", on: { click: () => { find("#prompt").value = text; send(); } } }, text.trim())));
+  for (const run of runs()) if (run.messages.length > 0 !== chat && run.status !== "busy") run.messages = [];
+  change();
+}
+
+function send() {
+  const fields = [find("#prompt"), find("#prompt-b")];
+  const prompts = fields.map((field) => field.value);
+  if (!prompts[0].trim() && !(state.two && prompts[1].trim())) {
+    fields[0].focus();
+    return;
+  }
+  for (const id of ["max-tokens", "temperature", "seed"]) if (!find(`#${id}`).reportValidity()) return;
+  if (!tour.root.hidden) tour.close();
+  if (state.model !== state.served) serve();
+  const chat = mode() === "chat";
+  if (chat) for (const field of fields) field.value = "";
+  ask(prompts, chat).then(() => sayEnd());
+}
+
+/** What is on the page is the served model's again, after a trace of another one. */
+function serve() {
+  change({ model: state.served, a: new Run("a", state.served), b: state.two ? new Run("b", state.served) : null, layer: 0, pick: null, map: "a" });
+}
+
+function setTwo(two) {
+  const b = two ? new Run("b", state.model) : null;
+  stop();
+  change({ two, b, map: two ? state.map : "a", pick: null });
+  if (two) find("#prompt-b").focus();
+}
+
+/** For who does not see it: the end of an answer, said once. */
+function sayEnd() {
+  find("#said").textContent = runs().map((run) => run.note).filter(Boolean).join(" ");
+}
+
+find("#ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (runs().some((run) => run.status === "busy")) stop();
+  else send();
+});
+for (const field of [find("#prompt"), find("#prompt-b")]) {
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      if (!runs().some((run) => run.status === "busy")) send();
+    }
+  });
+}
+for (const input of findAll("input[name=mode]")) input.addEventListener("change", modeChanged);
+find("#write-on").addEventListener("click", () => writeOn().then(sayEnd));
+find("#two").addEventListener("click", () => setTwo(!state.two));
+find("#close-b").addEventListener("click", () => setTwo(false));
+find("#clear").addEventListener("click", () => {
+  stop();
+  serve();
+  find("#prompt").focus();
+});
+find("#save").addEventListener("click", save);
+find("#load").addEventListener("click", () => find("#file").click());
+find("#file").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  event.target.value = "";
+  if (!file) return;
+  stop();
+  tour.root.hidden = true;
+  await load(file).then(() => wrong(""), (error) => wrong(error.message));
+});
+
+/** One line above the prompt: what went wrong. */
+function wrong(text) {
+  find("#wrong").textContent = text;
+  find("#wrong").hidden = !text;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Drawing.
+
+function drawTexts() {
+  const busy = runs().some((run) => run.status === "busy");
+  const empty = runs().every((run) => run.tokens.length === 0);
+  for (const [slot, view] of ["a", "b"].map((name, i) => [name, views[i]])) {
+    const run = state[slot];
+    find(`#side-${slot}`).hidden = !run;
+    if (run) {
+      const off = Object.entries(run.off).flatMap(([layer, list]) => list.map((expert) => `layer ${layer} expert ${expert}`));
+      find(`#head-${slot}`).textContent = off.length ? `${slot.toUpperCase()} · without ${off.join(", ")}` : slot.toUpperCase();
+      const note = find(`#note-${slot}`);
+      const told = run.status === "busy" && run.rate ? `${Math.round(run.rate)} tokens a second` : run.status === "busy" ? "Reading…" : run.note;
+      note.textContent = slot === "b" && run.isOff && run.status !== "busy" ? [told, parting()].filter(Boolean).join(" ") : told;
+      note.classList.toggle("wrong", run.status === "failed");
+    }
+    view.draw();
+  }
+  const { scrollTop, scrollHeight, clientHeight } = find("#texts");
+  if (busy && scrollHeight - scrollTop - clientHeight < 120) find("#texts").scrollTop = scrollHeight;
+  find("#texts").classList.toggle("two", state.b !== null);
+  find("#texts").hidden = !tour.root.hidden && empty;
+  find("#empty").hidden = !empty || !tour.root.hidden;
+  find("#examples").hidden = !empty;
+  find("#texts").dataset.mode = mode();
+  find("#prompt-b").hidden = find("#label-b").hidden = find("#label-a").hidden = !state.two;
+  find("#two").setAttribute("aria-pressed", state.two);
+  find("#go").textContent = busy ? "Stop" : mode() === "chat" ? "Send" : "Complete";
+  find("#go").classList.toggle("stop", busy);
+  const file = state.a.file !== null;
+  find("#write-on").hidden = mode() === "chat" || empty || busy || file;
+  find("#save").disabled = empty;
+  find("#clear").hidden = empty || busy;
+  find("#key-line").textContent = isMixture() ? `Colour: the first expert that a token chose in layer ${state.model.moe_layers[state.layer]}. Grey: one outside the eight most used.` : "";
+  find("#key-line").hidden = empty || !isMixture();
+}
+
+/** From which token on the answer without an expert is another one. */
+function parting() {
+  const { a, b } = state;
+  const from = b.asked?.ids.length;
+  if (from === undefined || a.asked?.ids.length !== from) return "";
+  let same = from;
+  while (same < a.tokens.length && same < b.tokens.length && a.tokens[same].id === b.tokens[same].id) same++;
+  if (same === a.tokens.length && same === b.tokens.length) return "It is the same answer as A.";
+  return same === from ? "It differs from A from its first token on." : `The first ${plural(same - from, "token")} are those of A.`;
+}
+
+let detail = null; // what it is of, to begin at its top
+
+function drawDetail() {
+  const root = find("#detail");
+  root.hidden = state.pick === null;
+  document.body.classList.toggle("picked", state.pick !== null);
+  if (!state.pick) {
+    detail = null;
+    return;
+  }
+  // The keyboard's focus outlives the drawing: it stands on the same button of the new page.
+  const inside = root.contains(document.activeElement) ? findAll("button", root).indexOf(document.activeElement) : -1;
+  const { pick } = state;
+  (pick.kind === "token" ? drawToken : drawExpert)(find("#detail-body"), find("#detail-title"));
+  if (inside >= 0) findAll("button", root)[inside]?.focus({ preventScroll: true });
+  const now = pick.kind === "token" ? `${pick.run.name} ${pick.index}` : `${state.layer} ${pick.expert}`;
+  if (now !== detail) root.scrollTop = 0;
+  detail = now;
+}
+
+find("#detail-close").addEventListener("click", () => closeDetail());
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && state.pick && !event.target.closest("#tour")) closeDetail();
+});
+
+function closeDetail() {
+  const { pick } = state;
+  change({ pick: null });
+  const back = pick.kind === "token" ? views.find((view) => view.run === pick.run)?.nodes[pick.index] : map.tiles?.[pick.expert];
+  back?.focus({ preventScroll: true });
+}
+
+function drawModel() {
+  const { model } = state;
+  document.title = `${model.model} · Handful`;
+  find("#model").textContent = model.model;
+  const shape = isMixture()
+    ? `${model.moe_layers.length} MoE layers of ${model.experts} experts, ${model.top_k} a token${model.shared ? ", and a shared one" : ""}`
+    : `${count(model.layers)} layers, dense`;
+  find("#shape").textContent = model === state.served ? shape : `${shape} · from a trace`;
+  const gauge = (id, part, whole, text) => {
+    find(`#${id}`).style.setProperty("--share", whole ? part / whole : 0);
+    find(`#${id}-text`).textContent = text;
+    find(`#${id}`).hidden = !whole;
+  };
+  const { parameters: p, bytes: b, memory: m } = model;
+  gauge("active", p.active, p.total, `${short(p.active)} of ${short(p.total)} (${percent(p.active / p.total)})`);
+  gauge("bytes", b.token, b.total, `${short(b.token, "B")} of ${short(b.total, "B")} (${percent(b.token / b.total)})`);
+  gauge("memory", m?.slots ?? 0, m?.experts ?? 0, m ? `${count(Math.min(m.slots, m.experts))} of ${count(m.experts)} (${percent(Math.min(1, m.slots / m.experts))})` : "");
+  for (const node of findAll(".mixture")) node.hidden = !isMixture();
+  find("#dense").hidden = isMixture();
+}
+
+drawn(() => {
+  if (!state.model) return;
+  drawModel();
+  map.draw();
+  drawTexts();
+  drawDetail();
+});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the server says of its experts: while something runs, and when that view is shown.
+
+async function watch() {
+  const wanted = state.map === "lately" || state.served?.memory || state.pick?.kind === "expert";
+  if (wanted && !document.hidden && state.model === state.served && isMixture()) {
+    await getJson("routing/experts").then((lately) => change({ lately }), () => {});
+  }
+  setTimeout(watch, runs().some((run) => run.status === "busy") ? 500 : 2000);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Light and dark, the key, the beginning.
+
+const THEMES = ["auto", "light", "dark"];
+
+function setTheme(theme) {
+  localStorage.setItem("handful.theme", theme);
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  find("#theme").textContent = `Theme: ${theme}`;
+  map.repaint();
+}
+find("#theme").addEventListener("click", () => {
+  const now = localStorage.getItem("handful.theme") ?? "auto";
+  setTheme(THEMES[(THEMES.indexOf(now) + 1) % THEMES.length]);
+});
+
+function askKey(message) {
+  find("#key-wrong").textContent = message;
+  if (!find("#key").open) find("#key").showModal();
+}
+find("#key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setKey(find("#key-value").value.trim());
+  find("#key-value").value = "";
+  find("#key").close();
+  change({ key: false });
+  if (!state.served) begin();
+});
+drawn(() => state.key && askKey("The server wants a key."));
+
+async function begin() {
+  let model;
+  try {
+    model = await getJson("routing/model");
+  } catch (error) {
+    if (error.status === 401) askKey(find("#key").dataset.asked ? "That key is wrong." : "");
+    else wrong(error.message);
+    find("#key").dataset.asked = "yes";
+    return;
+  }
+  wrong("");
+  find("#app").hidden = false;
+  change({ served: model, model, a: new Run("a", model), layer: 0 });
+  find("#modes").hidden = !model.chat;
+  find("#how").hidden = !isMixture();
+  setMode(model.chat ? "chat" : "completion");
+  if (isMixture()) tour.greet();
+  watch();
+}
+
+setTheme(THEMES.find((theme) => theme === localStorage.getItem("handful.theme")) ?? "auto");
+begin();

@@ -1,0 +1,138 @@
+// A text that a model read and wrote, with the routing of its tokens. No element is touched here.
+
+import { decode } from "./npy.js";
+
+/** The experts of a text's tokens, and their weights: rows that grow. L MoE layers, K experts a token. */
+export class Routing {
+  constructor(layers, topK) {
+    this.layers = layers;
+    this.topK = topK;
+    this.rows = 0;
+    this.experts = new Uint16Array(0);
+    this.weights = null;
+    this._experts = null; // with room to grow
+    this._weights = null;
+  }
+
+  /** Add the rows of an answer's chunk. Error for another shape than the model's. */
+  append(experts, weights) {
+    const { shape, data } = decode(experts);
+    const given = weights ? decode(weights) : null;
+    if (shape.length !== 3 || shape[1] !== this.layers || (shape[0] > 0 && shape[2] > this.topK)) {
+      throw new Error(`a routing of shape ${shape.join(" × ")}: tokens × ${this.layers} × ${this.topK}`);
+    }
+    if (given && given.data.length !== data.length) throw new Error("as many weights as experts");
+    // Fewer experts a token than the model has were asked for: the shape of the first answer holds.
+    if (this.rows === 0 && shape[0] > 0) this.topK = shape[2];
+    if (shape[0] > 0 && shape[2] !== this.topK) throw new Error(`${shape[2]} experts a token, after ${this.topK}`);
+    this._grow(shape[0], data, given?.data);
+  }
+
+  _grow(rows, experts, weights) {
+    const width = this.layers * this.topK;
+    const need = (this.rows + rows) * width;
+    if (this._experts === null || this._experts.length < need) {
+      const size = Math.max(need, 2 * (this._experts?.length ?? 64 * width));
+      const [e, w] = [new Uint16Array(size), new Float32Array(size)];
+      if (this._experts) {
+        e.set(this.experts);
+        if (this.weights) w.set(this.weights);
+      }
+      [this._experts, this._weights] = [e, w];
+    }
+    const known = this.rows === 0 || this.weights !== null;
+    this._experts.set(experts, this.rows * width);
+    if (weights) this._weights.set(weights, this.rows * width);
+    this.rows += rows;
+    this.experts = this._experts.subarray(0, need);
+    this.weights = weights && known ? this._weights.subarray(0, need) : null;
+  }
+
+  /** The experts of a token in a layer, the one with the largest weight first; none if it is not known. */
+  at(token, layer) {
+    if (token >= this.rows) return [];
+    const begin = (token * this.layers + layer) * this.topK;
+    const chosen = Array.from({ length: this.topK }, (_, k) => ({
+      expert: this.experts[begin + k],
+      weight: this.weights ? this.weights[begin + k] : null,
+    }));
+    return this.weights ? chosen.sort((a, b) => b.weight - a.weight) : chosen;
+  }
+
+  first(token, layer) {
+    if (token >= this.rows) return null;
+    const begin = (token * this.layers + layer) * this.topK;
+    let best = 0;
+    if (this.weights) for (let k = 1; k < this.topK; k++) if (this.weights[begin + k] > this.weights[begin + best]) best = k;
+    return this.experts[begin + best];
+  }
+
+  took(token, layer, expert) {
+    if (token >= this.rows) return false;
+    const begin = (token * this.layers + layer) * this.topK;
+    for (let k = 0; k < this.topK; k++) if (this.experts[begin + k] === expert) return true;
+    return false;
+  }
+
+  /** Assignments of each of a layer's experts, of the tokens from `from` on. */
+  counts(layer, experts, from = 0) {
+    const found = new Float64Array(experts);
+    for (let token = from; token < this.rows; token++) {
+      const begin = (token * this.layers + layer) * this.topK;
+      for (let k = 0; k < this.topK; k++) found[this.experts[begin + k]] += 1;
+    }
+    return found;
+  }
+
+  cut(rows) {
+    if (rows >= this.rows) return;
+    const width = this.layers * this.topK;
+    this.rows = rows;
+    this.experts = this._experts.subarray(0, rows * width);
+    this.weights = this.weights && this._weights.subarray(0, rows * width);
+  }
+}
+
+/** One text. `tokens` are {id, text, drawn}; drawn: the model made it. `turns` are where a speaker begins. */
+export class Run {
+  constructor(name, model) {
+    this.name = name;
+    this.model = model;
+    this.clear();
+  }
+
+  clear() {
+    this.tokens = [];
+    this.turns = []; // {at, who}
+    this.messages = []; // of a chat
+    this.routing = new Routing(this.model.moe_layers.length, this.model.top_k);
+    this.off = {}; // layer number → experts
+    this.asked = null; // what made it last
+    this.status = "empty"; // empty, busy, done, stopped, failed
+    this.note = "";
+    this.file = null; // the name of the trace that it came from
+  }
+
+  /** Read these tokens next: those that are read already stay, with their routing. */
+  read(ids, texts) {
+    let same = 0;
+    while (same < ids.length && same < this.tokens.length && this.tokens[same].id === ids[same]) same++;
+    this.tokens.length = same;
+    this.routing.cut(same);
+    this.turns = this.turns.filter((turn) => turn.at < same);
+    if (same < ids.length) this.turns.push({ at: same, who: "you" });
+    ids.slice(same).forEach((id, i) => this.tokens.push({ id, text: texts[same + i] ?? "", drawn: false }));
+  }
+
+  get ids() {
+    return this.tokens.map((token) => token.id);
+  }
+
+  get isOff() {
+    return Object.values(this.off).some((experts) => experts.length > 0);
+  }
+
+  isExpertOff(layer, expert) {
+    return (this.off[this.model.moe_layers[layer]] ?? []).includes(expert);
+  }
+}
