@@ -13,6 +13,8 @@ export class ServerError extends Error {
 
 export const setKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
 
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+
 async function ask(path, body, signal) {
   const key = sessionStorage.getItem(KEY);
   const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };

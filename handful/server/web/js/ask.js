@@ -20,25 +20,30 @@ const sampling = () => {
 async function answer(asks) {
   stop();
   const mine = (abort = new AbortController());
-  for (const [run] of asks) Object.assign(run, { status: "busy", note: "", file: null, rate: 0 });
+  for (const [run] of asks) Object.assign(run, { status: "busy", note: "", file: null, rate: 0, job: mine });
   change({ map: asks.some(([run]) => run === state.a) && state.map === "b" ? "a" : state.map });
-  await Promise.all(asks.map(([run, asked]) => one(run, asked, mine.signal)));
+  await Promise.all(asks.map(([run, asked]) => one(run, asked, mine)));
   if (abort === mine) abort = null;
   change();
 }
 
-async function one(run, asked, signal) {
+async function one(run, asked, job) {
   try {
-    const { ids, texts } = await tokens(asked, signal);
-    await stream(run, { ...asked, ids, texts }, signal);
-    if (run.status === "busy") run.status = "done";
+    const { ids, texts } = await tokens(asked, job.signal);
+    await stream(run, { ...asked, ids, texts }, job.signal);
+    run.status = "done";
   } catch (error) {
+    if (run.job !== job) return; // it is being asked something else already
     const stopped = error.name === "AbortError";
     run.status = stopped ? "stopped" : "failed";
     run.note = stopped ? "Stopped." : error.message;
     if (error.status === 401) change({ key: true });
   }
-  if (asked.messages) run.messages = [...asked.messages, { role: "assistant", content: drawnText(run) }];
+  if (asked.messages) {
+    // What got no answer was not said: it can be sent again.
+    const said = drawnText(run);
+    run.messages = said ? [...asked.messages, { role: "assistant", content: said }] : asked.messages.slice(0, -1);
+  }
   change();
 }
 
@@ -98,8 +103,11 @@ function finish(reason, made, run, full) {
   return `${end}: ${made} ${made === 1 ? "token" : "tokens"}${rate}.`;
 }
 
-const drawnText = (run) =>
-  run.tokens.slice(run.turns.findLast((turn) => turn.who === "model")?.at ?? run.tokens.length).map((token) => token.text).join("");
+/** The text of the last turn, if it is the model's. */
+function drawnText(run) {
+  const turn = run.turns.at(-1);
+  return turn?.who === "model" ? run.tokens.slice(turn.at).map((token) => token.text).join("") : "";
+}
 
 /** A new prompt, or in a chat the next message: of the text, and of the one beside it if it has its own. */
 export function ask(prompts, chat) {

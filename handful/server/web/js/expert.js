@@ -44,9 +44,10 @@ function toggle(number, expert) {
     : off ? "The answer without it stands beside the first one." : "Turn it off, and the model answers again without it, beside the first answer.";
   return h("div", { class: "toggle" },
     h("button", {
-      class: "switch", type: "button", role: "switch", disabled: !able, id: "expert-switch",
-      aria: { checked: !off, label: `Expert ${expert} of layer ${number}` },
-      on: { click: () => answerWithout(number, expert, !off) },
+      class: "switch", type: "button", role: "switch", id: "expert-switch",
+      // Not `disabled`: that would take the keyboard's focus away while it answers.
+      aria: { checked: !off, disabled: !able, label: `Expert ${expert} of layer ${number}` },
+      on: { click: () => able && answerWithout(number, expert, !off) },
     }, h("span", { class: "knob", aria: { hidden: "true" } })),
     h("span", {}, h("strong", {}, off ? "Off" : "On"), ` · ${why}`));
 }
@@ -54,8 +55,8 @@ function toggle(number, expert) {
 function table({ kinds }) {
   const rows = kinds.slice(0, MOST).map((one) =>
     h("tr", { class: one.chance <= EVIDENCE ? "" : "faint" },
-      h("th", { scope: "row" }, shown(one.text)), h("td", {}, `${one.taken} of ${one.of}`), h("td", {}, one.expected.toFixed(1)),
-      h("td", {}, `${one.ratio.toFixed(1)} ×`)));
+      h("th", { scope: "row" }, shown(one.text)), h("td", {}, `${one.taken} of ${one.of}`), h("td", {}, String(Number(one.expected.toPrecision(2)))),
+      h("td", {}, `${one.ratio < 10 ? one.ratio.toFixed(1) : Math.round(one.ratio)} ×`)));
   return h("div", { class: "scroll" }, h("table", { class: "took" },
     h("thead", {}, h("tr", {}, ["Token", "Took", "By chance", "Above it"].map((text) => h("th", { scope: "col" }, text)))),
     h("tbody", {}, rows)));

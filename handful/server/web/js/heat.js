@@ -11,7 +11,7 @@ export function colours() {
     probe.fillRect(0, 0, 1, 1);
     return [...probe.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
-  const names = ["none", "heat", "more", "less", "ink", "muted", "focus", "paper"];
+  const names = ["none", "heat", "more", "less", "ink", "muted", "accent"];
   return Object.fromEntries(names.map((name) => [name, of(`--${name}`)]));
 }
 

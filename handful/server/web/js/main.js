@@ -1,13 +1,13 @@
 // The page: what is on it, put together.
 
-import { getJson, setKey } from "./api.js";
+import { getJson, hasKey, setKey } from "./api.js";
 import { ask, stop, writeOn } from "./ask.js";
 import { count, fill, find, findAll, h, percent, plural, short } from "./dom.js";
 import { drawExpert } from "./expert.js";
 import { MapView } from "./map.js";
 import { drawToken } from "./path.js";
 import { Run } from "./run.js";
-import { change, drawn, isMixture, runs, state } from "./state.js";
+import { change, drawn, isMixture, parting, runs, state } from "./state.js";
 import { TokensView } from "./tokens.js";
 import { Tour } from "./tour.js";
 import { load, save } from "./trace.js";
@@ -56,7 +56,10 @@ function send() {
   if (state.model !== state.served) serve();
   const chat = mode() === "chat";
   if (chat) for (const field of fields) field.value = "";
-  ask(prompts, chat).then(() => sayEnd());
+  ask(prompts, chat).then(() => {
+    const failed = chat && runs().every((run) => run.status === "failed");
+    if (failed) fields.forEach((field, i) => (field.value ||= prompts[i]));
+  });
 }
 
 /** What is on the page is the served model's again, after a trace of another one. */
@@ -69,11 +72,6 @@ function setTwo(two) {
   stop();
   change({ two, b, map: two ? state.map : "a", pick: null });
   if (two) find("#prompt-b").focus();
-}
-
-/** For who does not see it: the end of an answer, said once. */
-function sayEnd() {
-  find("#said").textContent = runs().map((run) => run.note).filter(Boolean).join(" ");
 }
 
 find("#ask").addEventListener("submit", (event) => {
@@ -90,7 +88,7 @@ for (const field of [find("#prompt"), find("#prompt-b")]) {
   });
 }
 for (const input of findAll("input[name=mode]")) input.addEventListener("change", modeChanged);
-find("#write-on").addEventListener("click", () => writeOn().then(sayEnd));
+find("#write-on").addEventListener("click", () => writeOn());
 find("#two").addEventListener("click", () => setTwo(!state.two));
 find("#close-b").addEventListener("click", () => setTwo(false));
 find("#clear").addEventListener("click", () => {
@@ -129,18 +127,21 @@ function drawTexts() {
       find(`#head-${slot}`).textContent = off.length ? `${slot.toUpperCase()} · without ${off.join(", ")}` : slot.toUpperCase();
       const note = find(`#note-${slot}`);
       const told = run.status === "busy" && run.rate ? `${Math.round(run.rate)} tokens a second` : run.status === "busy" ? "Reading…" : run.note;
-      note.textContent = slot === "b" && run.isOff && run.status !== "busy" ? [told, parting()].filter(Boolean).join(" ") : told;
+      note.textContent = slot === "b" && run.status !== "busy" ? `${told} ${sayParting()}` : told;
       note.classList.toggle("wrong", run.status === "failed");
     }
     view.draw();
   }
+  // For who does not see it: the end of an answer, said once.
+  const said = busy ? "" : runs().map((run) => run.note).filter(Boolean).join(" ");
+  if (find("#said").textContent !== said) find("#said").textContent = said;
   const { scrollTop, scrollHeight, clientHeight } = find("#texts");
   if (busy && scrollHeight - scrollTop - clientHeight < 120) find("#texts").scrollTop = scrollHeight;
   find("#texts").classList.toggle("two", state.b !== null);
   find("#texts").hidden = !tour.root.hidden && empty;
   find("#empty").hidden = !empty || !tour.root.hidden;
   find("#examples").hidden = !empty;
-  find("#texts").dataset.mode = mode();
+  find("#talk").dataset.mode = mode();
   find("#prompt-b").hidden = find("#label-b").hidden = find("#label-a").hidden = !state.two;
   find("#two").setAttribute("aria-pressed", state.two);
   find("#go").textContent = busy ? "Stop" : mode() === "chat" ? "Send" : "Complete";
@@ -153,15 +154,13 @@ function drawTexts() {
   find("#key-line").hidden = empty || !isMixture();
 }
 
-/** From which token on the answer without an expert is another one. */
-function parting() {
+function sayParting() {
   const { a, b } = state;
   const from = b.asked?.ids.length;
-  if (from === undefined || a.asked?.ids.length !== from) return "";
-  let same = from;
-  while (same < a.tokens.length && same < b.tokens.length && a.tokens[same].id === b.tokens[same].id) same++;
-  if (same === a.tokens.length && same === b.tokens.length) return "It is the same answer as A.";
-  return same === from ? "It differs from A from its first token on." : `The first ${plural(same - from, "token")} are those of A.`;
+  const at = parting();
+  if (at === null) return "";
+  if (at >= a.tokens.length && at >= b.tokens.length) return "It is the same answer as A.";
+  return at === from ? "It parts from A at its first token." : `Its first ${plural(at - from, "token")} are those of A.`;
 }
 
 let detail = null; // what it is of, to begin at its top
@@ -245,7 +244,8 @@ function setTheme(theme) {
   localStorage.setItem("handful.theme", theme);
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  find("#theme").textContent = `Theme: ${theme}`;
+  fill(find("#theme"), h("span", {}, "Theme: "), theme);
+  find("#theme").setAttribute("aria-label", `Theme: ${theme}`);
   map.repaint();
 }
 find("#theme").addEventListener("click", () => {
@@ -262,19 +262,22 @@ find("#key-form").addEventListener("submit", (event) => {
   setKey(find("#key-value").value.trim());
   find("#key-value").value = "";
   find("#key").close();
-  change({ key: false });
+  wrong("");
   if (!state.served) begin();
 });
-drawn(() => state.key && askKey("The server wants a key."));
+find("#key").addEventListener("close", () => {
+  change({ key: false });
+  if (!state.served) wrong("Without its key the server tells nothing. Load the page again to give it.");
+});
+drawn(() => state.key && askKey(""));
 
 async function begin() {
   let model;
   try {
     model = await getJson("routing/model");
   } catch (error) {
-    if (error.status === 401) askKey(find("#key").dataset.asked ? "That key is wrong." : "");
+    if (error.status === 401) askKey(hasKey() ? "That key is wrong." : "");
     else wrong(error.message);
-    find("#key").dataset.asked = "yes";
     return;
   }
   wrong("");

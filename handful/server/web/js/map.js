@@ -149,9 +149,8 @@ export class MapView {
         const [w, t] = [Math.max(1, g.cell - gap), g.row - (g.row > 8 ? 2 : 1)];
         const place = placeOf(layer, e);
         pen.fillStyle = css(one.load ? heatOf(one.load[e], one.kind, palette) : palette.none);
-        // On disk: the lower half alone; on its way: the lower two thirds.
-        const share = place === PLACES.d ? 0.5 : place === PLACES.f ? 0.75 : 1;
-        pen.fillRect(x, top + t * (1 - share), w, t * share);
+        pen.fillRect(x, top, w, t);
+        if (place === PLACES.d || place === PLACES.f) this._hollow(pen, x, top, w, t, place === PLACES.f);
         if (one.dead(e) || isOff(layer, e)) this._cross(pen, x, top, w, t, isOff(layer, e));
       }
     });
@@ -161,10 +160,7 @@ export class MapView {
     pen.strokeRect(g.left - 2.5, top - 0.5, g.cell * state.model.experts + 4, g.row - 0.5);
     const { pick } = state;
     if (pick?.kind === "token") {
-      // The token's path through all layers.
-      layers.forEach((_, layer) => {
-        for (const { expert } of pick.run.routing.at(pick.index, layer)) this._frame(pen, layer, expert, palette.more);
-      });
+      this._path(pen, layers.map((_, layer) => pick.run.routing.at(pick.index, layer)));
     }
     const expert = marked();
     if (expert !== null) this._frame(pen, state.layer, expert, palette.ink);
@@ -177,6 +173,30 @@ export class MapView {
     pen.lineWidth = 2;
     const w = Math.max(6, g.cell);
     pen.strokeRect(g.left + expert * g.cell + g.cell / 2 - w / 2, layer * g.row + 2, w - 1, g.row - 4);
+  }
+
+  /** A token's way through all layers: its experts framed, and where there is room a line along the first ones. */
+  _path(pen, chosen) {
+    const g = this.geometry;
+    pen.strokeStyle = pen.fillStyle = css(this.palette.accent);
+    if (g.row > 12) {
+      pen.lineWidth = 1.5;
+      pen.beginPath();
+      chosen.forEach((experts, layer) => {
+        if (experts.length) pen.lineTo(g.left + (experts[0].expert + 0.5) * g.cell, 1 + (layer + 0.5) * g.row);
+      });
+      pen.stroke();
+    }
+    chosen.forEach((experts, layer) => experts.forEach(({ expert }) => {
+      if (g.row > 12) this._frame(pen, layer, expert, this.palette.accent);
+      else pen.fillRect(g.left + expert * g.cell, 1 + layer * g.row, Math.max(3, g.cell - 1), g.row - 1);
+    }));
+  }
+
+  /** What is on disk is hollow, and what is on its way half so. */
+  _hollow(pen, x, y, w, t, half) {
+    const edge = Math.min(w, t) >= 6 ? 2 : 1;
+    pen.clearRect(x + edge, y + edge, Math.max(1, w - 2 * edge), half ? (t - 2 * edge) / 2 : t - 2 * edge);
   }
 
   /** A dead expert is crossed out; one that is switched off is struck through. */

@@ -59,7 +59,7 @@ function sharing(run, index, layer) {
   for (let i = 0; i < run.routing.rows; i++) if (i !== index && run.routing.took(i, layer, expert)) others++;
   const where = `layer ${state.model.moe_layers[layer]}`;
   return h("p", {}, others
-    ? `Expert ${expert} of ${where} also took ${plural(others, "other token")} of this text, which are marked.`
+    ? `Expert ${expert} of ${where} also took ${plural(others, "other token")} of this text, which ${others === 1 ? "is" : "are"} marked.`
     : `Expert ${expert} of ${where} took no other token of this text.`);
 }
 
@@ -69,12 +69,14 @@ function row(run, index, layer, number, path) {
   const chosen = told
     ? told.experts.map((expert, k) => ({ expert, weight: told.weights[k] })).sort((a, b) => b.weight - a.weight)
     : run.routing.at(index, layer);
+  const many = chosen.length > 3;
   const chips = chosen.map(({ expert, weight }) =>
     h("button", {
       class: "chip", type: "button", data: here ? { hue: hueOf(expert) } : {}, aria: { pressed: here && marked() === expert },
       title: `Mark the tokens that chose expert ${expert} in layer ${number}`,
+      ...(many && { ariaLabel: `expert ${expert}, weight ${weight?.toFixed(2) ?? "unknown"}` }),
       on: { click: () => change({ layer, pick: { ...state.pick, expert } }) },
-    }, h("span", { class: "dot" }), `expert ${expert}`, weight === null ? null : h("b", {}, weight.toFixed(2))));
+    }, h("span", { class: "dot" }), many ? `${expert}` : `expert ${expert}`, weight === null ? null : h("b", {}, weight.toFixed(2))));
   return h("div", { class: `way${here ? " here" : ""}`, role: "group", aria: { label: `Layer ${number}` } },
     h("span", { class: "way-layer" }, `Layer ${number}`), told ? bars(told) : null, h("span", { class: "chips" }, chips));
 }

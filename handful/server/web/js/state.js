@@ -40,3 +40,13 @@ export function marked() {
   if (pick.kind === "expert") return pick.expert;
   return pick.expert ?? pick.run.routing.first(pick.index, layer);
 }
+
+/** The first token at which the answer without some experts is another one than A; null where there is none beside it. */
+export function parting() {
+  const { a, b } = state;
+  const from = b?.asked?.ids.length;
+  if (!b?.isOff || from === undefined || a.asked?.ids.length !== from) return null;
+  let at = from;
+  while (at < a.tokens.length && at < b.tokens.length && a.tokens[at].id === b.tokens[at].id) at++;
+  return at;
+}

@@ -2,7 +2,7 @@
 
 import { h, shown } from "./dom.js";
 import { hueOf } from "./palette.js";
-import { change, isMixture, marked, runs, state } from "./state.js";
+import { change, isMixture, marked, parting, runs, state } from "./state.js";
 
 const WHO = { completion: { you: "Prompt", model: "Model" }, chat: { you: "You", model: "Model" } };
 
@@ -95,6 +95,7 @@ export class TokensView {
     const expert = marked();
     const { pick, layer } = state;
     const mixture = isMixture();
+    const parts = this.slot === "b" && run.status !== "busy" ? parting() : null;
     this.root.classList.toggle("marking", expert !== null && runs().some((one) => one.routing.counts(layer, state.model.experts)[expert] > 0));
     for (let i = 0; i < ids.length; i++) {
       const node = this.nodes[i];
@@ -106,6 +107,7 @@ export class TokensView {
         if (node.text !== ids[i].text) this._text(node, ids[i].text);
         node.setAttribute("aria-label", `${shown(ids[i].text)}${first === null ? "" : `, expert ${first}`}`);
       }
+      if (node.parts !== (i === parts)) node.classList.toggle("parts", (node.parts = i === parts));
       const same = expert !== null && run.routing.took(i, layer, expert);
       if (node.same !== same) node.classList.toggle("same", (node.same = same));
       const here = pick?.kind === "token" && pick.run === run && pick.index === i;
