@@ -259,6 +259,33 @@ def cells(page: webdriver.Chrome, layer: int) -> list[list[int]]:
     )
 
 
+def test_dead_experts_and_places_are_marked_by_shape(page: webdriver.Chrome) -> None:
+    """A routing of many tokens in which one expert has nothing, and places as a server under a budget tells them."""
+    free_text(page, "the cat", tokens=4)
+    page.execute_async_script(
+        "const done = arguments[0]; import('/web/js/state.js').then(({ state, change }) => {"
+        "const { routing } = state.a, rows = 2000, experts = new Uint16Array(rows * 4);"
+        "experts.forEach((_, i) => { const e = (i * 7 + (i >> 2)) % 16; experts[i] = e === 3 ? 4 : e; });"
+        "routing.cut(0); Object.assign(routing, { rows, experts, weights: null });"
+        "const load = Array(16).fill(1 / 16); load[5] = 0;"
+        "const one = { load, places: 'mdf'.repeat(5) + 'm' };"
+        "change({ lately: { layers: { 0: one, 1: one } } }); requestAnimationFrame(() => setTimeout(done)) })"
+    )
+    assert "1 dead expert (×)" in find(page, "#map-note").text
+    labels = page.execute_script(
+        "return [...document.querySelectorAll('.tile')].map((e) => e.getAttribute('aria-label'))"
+    )
+    assert [expert for expert, label in enumerate(labels) if "dead" in label] == [3]
+    assert texts(page, ".tile .mark")[:5] == ["●", "○", "◐", "×", "○"]
+    assert [label.rpartition(", ")[2] for label in labels[:3]] == ["in memory", "on disk", "on its way"]
+    assert find(page, "#places").is_displayed()
+    # On the map a cell in memory is full, and one on disk is hollow.
+    empty = [0, 0, 0]
+    assert [found == empty for found in cells(page, 0)[:3]] == [False, True, True]
+    page.execute_script("document.querySelector('input[name=map][value=lately]').click()")
+    until(lambda: "almost no load" in str(every(page, ".tile")[5].get_attribute("aria-label")))
+
+
 def test_stop_ends_a_stream(page: webdriver.Chrome, model: Decoder) -> None:
     with serving(model) as slow:
         slow.slow(0.1)
@@ -490,10 +517,11 @@ def test_a_trace_is_saved_and_opens_without_the_server(page: webdriver.Chrome, d
     assert state(page, "state.a.file") is None
 
 
-def trace(**changes: Any) -> str:
+def trace(model: dict[str, Any] | None = None, **changes: Any) -> str:
     """A trace's content, of which something is wrong."""
     text = {"tokens": [1], "texts": ["<b>"], "turns": [], "routed_experts": "AAAA"}
-    described = {"model": "m", "moe_layers": [0], "experts": 4, "top_k": 1}
+    sizes = {"parameters": {"total": 9, "active": 3}, "bytes": {"total": 36, "token": 12}}
+    described = {"model": "m", "layers": 1, "moe_layers": [0], "experts": 4, "top_k": 1, **sizes, **(model or {})}
     return json.dumps({"format": "handful-trace", "version": 1, "model": described, "texts": [text]} | changes)
 
 
@@ -503,7 +531,8 @@ def trace(**changes: Any) -> str:
         ("{", "it is not JSON"),
         ("[]", "its format is not handful-trace"),
         (trace(version=2), "its version is 2"),
-        (trace(model={}), "its model is not described"),
+        (trace({"parameters": {"total": 1}}), "its model is not described"),
+        (trace({"experts": 10**9}), "1000000000 experts"),
         (trace(texts=[]), "it has one text or two"),
         (trace(texts=[{"tokens": [1], "texts": []}]), "not every token has a text"),
         (trace(), "not .npy"),

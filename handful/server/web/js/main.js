@@ -262,10 +262,11 @@ find("#key-form").addEventListener("submit", (event) => {
   setKey(find("#key-value").value.trim());
   find("#key-value").value = "";
   find("#key").close();
+  change({ key: false });
   wrong("");
   if (!state.served) begin();
 });
-find("#key").addEventListener("close", () => {
+find("#key").addEventListener("cancel", () => {
   change({ key: false });
   if (!state.served) wrong("Without its key the server tells nothing. Load the page again to give it.");
 });

@@ -9,7 +9,8 @@ import { DEAD, ENOUGH, maxVio, relative } from "./stats.js";
 
 const PLACES = { m: ["in memory", "●"], d: ["on disk", "○"], f: ["on its way", "◐"] };
 
-/** A layer as the map shows it: {load, kind, dead, each}; load: per expert relative to even, null if nothing ran. */
+/** A layer as the map shows it: {load, kind, dead, each}; load: per expert relative to even, null if nothing ran; each:
+ * assignments an expert, null if nobody said. */
 function layerOf(layer) {
   const { model } = state;
   const E = model.experts;
@@ -38,7 +39,9 @@ export const placeOf = (layer, expert) => {
   return places ? PLACES[places[expert]] ?? null : null;
 };
 
-/** The run whose experts are off. */
+/** A load of nearly nothing is a dead expert's only after enough assignments. */
+const deadWord = (one) => (one.each === null ? "almost no load" : "dead");
+
 const isOff = (layer, expert) => runs().some((run) => run.isExpertOff(layer, expert));
 
 export class MapView {
@@ -231,7 +234,7 @@ export class MapView {
       tile.classList.toggle("disk", place === PLACES.d);
       tile.setAttribute("aria-pressed", chosen === expert);
       tile.lastChild.textContent = off ? "–" : dead ? "×" : place ? place[1] : one.kind === "difference" && value ? (value > 0 ? "+" : "−") : "";
-      const more = [off && "switched off", dead && "dead", place?.[0]].filter(Boolean);
+      const more = [off && "switched off", dead && deadWord(one), place?.[0]].filter(Boolean);
       tile.setAttribute("aria-label", [`Expert ${expert}`, sayLoad(value, one.kind, E), ...more].join(", "));
     });
   }
@@ -250,7 +253,9 @@ export class MapView {
       const most = maxVio(one.load);
       said = `The busiest expert of layer ${state.model.moe_layers[state.layer]} has ${(most + 1).toFixed(1)} times the even load (MaxVio ${most.toFixed(1)}). `;
       const dead = Array.from(one.load, (_, e) => one.dead(e)).filter(Boolean).length;
-      if (one.each !== null && one.each < ENOUGH) {
+      if (one.each === null) {
+        said += dead ? `${plural(dead, "expert")} had almost no load (×).` : "";
+      } else if (one.each < ENOUGH) {
         said += `${one.each < 10 ? one.each.toFixed(1) : Math.round(one.each)} assignments an expert: too few to call an unused one dead.`;
       } else {
         said += dead ? `${plural(dead, "dead expert")} (×).` : "No dead expert.";
@@ -278,7 +283,7 @@ export class MapView {
       const value = one.load ? one.load[cell.expert] : null;
       told = `Layer ${state.model.moe_layers[cell.layer]}, expert ${cell.expert}: ${sayLoad(value, one.kind, state.model.experts)}`;
       if (place) told += `, ${place[0]}`;
-      if (one.dead(cell.expert)) told += ", dead";
+      if (one.dead(cell.expert)) told += `, ${deadWord(one)}`;
       if (isOff(cell.layer, cell.expert)) told += ", switched off";
     }
     this.readout.textContent = told;
@@ -338,8 +343,3 @@ export function pickExpert(expert, always = false) {
   const again = !always && state.pick?.kind === "expert" && state.pick.expert === expert;
   change({ pick: again ? null : { kind: "expert", expert } });
 }
-
-export const shareOf = (counts, expert) => {
-  const sum = counts.reduce((a, b) => a + b, 0);
-  return sum ? percent(counts[expert] / sum) : "none";
-};

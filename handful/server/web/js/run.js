@@ -12,6 +12,7 @@ export class Routing {
     this.weights = null;
     this._experts = null; // with room to grow
     this._weights = null;
+    this._counts = new Map(); // layer → {rows, found}
   }
 
   /** Add the rows of an answer's chunk. Error for another shape than the model's. */
@@ -74,18 +75,21 @@ export class Routing {
     return false;
   }
 
-  /** Assignments of each of a layer's experts, of the tokens from `from` on. */
-  counts(layer, experts, from = 0) {
-    const found = new Float64Array(experts);
-    for (let token = from; token < this.rows; token++) {
-      const begin = (token * this.layers + layer) * this.topK;
-      for (let k = 0; k < this.topK; k++) found[this.experts[begin + k]] += 1;
+  /** Assignments of each of a layer's experts. They are counted once: a text that grows has its new rows added. */
+  counts(layer, experts) {
+    const known = this._counts.get(layer) ?? { rows: 0, found: new Float64Array(experts) };
+    for (; known.rows < this.rows; known.rows++) {
+      const begin = (known.rows * this.layers + layer) * this.topK;
+      for (let k = 0; k < this.topK; k++) known.found[this.experts[begin + k]] += 1;
     }
-    return found;
+    this._counts.set(layer, known);
+    return known.found;
   }
 
+  /** Forget the rows from there on. */
   cut(rows) {
     if (rows >= this.rows) return;
+    this._counts.clear();
     const width = this.layers * this.topK;
     this.rows = rows;
     this.experts = this._experts.subarray(0, rows * width);

@@ -37,6 +37,23 @@ export function save() {
 const isWhole = (value) => Number.isSafeInteger(value) && value >= 0;
 const wrong = (what) => new Error(`This is no trace that can be shown: ${what}.`);
 
+const MOST = 4096; // experts of a layer that a page would draw
+
+/** What a page shows of a model, out of what a file says of it. */
+function described(model) {
+  const pair = (value, ...names) => value && names.every((name) => isWhole(value[name]));
+  const layers = model?.moe_layers;
+  const whole = typeof model?.model === "string" && Array.isArray(layers) && layers.every(isWhole) && isWhole(model.layers)
+    && pair(model.parameters, "total", "active") && pair(model.bytes, "total", "token");
+  if (!whole) throw wrong("its model is not described");
+  const { experts, top_k } = model;
+  if (layers.length && !(isWhole(experts) && isWhole(top_k) && top_k >= 1 && top_k <= experts && experts <= MOST)) {
+    throw wrong(`its model has ${experts} experts, ${top_k} a token`);
+  }
+  const { parameters, bytes } = model;
+  return { model: model.model, layers: model.layers, moe_layers: layers, experts, top_k, shared: model.shared === true, parameters, bytes, memory: null };
+}
+
 /** The texts of a trace's content. Error that says what is wrong with it. */
 export function fromTrace(content, name) {
   let trace;
@@ -47,10 +64,8 @@ export function fromTrace(content, name) {
   }
   if (trace?.format !== FORMAT) throw wrong(`its format is not ${FORMAT}`);
   if (trace.version !== VERSION) throw wrong(`its version is ${trace.version}, and this page reads ${VERSION}`);
-  const { model, texts } = trace;
-  const layers = model?.moe_layers;
-  if (!Array.isArray(layers) || !layers.every(isWhole) || typeof model.model !== "string") throw wrong("its model is not described");
-  if (layers.length && !(isWhole(model.experts) && model.experts > 0 && isWhole(model.top_k))) throw wrong("its model is not described");
+  const model = described(trace.model);
+  const { texts } = trace;
   if (!Array.isArray(texts) || texts.length < 1 || texts.length > 2) throw wrong("it has one text or two");
   return { model, runs: texts.map((text, i) => runOf(text, model, "ab"[i], name)) };
 }
