@@ -227,6 +227,11 @@ def test_tokens_stream_in_coloured_and_the_map_fills(page: webdriver.Chrome, ser
     # The rarest of those that have a hue is no rarer than the most frequent grey one.
     grey = [firsts.count(expert) for expert, found in of.items() if found == {"rest"}]
     assert min(firsts.count(expert) for expert, found in of.items() if found != {"rest"}) >= max(grey, default=0)
+    # The legend says which hue is whose.
+    legend = page.execute_script(
+        "return [...document.querySelectorAll('#legend .chip')].map((e) => [e.innerText, e.dataset.hue])"
+    )
+    assert {int(expert): {hue} for expert, hue in legend} == {e: found for e, found in of.items() if found != {"rest"}}
     # The map: the shares of what was counted.
     counts = state(page, "[...state.a.routing.counts(0, 16)]")
     assert sum(counts) == TOP_K * (len(firsts) - 1)

@@ -39,14 +39,14 @@ export const count = (n) => COUNT.format(n);
 export function short(n, unit = "") {
   const steps = [[1e12, "T"], [1e9, unit === "B" ? "G" : "B"], [1e6, "M"], [1e3, "k"]];
   for (const [size, letter] of steps) {
-    if (n >= size) return `${Number((n / size).toPrecision(3))} ${letter}${unit}`;
+    if (n >= size) return `${Number((n / size).toPrecision(3))}\u00a0${letter}${unit}`;
   }
-  return unit ? `${Number(n.toPrecision(3))} ${unit}` : String(n);
+  return unit ? `${Number(n.toPrecision(3))}\u00a0${unit}` : String(n);
 }
 
 export const percent = (share) => {
   const value = 100 * share;
-  return `${value >= 10 || value === 0 ? Math.round(value) : Number(value.toPrecision(2))} %`;
+  return `${value >= 10 || value === 0 ? Math.round(value) : Number(value.toPrecision(2))}\u00a0%`; // a space that does not break
 };
 
 export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;

@@ -4,10 +4,11 @@ import { getJson, hasKey, setKey } from "./api.js";
 import { ask, stop, writeOn } from "./ask.js";
 import { count, fill, find, findAll, h, percent, plural, short } from "./dom.js";
 import { drawExpert } from "./expert.js";
-import { MapView } from "./map.js";
+import { MapView, pickExpert } from "./map.js";
+import { legend } from "./palette.js";
 import { drawToken } from "./path.js";
 import { Run } from "./run.js";
-import { change, drawn, isMixture, parting, runs, state } from "./state.js";
+import { change, drawn, isMixture, marked, parting, runs, state } from "./state.js";
 import { TokensView } from "./tokens.js";
 import { Tour } from "./tour.js";
 import { load, save } from "./trace.js";
@@ -150,8 +151,27 @@ function drawTexts() {
   find("#write-on").hidden = mode() === "chat" || empty || busy || file;
   find("#save").disabled = empty;
   find("#clear").hidden = empty || busy;
-  find("#key-line").textContent = isMixture() ? `Colour: the first expert that a token chose in layer ${state.model.moe_layers[state.layer]}. Grey: one outside the eight most used.` : "";
-  find("#key-line").hidden = empty || !isMixture();
+  find("#legend").hidden = empty || !isMixture();
+  if (!find("#legend").hidden) drawLegend();
+}
+
+let legendOf = ""; // drawn anew only when it is another one, so that the focus stays
+
+function drawLegend() {
+  const number = state.model.moe_layers[state.layer];
+  const hues = legend();
+  const expert = marked();
+  const now = JSON.stringify([number, hues, expert]);
+  if (now === legendOf) return;
+  legendOf = now;
+  const inside = findAll("#legend button").indexOf(document.activeElement);
+  fill(find("#legend"),
+    h("span", {}, `First expert in layer ${number}:`),
+    hues.map(([one, hue]) => h("button", {
+      type: "button", class: "chip", data: { hue }, ariaLabel: `Expert ${one}`, aria: { pressed: one === expert }, on: { click: () => pickExpert(one) },
+    }, h("span", { class: "dot" }), String(one))),
+    h("span", { class: "others" }, h("span", { class: "dot" }), "others"));
+  findAll("#legend button")[inside]?.focus({ preventScroll: true });
 }
 
 function sayParting() {

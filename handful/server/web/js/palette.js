@@ -5,16 +5,15 @@ import { state, runs } from "./state.js";
 
 export const HUES = 8;
 
-const known = { layer: null, runs: [], hues: new Map() };
+const known = { layer: null, run: null, hues: new Map() };
 
 /** Call once a frame, before `hueOf`. */
 export function choose() {
-  const now = runs();
-  if (known.layer !== state.layer || now.some((run, i) => run !== known.runs[i])) known.hues = new Map();
+  if (known.layer !== state.layer || known.run !== state.a) known.hues = new Map();
   known.layer = state.layer;
-  known.runs = now;
+  known.run = state.a;
   const used = new Map();
-  for (const run of now) {
+  for (const run of runs()) {
     for (let i = 0; i < run.routing.rows; i++) {
       const expert = run.routing.first(i, state.layer);
       used.set(expert, (used.get(expert) ?? 0) + 1);
@@ -29,3 +28,6 @@ export function choose() {
 
 /** A hue's number in the style sheet; "rest" for grey. */
 export const hueOf = (expert) => (expert === null || expert === undefined ? "" : String(known.hues.get(expert) ?? "rest"));
+
+/** The experts that have a hue, by hue. */
+export const legend = () => [...known.hues].sort((x, y) => x[1] - y[1]);
