@@ -129,9 +129,10 @@ def titled(page: webdriver.Chrome, title: str) -> bool:
 
 
 def state(page: webdriver.Chrome, expression: str) -> Any:
-    """A JavaScript expression of the page's own state."""
+    """A JavaScript expression of the page's own state, which is drawn by the time that this returns."""
     return page.execute_async_script(
-        "const done = arguments[0]; import('/web/js/state.js').then(({ state }) => done(" + expression + "))"
+        "const done = arguments[0]; import('/web/js/state.js').then(({ state }) =>"
+        "{ const found = " + expression + "; requestAnimationFrame(() => setTimeout(() => done(found))) })"
     )
 
 
@@ -453,6 +454,16 @@ def test_what_the_server_refuses_is_one_line_where_it_matters(page: webdriver.Ch
     complaints(page)  # of the 400
 
 
+def test_a_context_that_is_full_is_said_to_be(page: webdriver.Chrome) -> None:
+    page.execute_script("document.querySelector('input[name=mode][value=completion]').click()")
+    find(page, "#prompt").send_keys("the cat " * 100, Keys.ENTER)
+    until(lambda: "the model's context 128: nothing fits after it" in find(page, "#note-a").text)
+    # Near its end an answer is as long as there is room.
+    free_text(page, "the cat " * 30, tokens=100)
+    assert find(page, "#note-a").text.startswith("The context is full: ")
+    assert len(state(page, "state.a.ids")) == 128
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two prompts, traces.
 
@@ -464,8 +475,9 @@ def test_two_prompts_side_by_side(page: webdriver.Chrome) -> None:
     free_text(page, "the cat sat")
     until(lambda: state(page, "state.b.status") == "done")
     assert "".join(texts(page, "#text-b .turn.you .token")).endswith("and the dog ran to the man")
-    page.execute_script("document.querySelector('input[name=map][value=difference]').click()")
+    # Both are there: the map shows what changed.
     until(lambda: find(page, "#scale-to").text == "more in B")
+    assert find(page, "input[name=map][value=difference]").is_selected()
     shares = [np.array(state(page, f"[...state.{side}.routing.counts(0, 16)]")) for side in "ab"]
     a, b = (found / found.sum() for found in shares)
     labels = page.execute_script(

@@ -1,11 +1,11 @@
 // An expert's page: what it took, beside chance, and the switch that turns it off.
 
 import { answerWithout } from "./ask.js";
-import { fill, h, percent, plural, shown } from "./dom.js";
+import { count, fill, h, percent, plural, shown } from "./dom.js";
 import { sayLoad } from "./heat.js";
 import { placeOf } from "./map.js";
 import { runs, shownRun, state } from "./state.js";
-import { aboveChance, relative } from "./stats.js";
+import { aboveChance } from "./stats.js";
 
 const MOST = 12; // rows of the table
 const EVIDENCE = 0.05;
@@ -17,23 +17,28 @@ export function drawExpert(root, heading) {
   const run = shownRun();
   heading.textContent = `Expert ${expert} of layer ${number}`;
   const found = aboveChance(run, layer, expert);
-  const load = relative(run.routing.counts(layer, model.experts));
   const place = placeOf(layer, expert);
-  const name = state.b ? `text ${run.name.toUpperCase()}` : "this text";
-  const even = model.top_k / model.experts;
-  const took = found.rows
-    ? `It took ${found.total} of the ${plural(found.rows, "token")} of ${name}, ${percent(found.share)}; even would be ${percent(even)}.`
-    : "It has taken nothing yet: no text was read.";
   const lately = state.lately?.layers?.[String(number)]?.load;
   const recent = lately?.some((share) => share > 0)
     ? `Lately, over all that this server answered: ${sayLoad(lately[expert] * model.experts, "load", model.experts)}.` : null;
   fill(
     root,
-    h("p", {}, took, place && ` It is ${place[0]}.`),
+    runs().map((one) => h("p", {}, took(one, layer, expert))),
+    place && h("p", { class: "soft" }, `It is ${place[0]}.`),
     recent && h("p", { class: "soft" }, recent),
     toggle(number, expert),
-    load && found.kinds.length > 0 && [h("h3", {}, "The tokens that it took"), table(found), note(found)],
+    found.kinds.length > 0 && [h("h3", {}, `The tokens that it took${state.b ? ` in text ${run.name.toUpperCase()}` : ""}`), table(found), note(found)],
   );
+}
+
+/** How many of a text's tokens it took. */
+function took(run, layer, expert) {
+  const { rows } = run.routing;
+  if (!rows) return "It has taken nothing yet: no text was read.";
+  const share = run.routing.counts(layer, state.model.experts)[expert] / rows;
+  const even = run.routing.topK / state.model.experts;
+  const name = state.b ? `text ${run.name.toUpperCase()}` : "this text";
+  return `It took ${count(Math.round(share * rows))} of the ${plural(rows, "token")} of ${name}, ${percent(share)}; even would be ${percent(even)}.`;
 }
 
 function toggle(number, expert) {

@@ -60,6 +60,8 @@ function send() {
   ask(prompts, chat).then(() => {
     const failed = chat && runs().every((run) => run.status === "failed");
     if (failed) fields.forEach((field, i) => (field.value ||= prompts[i]));
+    // Two prompts are there to see what changes.
+    if (state.two && state.map === "a" && runs().every((run) => run.status === "done")) change({ map: "difference" });
   });
 }
 
