@@ -1,6 +1,8 @@
 // The server, as this page asks it. Addresses are relative, so that a proxy may put it under any path.
 
-const KEY = "handful.key"; // in sessionStorage: gone with the tab
+import { tab } from "./storage.js";
+
+const KEY = "handful.key";
 
 /** What the server refused, or that it could not be asked. `status` is 0 then. */
 export class ServerError extends Error {
@@ -11,12 +13,11 @@ export class ServerError extends Error {
   }
 }
 
-export const setKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
-
-export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+export const setKey = (key) => tab.set(KEY, key);
+export const hasKey = () => tab.get(KEY) !== null;
 
 async function ask(path, body, signal) {
-  const key = sessionStorage.getItem(KEY);
+  const key = tab.get(KEY);
   const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
   let answer;
   try {

@@ -9,6 +9,7 @@ import { legend } from "./palette.js";
 import { drawToken } from "./path.js";
 import { Run } from "./run.js";
 import { change, drawn, isMixture, marked, parting, runs, state } from "./state.js";
+import { visits } from "./storage.js";
 import { TokensView } from "./tokens.js";
 import { Tour } from "./tour.js";
 import { load, save } from "./trace.js";
@@ -263,7 +264,7 @@ async function watch() {
 const THEMES = ["auto", "light", "dark"];
 
 function setTheme(theme) {
-  localStorage.setItem("handful.theme", theme);
+  visits.set("handful.theme", theme);
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   fill(find("#theme"), h("span", {}, "Theme: "), theme);
@@ -271,7 +272,7 @@ function setTheme(theme) {
   map.repaint();
 }
 find("#theme").addEventListener("click", () => {
-  const now = localStorage.getItem("handful.theme") ?? "auto";
+  const now = visits.get("handful.theme") ?? "auto";
   setTheme(THEMES[(THEMES.indexOf(now) + 1) % THEMES.length]);
 });
 
@@ -313,5 +314,5 @@ async function begin() {
   watch();
 }
 
-setTheme(THEMES.find((theme) => theme === localStorage.getItem("handful.theme")) ?? "auto");
+setTheme(THEMES.find((theme) => theme === visits.get("handful.theme")) ?? "auto");
 begin();

@@ -48,7 +48,7 @@ export function drawToken(root, heading) {
 
 function how(path) {
   if (!path) return null;
-  return h("p", { class: "soft" }, `Bars: the router's scores of all ${state.model.experts} experts. In colour: the chosen ones, with their weights.`);
+  return h("p", { class: "soft" }, `Bars: the router's scores (${state.model.score}) of all ${state.model.experts} experts. In colour: the chosen ones, with their weights.`);
 }
 
 /** Who else chose the same expert. */

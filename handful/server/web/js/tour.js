@@ -4,8 +4,9 @@ import { postJson } from "./api.js";
 import { fill, find, h, percent, plural, short, shown } from "./dom.js";
 import { bars, next } from "./path.js";
 import { change, state } from "./state.js";
+import { visits } from "./storage.js";
 
-const SEEN = "handful.tour"; // in localStorage: who has seen it is not shown it again
+const SEEN = "handful.tour"; // who has seen it is not shown it again
 const STEPS = ["Token", "Router", "Experts", "Blend", "Next token"];
 
 export class Tour {
@@ -29,7 +30,7 @@ export class Tour {
 
   /** Of who is here for the first time. */
   greet() {
-    if (localStorage.getItem(SEEN) === null) this.open(false);
+    if (visits.get(SEEN) === null) this.open(false);
   }
 
   open(focus = true) {
@@ -42,7 +43,7 @@ export class Tour {
   }
 
   close() {
-    localStorage.setItem(SEEN, "1");
+    visits.set(SEEN, "1");
     this.root.hidden = true;
     change();
     find("#prompt").focus();
