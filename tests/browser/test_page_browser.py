@@ -438,6 +438,21 @@ def test_an_expert_is_turned_off_and_the_answers_stand_side_by_side(page: webdri
     assert not find(page, "#side-b").is_displayed()
 
 
+def test_a_click_is_not_lost_while_the_numbers_change(page: webdriver.Chrome) -> None:
+    free_text(page, "the cat sat", tokens=6)
+    click(page, every(page, ".tile")[3])
+    until(partial(titled, page, "Expert 3 of layer 0"))
+    ActionChains(page).click_and_hold(find(page, "#expert-switch")).perform()
+    page.execute_async_script(
+        "const done = arguments[0]; import('/web/js/state.js').then(({ change }) => {"
+        "change({ lately: { layers: { 0: { load: Array(16).fill(1 / 16), places: null } } } });"
+        "requestAnimationFrame(() => setTimeout(done)) })"
+    )
+    ActionChains(page).release().perform()
+    until(lambda: state(page, "state.b?.status") == "done")
+    assert state(page, "state.b.off") == {"0": [3]}
+
+
 def test_what_the_server_refuses_is_one_line_where_it_matters(page: webdriver.Chrome) -> None:
     free_text(page, "the cat sat")
     page.execute_async_script(

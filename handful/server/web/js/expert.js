@@ -10,6 +10,14 @@ import { aboveChance } from "./stats.js";
 const MOST = 12; // rows of the table
 const EVIDENCE = 0.05;
 
+/** What an expert's page depends on; first, what it is of. */
+export function expertKey() {
+  const { model, layer, pick, map, lately } = state;
+  const texts = runs().map((run) => [run.routing.rows, run.status, run.off, run.asked !== null, run.file]);
+  const recent = lately?.layers?.[String(model.moe_layers[layer])]?.load[pick.expert];
+  return [`${layer} ${pick.expert}`, map, texts, recent, placeOf(layer, pick.expert)];
+}
+
 export function drawExpert(root, heading) {
   const { model, layer, pick } = state;
   const { expert } = pick;

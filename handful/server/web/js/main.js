@@ -2,11 +2,10 @@
 
 import { getJson, hasKey, setKey } from "./api.js";
 import { ask, stop, writeOn } from "./ask.js";
+import { drawDetail, onClose } from "./detail.js";
 import { count, fill, find, findAll, h, percent, plural, short } from "./dom.js";
-import { drawExpert } from "./expert.js";
 import { MapView, pickExpert } from "./map.js";
 import { legend } from "./palette.js";
-import { drawToken } from "./path.js";
 import { Run } from "./run.js";
 import { change, drawn, isMixture, marked, parting, runs, state } from "./state.js";
 import { visits } from "./storage.js";
@@ -186,37 +185,8 @@ function sayParting() {
   return at === from ? "It parts from A at its first token." : `Its first ${plural(at - from, "token")} are those of A.`;
 }
 
-let detail = null; // what it is of, to begin at its top
-
-function drawDetail() {
-  const root = find("#detail");
-  root.hidden = state.pick === null;
-  document.body.classList.toggle("picked", state.pick !== null);
-  if (!state.pick) {
-    detail = null;
-    return;
-  }
-  // The keyboard's focus outlives the drawing: it stands on the same button of the new page.
-  const inside = root.contains(document.activeElement) ? findAll("button", root).indexOf(document.activeElement) : -1;
-  const { pick } = state;
-  (pick.kind === "token" ? drawToken : drawExpert)(find("#detail-body"), find("#detail-title"));
-  if (inside >= 0) findAll("button", root)[inside]?.focus({ preventScroll: true });
-  const now = pick.kind === "token" ? `${pick.run.name} ${pick.index}` : `${state.layer} ${pick.expert}`;
-  if (now !== detail) root.scrollTop = 0;
-  detail = now;
-}
-
-find("#detail-close").addEventListener("click", () => closeDetail());
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && state.pick && !event.target.closest("#tour")) closeDetail();
-});
-
-function closeDetail() {
-  const { pick } = state;
-  change({ pick: null });
-  const back = pick.kind === "token" ? views.find((view) => view.run === pick.run)?.nodes[pick.index] : map.tiles?.[pick.expert];
-  back?.focus({ preventScroll: true });
-}
+onClose((pick) =>
+  pick.kind === "token" ? views.find((view) => view.run === pick.run)?.nodes[pick.index] : map.tiles?.[pick.expert]);
 
 function drawModel() {
   const { model } = state;

@@ -2,7 +2,7 @@
 
 import { postJson } from "./api.js";
 import { fill, h, percent, plural, shown } from "./dom.js";
-import { hueOf } from "./palette.js";
+import { hueOf, legend } from "./palette.js";
 import { change, isMixture, marked, state } from "./state.js";
 
 /** What the router scored, asked once for each token that is chosen. */
@@ -23,12 +23,20 @@ function ask(run, index) {
     .finally(() => signal.aborted || change());
 }
 
+/** What a token's page depends on; first, what it is of. The model is asked for its path. */
+export function tokenKey() {
+  const { pick, layer } = state;
+  const { run, index } = pick;
+  if (asked.run !== run || asked.index !== index || asked.id !== run.tokens[index].id) ask(run, index);
+  const { length } = run.tokens;
+  return [`${run.name} ${index} ${asked.id}`, asked.path !== null, asked.error, layer, marked(), length, run.routing.rows, state.b !== null, legend()];
+}
+
 /** The page of the chosen token, into `root`. */
 export function drawToken(root, heading) {
   const { pick, layer } = state;
   const { run, index } = pick;
   const token = run.tokens[index];
-  if (asked.run !== run || asked.index !== index || asked.id !== token.id) ask(run, index);
   const { path, error } = asked;
   heading.textContent = shown(token.text);
   const name = state.b ? ` of text ${run.name.toUpperCase()}` : "";
