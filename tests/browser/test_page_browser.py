@@ -75,7 +75,7 @@ def page(chromium: webdriver.Chrome, served: Served) -> Iterator[webdriver.Chrom
 
 
 def opened(chromium: webdriver.Chrome, served: Served) -> Iterator[webdriver.Chrome]:
-    chromium.get(f"{served.url}/web/icon.svg")
+    chromium.get(served.url)
     chromium.execute_script("localStorage.clear(); sessionStorage.clear(); localStorage.setItem('handful.tour', '1')")
     complaints(chromium)
     chromium.get(served.url)
@@ -156,7 +156,7 @@ def free_text(page: webdriver.Chrome, prompt: str, tokens: int = 24, side: str =
 
 
 def test_the_first_visit_explains_itself_in_five_steps(chromium: webdriver.Chrome, served: Served) -> None:
-    chromium.get(f"{served.url}/web/icon.svg")
+    chromium.get(served.url)
     chromium.execute_script("localStorage.clear()")
     complaints(chromium)
     chromium.get(served.url)
@@ -834,7 +834,7 @@ def tap(page: webdriver.Chrome, element: WebElement) -> None:
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(chromium: webdriver.Chrome, model: Decoder) -> None:
     with serving(model, api_key="open-sesame") as served:
-        chromium.get(f"{served.url}/web/icon.svg")
+        chromium.get(served.url)
         chromium.execute_script("localStorage.clear(); sessionStorage.clear()")
         chromium.get(served.url)
         until(lambda: find(chromium, "#key").is_displayed())
