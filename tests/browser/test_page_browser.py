@@ -145,7 +145,8 @@ def free_text(page: webdriver.Chrome, prompt: str, tokens: int = 24, side: str =
     )
     field = find(page, "#prompt" if side == "a" else "#prompt-b")
     field.clear()
-    field.send_keys(prompt)
+    field.send_keys(prompt.replace("\n", f"{Keys.SHIFT}{Keys.ENTER}{Keys.NULL}"))
+    assert field.get_attribute("value") == prompt
     find(page, "#go").click()
     until(lambda: state(page, f"state.{side}.status") not in ("empty", "busy"))
     assert state(page, f"state.{side}.status") == "done", find(page, f"#note-{side}").text
