@@ -6,6 +6,7 @@ Needs Chromium and its driver on the path; without them these tests fail. `make 
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from serving import Served, chat_model, serving, tokenizer
 
+from handful.memory import attach, pack
 from handful.model import Decoder
 
 QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -235,7 +237,7 @@ def test_tokens_stream_in_coloured_and_the_map_fills(page: webdriver.Chrome, ser
     )
     assert {int(expert): {hue} for expert, hue in legend} == {e: found for e, found in of.items() if found != {"rest"}}
     # The map: the shares of what was counted.
-    counts = state(page, "[...state.a.routing.counts(0, 16)]")
+    counts = state(page, "[...state.a.routing.counts(0)]")
     assert sum(counts) == TOP_K * (len(firsts) - 1)
     labels = page.execute_script(
         "return [...document.querySelectorAll('.tile')].map((e) => e.getAttribute('aria-label'))"
@@ -378,7 +380,7 @@ def test_a_token_shows_its_path(page: webdriver.Chrome, served: Served) -> None:
 
 def test_an_expert_shows_what_it_took_beside_chance(page: webdriver.Chrome) -> None:
     free_text(page, "the cat the cat the dog the mat the the", tokens=40)
-    counts = state(page, "[...state.a.routing.counts(0, 16)]")
+    counts = state(page, "[...state.a.routing.counts(0)]")
     expert = counts.index(max(counts))
     click(page, every(page, ".tile")[expert])
     until(lambda: find(page, "#detail-title").text == f"Expert {expert} of layer 0")
@@ -406,7 +408,7 @@ def test_an_expert_shows_what_it_took_beside_chance(page: webdriver.Chrome) -> N
 
 def test_an_expert_is_turned_off_and_the_answers_stand_side_by_side(page: webdriver.Chrome, served: Served) -> None:
     free_text(page, "the cat sat")
-    counts = state(page, "[...state.a.routing.counts(0, 16)]")
+    counts = state(page, "[...state.a.routing.counts(0)]")
     expert = counts.index(max(counts))
     click(page, every(page, ".tile")[expert])
     switch = find(page, "#expert-switch")
@@ -414,7 +416,7 @@ def test_an_expert_is_turned_off_and_the_answers_stand_side_by_side(page: webdri
     click(page, switch)
     until(lambda: state(page, "state.b?.status") == "done")
     assert find(page, "#head-b").text == f"B · without layer 0 expert {expert}"
-    assert state(page, f"state.b.routing.counts(0, 16)[{expert}]") == 0
+    assert state(page, f"state.b.routing.counts(0)[{expert}]") == 0
     prompt = state(page, "state.a.asked.ids")
     body = {"prompt": prompt, "max_tokens": 24, "seed": 1, "temperature": 0.7, "experts_off": {"0": [expert]}}
     same = served.post("/v1/completions", **body)["choices"][0]["text"]
@@ -470,12 +472,13 @@ def test_what_the_server_refuses_is_one_line_where_it_matters(page: webdriver.Ch
     complaints(page)  # of the 400
 
 
-def test_a_context_that_is_full_is_said_to_be(page: webdriver.Chrome) -> None:
+def test_a_context_that_is_full_is_said_to_be(page: webdriver.Chrome, served: Served) -> None:
     page.execute_script("document.querySelector('input[name=mode][value=completion]').click()")
     find(page, "#prompt").send_keys("the cat " * 100, Keys.ENTER)
     until(lambda: "the model's context 128: nothing fits after it" in find(page, "#note-a").text)
     # Near its end an answer is as long as there is room.
-    free_text(page, "the cat " * 30, tokens=100)
+    prompt = served.post("/tokenize", prompt="the cat " * 100)["tokens"][:110]
+    free_text(page, served.post("/detokenize", tokens=prompt)["prompt"], tokens=100)
     assert find(page, "#note-a").text.startswith("The context is full: ")
     assert len(state(page, "state.a.ids")) == 128
 
@@ -494,7 +497,7 @@ def test_two_prompts_side_by_side(page: webdriver.Chrome) -> None:
     # Both are there: the map shows what changed.
     until(lambda: find(page, "#scale-to").text == "more in B")
     assert find(page, "input[name=map][value=difference]").is_selected()
-    shares = [np.array(state(page, f"[...state.{side}.routing.counts(0, 16)]")) for side in "ab"]
+    shares = [np.array(state(page, f"[...state.{side}.routing.counts(0)]")) for side in "ab"]
     a, b = (found / found.sum() for found in shares)
     labels = page.execute_script(
         "return [...document.querySelectorAll('.tile')].map((e) => e.getAttribute('aria-label'))"
@@ -854,6 +857,31 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(chromium: webdriver.Chrome, mode
         assert all("401" in one for one in said), said
 
 
+def test_under_a_budget_it_shows_where_experts_are(chromium: webdriver.Chrome, model: Decoder, tmp_path: Path) -> None:
+    own = copy.deepcopy(model)
+    own.tokenizer = model.tokenizer
+    pack(own, tmp_path / "experts.pack")
+    size = sum(p.nbytes for name, p in own.named_parameters() if ".experts." in name)
+    whole = sum(p.nbytes for p in own.parameters())
+    store = attach(own, tmp_path / "experts.pack", whole - size // 2)
+    with store, serving(own, store=store) as served:
+        for page in opened(chromium, served):
+            free_text(page, "the cat sat on the mat")
+            facts = served.http.get("/routing/model").json()["memory"]
+            assert 0 < facts["slots"] < facts["experts"] == LAYERS * EXPERTS
+            assert find(page, "#memory-text").text.startswith(f"{facts['slots']} of {facts['experts']} ")
+            places = served.http.get("/routing/experts").json()["layers"]["0"]["places"]
+            assert {"m", "d"} <= set(places)
+            signs = {"m": "●", "d": "○", "f": "◐"}
+            until(partial(marks_are, page, [signs[place] for place in places]))
+            hollow = [i for i, found in enumerate(cells(page, 0)) if found == [0, 0, 0]]
+            assert hollow == [i for i, place in enumerate(places) if place != "m"]
+
+
+def marks_are(page: webdriver.Chrome, marks: list[str]) -> bool:
+    return texts(page, ".tile .mark") == marks
+
+
 def test_a_dense_model_is_said_to_be_one(chromium: webdriver.Chrome) -> None:
     own = tokenizer()
     torch.manual_seed(0)
@@ -870,7 +898,7 @@ def test_a_dense_model_is_said_to_be_one(chromium: webdriver.Chrome) -> None:
             assert not find(page, "#how").is_displayed()
             free_text(page, "the cat sat", tokens=6)
             click(page, every(page, "#text-a .token")[2])
-            until(partial(every, page, "#detail .next"))
+            until(find(page, "#detail").is_displayed)
             assert "through every parameter" in find(page, "#detail-body").text
 
 

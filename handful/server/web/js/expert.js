@@ -43,10 +43,11 @@ export function drawExpert(root, heading) {
 function took(run, layer, expert) {
   const { rows } = run.routing;
   if (!rows) return "It has taken nothing yet: no text was read.";
-  const share = run.routing.counts(layer, state.model.experts)[expert] / rows;
-  const even = run.routing.topK / state.model.experts;
+  const counts = run.routing.counts(layer);
+  const share = counts[expert] / rows;
+  const even = counts.reduce((sum, value) => sum + value, 0) / rows / counts.length;
   const name = state.b ? `text ${run.name.toUpperCase()}` : "this text";
-  return `It took ${count(Math.round(share * rows))} of the ${plural(rows, "token")} of ${name}, ${percent(share)}; even would be ${percent(even)}.`;
+  return `It took ${count(counts[expert])} of the ${plural(rows, "token")} of ${name}, ${percent(share)}; even would be ${percent(even)}.`;
 }
 
 function toggle(number, expert) {

@@ -22,7 +22,7 @@ function layerOf(layer) {
     const each = given?.assignments === undefined ? null : given.assignments / E;
     return { load, kind: "load", each, dead: (e) => load !== null && load[e] < DEAD && (each === null || each >= ENOUGH) };
   }
-  const of = (run) => relative(run.routing.counts(layer, E));
+  const of = (run) => relative(run.routing.counts(layer));
   if (state.map === "difference" && state.b) {
     const [a, b] = [of(state.a), of(state.b)];
     const load = a && b ? b.map((value, e) => value - a[e]) : null;
@@ -30,7 +30,7 @@ function layerOf(layer) {
   }
   const run = shownRun();
   const load = of(run);
-  const each = (run.routing.rows * run.routing.topK) / E;
+  const each = run.routing.counts(layer).reduce((sum, value) => sum + value, 0) / E;
   return { load, kind: "load", each, dead: (e) => load !== null && each >= ENOUGH && load[e] < DEAD };
 }
 

@@ -16,7 +16,7 @@ export function choose() {
   for (const run of runs()) {
     for (let i = 0; i < run.routing.rows; i++) {
       const expert = run.routing.first(i, state.layer);
-      used.set(expert, (used.get(expert) ?? 0) + 1);
+      if (expert !== null) used.set(expert, (used.get(expert) ?? 0) + 1);
     }
   }
   const most = [...used].sort((x, y) => y[1] - x[1] || x[0] - y[0]).slice(0, HUES).map(([expert]) => expert);

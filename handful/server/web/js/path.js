@@ -11,6 +11,7 @@ const asked = { run: null, index: null, length: null, path: null, error: null, a
 function ask(run, index) {
   asked.abort?.abort();
   Object.assign(asked, { run, index, id: run.tokens[index].id, path: null, error: null, abort: new AbortController() });
+  if (!isMixture()) return;
   if (run.file) {
     asked.error = "The router's scores are not in a trace; its choices are.";
     return;
@@ -50,7 +51,7 @@ export function drawToken(root, heading) {
       : h("p", {}, "This model is dense: the token went through every parameter."),
     error && h("p", { class: "soft" }, error),
     path && [h("h3", {}, "What it made likely to come next"), next(path, run.tokens[index + 1])],
-    !path && !error && h("p", { class: "soft" }, "Asking the model…"),
+    isMixture() && !path && !error && h("p", { class: "soft" }, "Asking the model…"),
   );
 }
 
@@ -62,6 +63,7 @@ function how(path) {
 /** Who else chose the same expert. */
 function sharing(run, index, layer) {
   const expert = marked();
+  if (expert === null && index < run.routing.rows) return h("p", {}, "No expert of this layer computed it.");
   if (expert === null) return h("p", {}, "It is the last token: the model has not read it yet, so that no expert was chosen for it here. Below is what it would choose.");
   let others = 0;
   for (let i = 0; i < run.routing.rows; i++) if (i !== index && run.routing.took(i, layer, expert)) others++;
@@ -121,7 +123,7 @@ export function next(path, came, limit = 10) {
   const rows = path.next.slice(0, limit).map((one) => {
     const here = came?.id === one.token;
     const bar = h("span", { class: "bar", css: { "--share": most > 0 ? one.probability / most : 0 } });
-    return h("tr", { class: here ? "came" : "" }, h("th", { scope: "row" }, shown(one.text)), h("td", { class: "wide" }, bar),
+    return h("tr", { class: here ? "came" : "" }, h("th", { scope: "row" }, shown(one.text ?? `token ${one.token}`)), h("td", { class: "wide" }, bar),
       h("td", {}, percent(one.probability)), h("td", {}, here ? "← it came" : ""));
   });
   return h("table", { class: "next" }, h("tbody", {}, rows));

@@ -2,11 +2,14 @@
 
 import { decode } from "./npy.js";
 
-/** The experts of a text's tokens, and their weights: rows that grow. L MoE layers, K experts a token. */
+/** The experts of a text's tokens, and their weights: rows that grow. L MoE layers of E experts, K of them a token.
+ *
+ * E and above is an assignment that was not computed: its expert was full, or did not choose the token. */
 export class Routing {
-  constructor(layers, topK) {
+  constructor(layers, size) {
     this.layers = layers;
-    this.topK = topK;
+    this.size = size; // experts of a layer
+    this.topK = 0; // as the first rows have it
     this.rows = 0;
     this.experts = new Uint16Array(0);
     this.weights = null;
@@ -19,14 +22,18 @@ export class Routing {
   append(experts, weights) {
     const { shape, data } = decode(experts);
     const given = weights ? decode(weights) : null;
-    if (shape.length !== 3 || shape[1] !== this.layers || (shape[0] > 0 && shape[2] > this.topK)) {
-      throw new Error(`a routing of shape ${shape.join(" × ")}: tokens × ${this.layers} × ${this.topK}`);
+    const [rows, layers, topK] = shape;
+    if (shape.length !== 3 || layers !== this.layers) {
+      throw new Error(`a routing of shape ${shape.join(" × ")}: tokens × ${this.layers} layers × experts a token`);
     }
-    if (given && given.data.length !== data.length) throw new Error("as many weights as experts");
-    // Fewer experts a token than the model has were asked for: the shape of the first answer holds.
-    if (this.rows === 0 && shape[0] > 0) this.topK = shape[2];
-    if (shape[0] > 0 && shape[2] !== this.topK) throw new Error(`${shape[2]} experts a token, after ${this.topK}`);
-    this._grow(shape[0], data, given?.data);
+    if (given && given.data.length !== data.length) throw new Error("a routing has not as many weights as experts");
+    if (rows === 0) return;
+    if (this.rows === 0) {
+      this.topK = topK;
+      this._experts = null;
+    }
+    if (topK !== this.topK) throw new Error(`a routing of ${topK} experts a token, after ${this.topK}`);
+    this._grow(rows, data, given?.data);
   }
 
   _grow(rows, experts, weights) {
@@ -53,34 +60,37 @@ export class Routing {
   at(token, layer) {
     if (token >= this.rows) return [];
     const begin = (token * this.layers + layer) * this.topK;
-    const chosen = Array.from({ length: this.topK }, (_, k) => ({
-      expert: this.experts[begin + k],
-      weight: this.weights ? this.weights[begin + k] : null,
-    }));
+    const chosen = [];
+    for (let i = begin; i < begin + this.topK; i++) {
+      if (this.experts[i] < this.size) chosen.push({ expert: this.experts[i], weight: this.weights ? this.weights[i] : null });
+    }
     return this.weights ? chosen.sort((a, b) => b.weight - a.weight) : chosen;
   }
 
+  /** The one with the largest weight; null if none is known. */
   first(token, layer) {
     if (token >= this.rows) return null;
     const begin = (token * this.layers + layer) * this.topK;
-    let best = 0;
-    if (this.weights) for (let k = 1; k < this.topK; k++) if (this.weights[begin + k] > this.weights[begin + best]) best = k;
-    return this.experts[begin + best];
+    let best = null;
+    for (let i = begin; i < begin + this.topK; i++) {
+      if (this.experts[i] < this.size && (best === null || (this.weights && this.weights[i] > this.weights[best]))) best = i;
+    }
+    return best === null ? null : this.experts[best];
   }
 
   took(token, layer, expert) {
     if (token >= this.rows) return false;
     const begin = (token * this.layers + layer) * this.topK;
-    for (let k = 0; k < this.topK; k++) if (this.experts[begin + k] === expert) return true;
+    for (let i = begin; i < begin + this.topK; i++) if (this.experts[i] === expert) return true;
     return false;
   }
 
   /** Assignments of each of a layer's experts. They are counted once: a text that grows has its new rows added. */
-  counts(layer, experts) {
-    const known = this._counts.get(layer) ?? { rows: 0, found: new Float64Array(experts) };
+  counts(layer) {
+    const known = this._counts.get(layer) ?? { rows: 0, found: new Float64Array(this.size) };
     for (; known.rows < this.rows; known.rows++) {
       const begin = (known.rows * this.layers + layer) * this.topK;
-      for (let k = 0; k < this.topK; k++) known.found[this.experts[begin + k]] += 1;
+      for (let i = begin; i < begin + this.topK; i++) if (this.experts[i] < this.size) known.found[this.experts[i]] += 1;
     }
     this._counts.set(layer, known);
     return known.found;
@@ -109,7 +119,7 @@ export class Run {
     this.tokens = [];
     this.turns = []; // {at, who}
     this.messages = []; // of a chat
-    this.routing = new Routing(this.model.moe_layers.length, this.model.top_k);
+    this.routing = new Routing(this.model.moe_layers.length, this.model.experts);
     this.off = {}; // layer number → experts
     this.asked = null; // what made it last
     this.status = "empty"; // empty, busy, done, stopped, failed

@@ -96,7 +96,7 @@ export class TokensView {
     const { pick, layer } = state;
     const mixture = isMixture();
     const parts = this.slot === "b" && run.status !== "busy" ? parting() : null;
-    this.root.classList.toggle("marking", expert !== null && runs().some((one) => one.routing.counts(layer, state.model.experts)[expert] > 0));
+    this.root.classList.toggle("marking", expert !== null && runs().some((one) => one.routing.counts(layer)[expert] > 0));
     for (let i = 0; i < ids.length; i++) {
       const node = this.nodes[i];
       const first = mixture ? run.routing.first(i, layer) : null;
@@ -160,6 +160,7 @@ export function describe(run, index) {
   if (!isMixture()) return text;
   const chosen = run.routing.at(index, state.layer);
   const layer = `layer ${state.model.moe_layers[state.layer]}`;
+  if (!chosen.length && index < run.routing.rows) return `${text} in ${layer}: no expert computed it.`;
   if (!chosen.length) return `${text}: the model has not read it yet, so that no expert was chosen for it.`;
   const experts = chosen.map(({ expert, weight }) => `expert ${expert}${weight === null ? "" : ` (${weight.toFixed(2)})`}`);
   return `${text} in ${layer}: ${experts.join(", ")}`;

@@ -82,7 +82,7 @@ function runOf(text, model, slot, name) {
   run.off = off && typeof off === "object" ? Object.fromEntries(Object.entries(off).filter(([, list]) => Array.isArray(list))) : {};
   if (model.moe_layers.length) {
     const { shape, data } = decode(String(text.routed_experts));
-    if (data.some((expert) => expert >= model.experts)) throw wrong(`an expert is none of ${model.experts}`);
+    if (data.some((expert) => expert >= 2 * model.experts)) throw wrong(`an expert is none of ${model.experts}`);
     if (shape[0] > tokens.length) throw wrong("it has more routings than tokens");
     run.routing.append(text.routed_experts, text.routed_weights ?? undefined);
   }
