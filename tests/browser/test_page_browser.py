@@ -6,6 +6,7 @@ Needs Chromium and its driver on the path; without them these tests fail. `make 
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import io
 import itertools
@@ -24,6 +25,7 @@ import pytest
 import torch
 from builders import dense
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -128,6 +130,20 @@ def texts(page: webdriver.Chrome, css: str) -> list[str]:
 
 def titled(page: webdriver.Chrome, title: str) -> bool:
     return find(page, "#detail-title").text == title
+
+
+def switch(page: webdriver.Chrome) -> Any:
+    """Whether the chosen expert is on, as its switch says: "true" or "false"."""
+    return page.execute_script("return document.querySelector('#expert-switch').getAttribute('aria-checked')")
+
+
+def flip(page: webdriver.Chrome) -> None:
+    """Click the switch, of a panel that may be drawn anew meanwhile."""
+    for _ in range(5):
+        with contextlib.suppress(StaleElementReferenceException):
+            click(page, find(page, "#expert-switch"))
+            return
+    raise AssertionError("the switch does not stay")
 
 
 def state(page: webdriver.Chrome, expression: str) -> Any:
@@ -411,9 +427,9 @@ def test_an_expert_is_turned_off_and_the_answers_stand_side_by_side(page: webdri
     counts = state(page, "[...state.a.routing.counts(0)]")
     expert = counts.index(max(counts))
     click(page, every(page, ".tile")[expert])
-    switch = find(page, "#expert-switch")
-    assert switch.get_attribute("aria-checked") == "true"
-    click(page, switch)
+    until(partial(titled, page, f"Expert {expert} of layer 0"))
+    assert switch(page) == "true"
+    flip(page)
     until(lambda: state(page, "state.b?.status") == "done")
     assert find(page, "#head-b").text == f"B · without layer 0 expert {expert}"
     assert state(page, f"state.b.routing.counts(0)[{expert}]") == 0
@@ -427,15 +443,15 @@ def test_an_expert_is_turned_off_and_the_answers_stand_side_by_side(page: webdri
     # A second one; then both on again: nothing is left beside the first answer.
     other = next(e for e in range(EXPERTS) if e != expert)
     click(page, every(page, ".tile")[other])
-    until(lambda: find(page, "#detail-title").text == f"Expert {other} of layer 0")
-    click(page, find(page, "#expert-switch"))
+    until(partial(titled, page, f"Expert {other} of layer 0"))
+    flip(page)
     until(lambda: state(page, "state.b?.status") == "done")
     assert state(page, "state.b.off") == {"0": sorted([expert, other])}
     for one in (expert, other):
         page.execute_script("document.querySelectorAll('.tile')[arguments[0]].click()", one)
         until(partial(titled, page, f"Expert {one} of layer 0"))
-        if find(page, "#expert-switch").get_attribute("aria-checked") == "false":
-            click(page, find(page, "#expert-switch"))
+        if switch(page) == "false":
+            flip(page)
             until(lambda: state(page, "state.b?.status ?? 'none'") in ("done", "none"))
     assert state(page, "state.b") is None
     assert not find(page, "#side-b").is_displayed()
@@ -541,7 +557,7 @@ def test_a_trace_is_saved_and_opens_without_the_server(page: webdriver.Chrome, d
     assert "not in a trace" in find(page, "#detail-body").text
     click(page, every(page, ".tile")[0])
     until(lambda: find(page, "#detail-title").text == "Expert 0 of layer 0")
-    assert find(page, "#expert-switch").get_attribute("aria-disabled") == "true"
+    until(lambda: page.execute_script("return document.querySelector('#expert-switch[aria-disabled=true]') !== null"))
     assert file.name in find(page, "#note-a").text
     fetched = page.execute_script(
         "return performance.getEntriesByType('resource').map((e) => new URL(e.name).pathname)"
@@ -619,6 +635,34 @@ def test_npy_is_numpys(page: webdriver.Chrome) -> None:
         )
         read = np.load(io.BytesIO(base64.b64decode(written)))
         assert (read.dtype.str, read.shape, read.ravel().tolist()) == (dtype, (3, 1, 2), values)
+
+
+def test_what_was_not_computed_counts_for_nobody(page: webdriver.Chrome) -> None:
+    """E and above: the expert was full, or did not choose the token. Rows come in several chunks."""
+    experts = np.array([[[0, 1]], [[5, 2]], [[6, 7]], [[3, 5]], [[0, 0 + 4]]], dtype="|u1")  # E = 4
+    weights = np.array([[[0.1, 0.9]], [[0, 1]], [[0, 0]], [[0.5, 0]], [[0.25, 0]]], dtype="<f2")
+    chunks = [[npy(experts[a:b]), npy(weights[a:b])] for a, b in ((0, 2), (2, 2), (2, 5))]
+    found = page.execute_async_script(
+        "const [chunks, done] = arguments; import('/web/js/run.js').then(({ Routing }) => {"
+        "const r = new Routing(1, 4);"
+        "for (const [e, w] of chunks) r.append(e, w);"
+        "const all = () => [[...r.counts(0)], [0, 1, 2, 3, 4].map((t) => r.first(t, 0)),"
+        "[0, 1, 2, 3, 4].map((t) => r.at(t, 0).map((one) => one.expert)), r.took(1, 0, 1), r.took(1, 0, 2)];"
+        "const before = all(); r.cut(1); done([before, [...r.counts(0)]]) })",
+        chunks,
+    )
+    counts, first, chosen, one, two = found[0]
+    assert counts == [2, 1, 1, 1]
+    assert first == [1, 2, None, 3, 0]
+    assert chosen == [[1, 0], [2], [], [3], [0]]
+    assert (one, two) == (False, True)
+    assert found[1] == [1, 1, 0, 0]
+
+
+def npy(array: Any) -> str:
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def test_chance_is_the_binomials(page: webdriver.Chrome) -> None:

@@ -5,7 +5,7 @@ import { ask, stop, writeOn } from "./ask.js";
 import { drawDetail, onClose } from "./detail.js";
 import { count, fill, find, findAll, h, percent, plural, short } from "./dom.js";
 import { MapView, pickExpert } from "./map.js";
-import { legend } from "./palette.js";
+import { hasOthers, legend } from "./palette.js";
 import { Run } from "./run.js";
 import { change, drawn, isMixture, marked, parting, runs, state } from "./state.js";
 import { visits } from "./storage.js";
@@ -163,7 +163,7 @@ function drawLegend() {
   const number = state.model.moe_layers[state.layer];
   const hues = legend();
   const expert = marked();
-  const now = JSON.stringify([number, hues, expert]);
+  const now = JSON.stringify([number, hues, hasOthers(), expert]);
   if (now === legendOf) return;
   legendOf = now;
   const inside = findAll("#legend button").indexOf(document.activeElement);
@@ -172,7 +172,7 @@ function drawLegend() {
     hues.map(([one, hue]) => h("button", {
       type: "button", class: "chip", data: { hue }, ariaLabel: `Expert ${one}`, aria: { pressed: one === expert }, on: { click: () => pickExpert(one) },
     }, h("span", { class: "dot" }), String(one))),
-    h("span", { class: "others" }, h("span", { class: "dot" }), "others"));
+    hasOthers() && h("span", { class: "others" }, h("span", { class: "dot" }), "others"));
   findAll("#legend button")[inside]?.focus({ preventScroll: true });
 }
 
@@ -279,6 +279,7 @@ async function begin() {
   change({ served: model, model, a: new Run("a", model), layer: 0 });
   find("#modes").hidden = !model.chat;
   find("#how").hidden = !isMixture();
+  if (model.chat) find("#max-tokens").value = 200;
   setMode(model.chat ? "chat" : "completion");
   if (isMixture()) tour.greet();
   watch();

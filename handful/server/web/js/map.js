@@ -135,17 +135,17 @@ export class MapView {
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, g.width, g.height);
     const gap = g.cell > 6 ? 1 : 0;
-    const every = Math.ceil(12 / g.row);
+    const every = Math.ceil(14 / g.row);
     pen.font = "11px system-ui, sans-serif";
     pen.textAlign = "right";
     pen.textBaseline = "middle";
     layers.forEach((one, layer) => {
       const top = 1 + layer * g.row;
-      if (layer % every === 0 || layer === state.layer) {
-        const here = layer === state.layer;
+      const here = layer === state.layer;
+      if (here || (layer % every === 0 && Math.abs(layer - state.layer) >= every)) {
         pen.fillStyle = css(here ? palette.ink : palette.muted);
         pen.font = `${here ? "600 " : ""}11px system-ui, sans-serif`;
-        pen.fillText(String(state.model.moe_layers[layer]), g.left - 8, top + g.row / 2);
+        pen.fillText(String(state.model.moe_layers[layer]), g.left - 8, Math.max(7, top + g.row / 2));
       }
       for (let e = 0; e < state.model.experts; e++) {
         const x = g.left + e * g.cell;
@@ -191,7 +191,7 @@ export class MapView {
       pen.stroke();
     }
     chosen.forEach((experts, layer) => experts.forEach(({ expert }) => {
-      if (g.row > 12) this._frame(pen, layer, expert, this.palette.accent);
+      if (g.row > 9) this._frame(pen, layer, expert, this.palette.accent);
       else pen.fillRect(g.left + expert * g.cell, 1 + layer * g.row, Math.max(3, g.cell - 1), g.row - 1);
     }));
   }

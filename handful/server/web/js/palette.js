@@ -5,7 +5,7 @@ import { state, runs } from "./state.js";
 
 export const HUES = 8;
 
-const known = { layer: null, run: null, hues: new Map() };
+const known = { layer: null, run: null, hues: new Map(), others: false };
 
 /** Call once a frame, before `hueOf`. */
 export function choose() {
@@ -19,6 +19,7 @@ export function choose() {
       if (expert !== null) used.set(expert, (used.get(expert) ?? 0) + 1);
     }
   }
+  known.others = used.size > HUES;
   const most = [...used].sort((x, y) => y[1] - x[1] || x[0] - y[0]).slice(0, HUES).map(([expert]) => expert);
   for (const expert of known.hues.keys()) if (!most.includes(expert)) known.hues.delete(expert);
   const taken = new Set(known.hues.values());
@@ -28,6 +29,9 @@ export function choose() {
 
 /** A hue's number in the style sheet; "rest" for grey. */
 export const hueOf = (expert) => (expert === null || expert === undefined ? "" : String(known.hues.get(expert) ?? "rest"));
+
+/** Whether there are grey ones. */
+export const hasOthers = () => known.others;
 
 /** The experts that have a hue, by hue. */
 export const legend = () => [...known.hues].sort((x, y) => x[1] - y[1]);
