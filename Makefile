@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1
 SANITIZED := build/sanitize/handful/_native.abi3.so
 
-.PHONY: help demo test test-torch check sanitize emulate compilers wheel wheel-test bench browser-test clean
+.PHONY: help demo serve test test-torch check sanitize emulate compilers wheel wheel-test bench browser-test clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -29,6 +29,9 @@ help: ## list these targets
 
 demo: $(RUNTIME) ## train the three teams on the default text, then show the table and runs/demo/report.html
 	$(BIN)/handful compare --out runs/demo
+
+serve: $(RUNTIME) ## show the page of the newest model under runs/ in the browser: what its routers do, token by token
+	$(BIN)/handful serve --open
 
 test: $(DEV) ## run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/browser
@@ -101,7 +104,7 @@ clean: ## remove what was built and cached; .venv and runs stay
 
 # torch is there already, so that the extension is built against it and not against a second copy.
 $(RUNTIME): .venv/.torch-$(TORCH)
-	$(PIP) install --no-build-isolation -e .
+	$(PIP) install --no-build-isolation -e '.[server]'
 	rm -f .venv/.runtime-*
 	touch $@
 

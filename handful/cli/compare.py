@@ -125,6 +125,9 @@ def run(
             show(comparison_table(document))
         screen.print(finding(document)[0])
         screen.print(f"open {out / 'report.html'} for the curves, the load of every expert and what it costs")
+        for mixture in [team["name"] for team in document["teams"] if team["model"]["router"]][:1]:
+            run = out / mixture / "seed-0"
+            screen.print(f"handful serve {run} --open shows its routers at work, token by token")
     if interrupted or document is None:
         screen.print(f"interrupted: the same command goes on; every run is kept in {out}")
         raise typer.Exit(130)

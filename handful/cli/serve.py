@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,7 @@ def run(
         str | None, typer.Option(envvar="HANDFUL_API_KEY", help="The key that clients must show.")
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Let anybody who can reach it ask.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Show the page in this computer's browser.")] = False,
     cors: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may ask from a browser; *: any.")
     ] = None,
@@ -74,12 +77,19 @@ def run(
             server = Server(found, settings, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
             url = url_of(sock)
             screen.print(f"serving {settings.name} at {url}")
-            screen.print(f"API {url}/v1, metrics {url}/metrics, description {url}/openapi.json", style="dim")
+            screen.print(f"the page {url} shows what its routers do; API {url}/v1, metrics {url}/metrics", style="dim")
             screen.print("Ctrl-C ends", style="dim")
             if as_json:
                 print_json({"model": settings.name, "url": url, "context": found.config.context})
                 sys.stdout.flush()
+            if show:
+                open_page(url)
             serve(server, sock, say=screen.print)
         finally:
             if store is not None:
                 store.close()
+
+
+def open_page(url: str) -> None:
+    """Show an address in the user's browser, if there is one. It is asked for beside: some browsers are waited for."""
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()

@@ -28,6 +28,7 @@ from handful.server.schema import PathBody
 __all__ = ["experts_now", "model_facts", "path_of", "path_request"]
 
 NEXT = 10  # of the most probable tokens that follow
+GREEDY = Sampling(temperature=0)
 
 
 def model_facts(name: str, model: Decoder, store: Store | None) -> dict[str, Any]:
@@ -73,28 +74,33 @@ def _nbytes(module: nn.Module) -> int:
 
 def experts_now(config: ModelConfig, load: LoadWatch, store: Store | None) -> dict[str, Any]:
     """Of every MoE layer, by its number: each expert's share of the last some ten thousand tokens' assignments, all 0
-    where nothing was computed yet; and with a store a letter for each, as `Store.places` has them."""
+    where nothing was computed yet; of how many these are, older ones counting less; and with a store a letter for each,
+    as `Store.places` has them."""
     places: Sequence[str | None] = [None] * len(load.layers) if store is None else store.places()
     layers = {}
     for (layer, counts_E), where in zip(load.counts().items(), places, strict=True):
-        share_E = counts_E / counts_E.sum().clamp_min(1)
-        layers[str(layer)] = {"load": [round(share, 6) for share in share_E.tolist()], "places": where}
+        assignments = float(counts_E.sum())
+        shares = [round(count / max(assignments, 1), 6) for count in counts_E.tolist()]
+        layers[str(layer)] = {"load": shares, "assignments": round(assignments, 1), "places": where}
     return {"layers": layers}
 
 
 def path_request(body: PathBody, model: Decoder) -> Request:
-    """The request whose first delta is the way of the last of some tokens. ApiError for a dense model."""
-    if model.config.router is None:
-        raise invalid("tokens", "the model is dense, and has no router")
+    """The request whose first delta is the way of the last of some tokens."""
     options = RoutingOptions(record=True, experts_off=experts_off(body), top_k=body.top_k_experts)
-    greedy = Sampling(temperature=0)
-    return Request(prompt=body.tokens, max_tokens=1, sampling=greedy, logprobs=NEXT, routing=options)
+    if model.config.router is None:
+        if options.changes:
+            raise invalid(
+                "experts_off" if body.experts_off else "top_k_experts", "the model is dense, and has no router"
+            )
+        return Request(prompt=body.tokens, max_tokens=1, sampling=GREEDY, logprobs=NEXT)
+    return Request(prompt=body.tokens, max_tokens=1, sampling=GREEDY, logprobs=NEXT, routing=options)
 
 
 def path_of(delta: Delta, model: Decoder) -> dict[str, Any]:
     """In every MoE layer the router's scores of all experts, the chosen ones and their weights; and what may follow."""
     layers = []
-    for layer, routing in zip(model.config.moe_layers, delta.routings, strict=True):
+    for layer, routing in zip(model.config.moe_layers, delta.routings, strict=True):  # none of a dense model
         chosen = torch.ones_like(routing.experts_TK) if routing.dropped_TK is None else ~routing.dropped_TK
         layers.append(
             {

@@ -123,7 +123,9 @@ SCHEMAS: dict[str, Any] = {
         {
             "layers": {
                 "type": "object",
-                "additionalProperties": _object({"load": _list(NUMBER), "places": _or_null(TEXT)}),
+                "additionalProperties": _object(
+                    {"load": _list(NUMBER), "assignments": NUMBER, "places": _or_null(TEXT)}
+                ),
             }
         }
     ),

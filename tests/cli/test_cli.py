@@ -864,7 +864,8 @@ def test_compare_reuses_what_is_finished(handful: Call, at_home: Path, tmp_path:
     assert [team["lr"] for team in found["teams"]] == [0.016, 0.032, 0.016]
     assert found == json.loads((tmp_path / "three/compare.json").read_text("utf-8"))
     # The finding in a sentence, and what to look at next.
-    finding, to_open = result.err.splitlines()[-2:]
+    finding, to_open, to_see = result.err.splitlines()[-3:]
+    assert to_see == f"handful serve {tmp_path / 'three/moe/seed-0'} --open shows its routers at work, token by token"
     assert finding.startswith("With ")
     assert "too short to judge: an expert was trained on " in finding
     assert to_open.startswith(f"open {tmp_path / 'three/report.html'} ")

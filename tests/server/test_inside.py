@@ -254,7 +254,9 @@ def test_a_dense_model_has_no_routing() -> None:
         facts = served.http.get("/routing/model").json()
         assert (facts["experts"], facts["moe_layers"], facts["score"]) == (0, [], None)
         assert served.http.get("/routing/experts").json() == {"layers": {}}
-        assert served.post("/routing/path", 400, tokens=[1])["error"]["param"] == "tokens"
+        way = served.post("/routing/path", tokens=PROMPT)
+        assert (way["token"], way["layers"], len(way["next"])) == (PROMPT[-1], [], 10)
+        assert served.post("/routing/path", 400, tokens=PROMPT, top_k_experts=1)["error"]["param"] == "top_k_experts"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,6 +315,7 @@ def test_the_load_of_every_expert(model: Decoder) -> None:
         for index, layer in enumerate(layers.values()):
             counts = np.bincount(told[:, index].flatten(), minlength=6)
             assert layer["load"] == pytest.approx(counts / counts.sum(), abs=0.01)
+            assert layer["assignments"] == pytest.approx(counts.sum(), abs=0.2)
             assert layer["places"] is None
             vio = served.metrics()["handful:expert_load_max_vio", list(layers)[index]]
             assert vio == pytest.approx(max_vio(torch.tensor(layer["load"])), abs=1e-3)

@@ -84,6 +84,24 @@ class Running:
         return thread, lines, begun
 
 
+def test_it_shows_its_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the browser that the user's environment names."""
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\necho $1 > {tmp_path}/shown.part && mv {tmp_path}/shown.part {tmp_path}/shown\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    running = Running(folder, "--open")
+    end = time.monotonic() + 20
+    while not (tmp_path / "shown").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert (tmp_path / "shown").read_text().strip() == running.url
+    assert f"the page {running.url} shows" in running.said().replace("\n", " ")
+    assert httpx.get(running.url).headers["content-type"].startswith("text/html")
+    running.send(signal.SIGTERM)
+    running.process.wait(20)
+
+
 def test_the_first_signal_drains_and_the_second_ends_at_once(folder: Path) -> None:
     running = Running(folder, "--json")
     thread, lines, _ = running.stream(1500)
