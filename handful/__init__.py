@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from handful.experts.quantize_model import quantize_model
     from handful.families.io import load, save
     from handful.generate import generate
+    from handful.inspection import inspect_model
     from handful.model import Decoder
     from handful.moe import MoE, Router
     from handful.plan import plan
@@ -65,6 +66,7 @@ _HOMES = {
     "compare": "compare",
     "cost": "cost",
     "generate": "generate",
+    "inspect_model": "inspection",
     "load": "families.io",
     "plan": "plan",
     "quantize_model": "experts.quantize_model",
@@ -99,6 +101,7 @@ __all__ = [
     "compare",
     "cost",
     "generate",
+    "inspect_model",
     "load",
     "plan",
     "quantize_model",

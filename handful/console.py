@@ -28,6 +28,7 @@ __all__ = [
     "cost_sentence",
     "cost_tables",
     "facts",
+    "inspection_table",
     "memory_line",
     "plan_line",
     "plan_tables",
@@ -101,6 +102,32 @@ def upcycle_table(name: str, found: Report) -> Table:
         values = [getattr(side, attribute) for side in sides]
         if None not in values:
             table.add_row(words, *(f"{value:.4f}" for value in values))
+    return table
+
+
+def inspection_table(side: Mapping[str, Any]) -> Table:
+    """What a model's experts do on a text, a row per layer; beside a value, what chance gives."""
+    title = f"{side['model']} on {side['text']}, {side['tokens']:,} tokens; / is what chance gives"
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    tested = [kind["kind"] for kind in side["kinds"] if not kind["why_not"]]
+    heads = ["MaxVio", "same first", "dead", *tested, *(["cost"] if side["ablation"] else [])]
+    table.add_column("layer")
+    for heading in heads:
+        table.add_column(Text(heading), justify="right")
+    for layer in side["layers"]:
+        experts, repeats = layer["experts"], layer["repeats"]
+        cells = [
+            f"{layer['max_vio']['value']:.2f} / {layer['max_vio']['chance']:.2f}",
+            f"{repeats['rate']:.1%} / {repeats['within_documents']:.1%}",
+            f"{layer['dead']['value']}",
+        ]
+        for kind in tested:
+            found = [expert[kind] for expert in experts if expert[kind] is not None]
+            cells.append(f"{sum(one['follows'] for one in found)} of {len(found)}")
+        if side["ablation"]:
+            costs = [expert["ablation"] for expert in experts if expert["ablation"]["cost"] is not None]
+            cells.append(f"{sum(one['beyond'] and one['cost'] > 0 for one in costs)} of {len(costs)}")
+        table.add_row(str(layer["layer"]), *cells)
     return table
 
 

@@ -27,6 +27,8 @@ from handful.hub_rows import rows_of
 __all__ = [
     "SMALLEST_SECTION",
     "content_hash",
+    "cut",
+    "heldout_files",
     "heldout_of",
     "left_out",
     "read_documents",
@@ -56,6 +58,19 @@ def heldout_of(source: str | None, column: str | None = None) -> list[tuple[str,
     """What a training on that source holds out, as `read_files` gives files."""
     name, documents, _ = read_documents(source, column)
     return [(f"held out of {name}", split_documents(documents)[1])]
+
+
+def heldout_files(source: str | None, column: str | None = None) -> list[tuple[str, list[bytes]]]:
+    """The same, file by file: (its path, its held-out documents or sections) of each that has some."""
+    _, files, _ = read_files(source, column)
+    longest = _longest(sum(len(document) for _, documents in files for document in documents))
+    _, held = split_documents([document for _, documents in files for document in documents])
+    held_out = set(map(content_hash, held))
+    found = [
+        (file, [part for document in documents for part in cut(document, longest) if content_hash(part) in held_out])
+        for file, documents in files
+    ]
+    return [(file, parts) for file, parts in found if parts]
 
 
 def read_files(
@@ -170,8 +185,8 @@ def split_documents(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes
     may be empty when all documents are the same.
     """
     total = sum(map(len, documents))
-    longest = max(SMALLEST_SECTION, total // 100)
-    sections = [section for document in documents for section in _sections(document, longest)]
+    longest = _longest(total)
+    sections = [section for document in documents for section in cut(document, longest)]
     digests = [content_hash(section) for section in sections]
     sizes: Counter[bytes] = Counter()
     for digest, section in zip(digests, sections, strict=True):
@@ -191,8 +206,13 @@ def split_documents(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes
     return train, [section for digest, section in zip(digests, sections, strict=True) if digest in held]
 
 
-def _sections(document: bytes, longest: int) -> Iterator[bytes]:
-    """About equal sections of at most 1.5 × `longest` bytes, cut after a line where one ends near the place."""
+def _longest(total: int) -> int:
+    """Bytes of a section, of a text of so many."""
+    return max(SMALLEST_SECTION, total // 100)
+
+
+def cut(document: bytes, longest: int) -> Iterator[bytes]:
+    """A document in about equal sections of at most 1.5 × `longest` bytes, cut behind a line that ends there."""
     count = -(-len(document) // longest)
     start = 0
     for number in range(1, count):

@@ -27,7 +27,7 @@ from handful.finding import Doc, finding, finite, late_routing, loss_of, mixture
 from handful.observe import collapsed
 from handful.units import PREFIXES, size
 
-__all__ = ["collapse", "finding", "from_events", "routing_history", "speed_range", "write"]
+__all__ = ["collapse", "finding", "from_events", "routing_history", "script_json", "speed_range", "write"]
 
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
 _DENSE_COLORS = {"dense-active": "var(--dense-active)", "dense-total": "var(--dense-total)"}
@@ -166,9 +166,9 @@ def _page(doc: Doc) -> str:
         "table_how": escape(how),
         "table": _table(doc),
         "made": _made(doc),
-        "data": _json(_view(doc)),
+        "data": script_json(_view(doc)),
         "css": (web / "report.css").read_text("utf-8"),
-        "js": (web / "report.js").read_text("utf-8"),
+        "js": "".join((web / name).read_text("utf-8") for name in ("parts.js", "report.js")),
     }
     # One pass: braces in what is filled in stay what they are.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], (web / "report.html").read_text("utf-8"))
@@ -201,7 +201,7 @@ def _layers(team: Doc) -> list[int]:
     return list(model.moe_layers)
 
 
-def _json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that may stand in a script element: ASCII, no "<", six digits, null for what is not finite."""
 
     def clean(x: Any) -> Any:

@@ -24,13 +24,14 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from handful.errors import ConfigError, MissingExtraError
+from handful.errors import CheckpointError, ConfigError, MissingExtraError, first_line
 from handful.experts import BACKENDS, activate
 from handful.experts.grouped import Own, grouped
 from handful.experts.no_compile import no_compile
@@ -38,7 +39,7 @@ from handful.experts.weights import ExpertWeights, check_fits
 from handful.router_watch import Watch
 from handful.routing import Routing
 
-__all__ = ["NAME", "Watch", "check", "experts_forward", "watch"]
+__all__ = ["NAME", "Watch", "check", "experts_forward", "load_causal", "watch"]
 
 NAME = "handful"  # experts_implementation="handful"
 OLDEST = (5, 23)
@@ -202,6 +203,16 @@ def check(model: nn.Module) -> dict[str, str]:
     weights that we cannot compute with.
     """
     return {name: borrow(module).activation for name, module in experts_of(model).items()}
+
+
+def load_causal(folder: Path, implementation: str = NAME) -> Any:
+    """A causal language model of a checkpoint folder, in evaluation mode and its own dtype, whose experts are computed
+    by that implementation. Runs no code of the checkpoint. CheckpointError, in one line, where transformers cannot."""
+    auto: Any = _import("transformers").AutoModelForCausalLM
+    try:
+        return auto.from_pretrained(str(folder), experts_implementation=implementation, dtype="auto").eval()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
 
 
 def watch(model: nn.Module, *, tokens: int = 16384) -> Watch:

@@ -169,7 +169,7 @@ def test_a_long_document_is_cut_at_line_ends(lengths: list[int]) -> None:
     lines = [f"{number} " + "☃" * length for number, length in enumerate(lengths * 40)]
     text = "\n".join(lines).encode()
     longest = 1000
-    sections = list(module._sections(text, longest))
+    sections = list(module.cut(text, longest))
     assert b"".join(sections) == text
     assert all(0 < len(section) <= 1.5 * longest for section in sections)
     assert all(section.endswith(b"\n") for section in sections[:-1])
@@ -183,7 +183,7 @@ def test_a_long_document_is_cut_at_line_ends(lengths: list[int]) -> None:
 
 def test_a_document_of_one_line_is_cut_between_characters() -> None:
     text = ("☃" * 3000).encode()
-    sections = list(module._sections(text, 1000))
+    sections = list(module.cut(text, 1000))
     assert b"".join(sections) == text
     assert len(sections) == 9
     assert {len(section.decode()) for section in sections} <= {332, 333, 334}

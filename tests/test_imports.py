@@ -77,6 +77,7 @@ TIERS = [
         "cache_replay",
         "finding",
         "report",
+        "inspection",
         "verify",
     ],
     ["compare"],

@@ -31,6 +31,7 @@ SMALLER = {
     "chat": ["--max-tokens", "3"],
     "upcycle": ["--context", "16", "--eval-tokens", "64", "--fit-tokens", "64"],
     "eval": ["--context", "16"],
+    "inspect": ["--context", "16", "--tokens", "2000", "--permutations", "20", "--ablate-tokens", "64"],
 }
 
 

@@ -114,7 +114,7 @@ def test_text_of_any_kind_stays_text(tmp_path: Path) -> None:
 
 @given(st.text())
 def test_json_in_a_script_element_reads_back(text: str) -> None:
-    block = report._json({"text": [text]})
+    block = report.script_json({"text": [text]})
     assert not set("<>&") & set(block)
     assert block.isascii()
     assert json.loads(block) == {"text": [text]}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import handful.transformers as plugin
 from handful import observe
 from handful.balance import switch_loss
-from handful.errors import ConfigError, MissingExtraError, RoutingError
+from handful.errors import CheckpointError, ConfigError, MissingExtraError, RoutingError
 from handful.routing import Routing
 
 transformers: Any = importlib.import_module("transformers")  # its types know less than its configs accept
@@ -655,3 +655,15 @@ def test_experts_without_a_router_beside_them_are_refused() -> None:
     layer.forward = hidden  # type: ignore[method-assign]
     with pytest.raises(RoutingError, match="experts: no module beside these experts"), plugin.watch(layer):
         layer(torch.randn(4, 16))
+
+
+def test_a_checkpoint_that_transformers_cannot_load_is_one_line(tmp_path: Path) -> None:
+    build("Mixtral").save_pretrained(tmp_path / "model")
+    loaded = plugin.load_causal(tmp_path / "model")
+    assert loaded.config._experts_implementation == "handful"
+    assert not loaded.training
+    for content, said in (('{"model_type": "nothing"}', "nothing"), ("{", "")):
+        (tmp_path / "model" / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=f"transformers cannot load it: .*{said}") as error:
+            plugin.load_causal(tmp_path / "model")
+        assert "\n" not in str(error.value)

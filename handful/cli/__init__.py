@@ -18,7 +18,21 @@ import typer
 from rich.text import Text
 
 from handful import __version__
-from handful.cli import chat, compare, cost, doctor, eval, generate, plan, presets, serve, train, upcycle, verify
+from handful.cli import (
+    chat,
+    compare,
+    cost,
+    doctor,
+    eval,
+    generate,
+    inspect,
+    plan,
+    presets,
+    serve,
+    train,
+    upcycle,
+    verify,
+)
 from handful.cli.shared import open_screen
 from handful.errors import HandfulError
 
@@ -47,6 +61,7 @@ VERBS = {
     "chat": chat,
     "serve": serve,
     "eval": eval,
+    "inspect": inspect,
     "presets": presets,
     "cost": cost,
     "plan": plan,

@@ -1,4 +1,3 @@
-"use strict";
 // Draws what report.py put into the page as JSON: curves, load, text. No libraries, nothing is fetched.
 // Colours are CSS variables, so that a change of theme needs no redrawing.
 
@@ -7,20 +6,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 // elements and numbers
 // ----------------------------------------------------------------------------------------------------
 
-function make(node, attributes, children) {
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "style") node.style.cssText = value;
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
-const html = (tag, attributes = {}, ...children) => make(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) =>
-  make(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-
 const known = (value) => typeof value === "number" && Number.isFinite(value);
-const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const fixed = (value, digits) => (known(value) ? value.toFixed(digits) : "—");
 // Math.max(...values) would run out of stack on long lists.
 const highest = (values, floor = -Infinity) => values.reduce((a, b) => (known(b) ? Math.max(a, b) : a), floor);
@@ -756,35 +742,8 @@ function sample(host) {
   paint();
 }
 
-// theme, and start
+// start
 // ----------------------------------------------------------------------------------------------------
-
-function theme(button) {
-  const names = ["auto", "light", "dark"];
-  let stored = null;
-  try {
-    stored = localStorage.getItem("handful-theme");
-  } catch {
-    /* a page from a file may have no storage */
-  }
-  let now = names.includes(stored) ? stored : "auto";
-  function apply() {
-    if (now === "auto") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = now;
-    button.textContent = `Theme: ${now}`;
-  }
-  button.addEventListener("click", () => {
-    now = names[(names.indexOf(now) + 1) % names.length];
-    try {
-      localStorage.setItem("handful-theme", now);
-    } catch {
-      /* then it holds until the page closes */
-    }
-    apply();
-  });
-  button.hidden = false;
-  apply();
-}
 
 theme(document.getElementById("theme"));
 curves(document.getElementById("curves"));
