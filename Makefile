@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH := 2.13.0
 WORKERS ?= 2
+SECONDS ?= 600
 BENCH ?= train_step
 COMPILERS ?= g++-11 clang++-14
 
@@ -21,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1
 SANITIZED := build/sanitize/handful/_native.abi3.so
 
-.PHONY: help demo serve test test-torch check sanitize emulate compilers wheel wheel-test bench browser-test clean
+.PHONY: help demo serve test test-torch soak check sanitize emulate compilers wheel wheel-test bench browser-test clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -41,6 +42,9 @@ test-torch: $(DEV) ## run the tests of models, experts, memory and training with
 	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
 	  tests/test_{attention,balance,engine,generate,machine,memory,model,moe,padding,replay,transformers}.py \
 	  tests/experts/test_{experts,offload,quantized,selection}.py tests/verify
+
+soak: $(DEV) ## ten minutes of mixed load on a server; its memory must not grow (SECONDS=600)
+	HANDFUL_SOAK_SECONDS=$(SECONDS) $(TEST_ENV) $(BIN)/python -m pytest -q -s tests/server/test_soak.py
 
 check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/ruff check .

@@ -92,4 +92,4 @@ def test_typed_from_top_to_bottom(
             code = int(end.code or 0)
         assert code == 0, f"{shlex.join(command)}: {capsys.readouterr().err}"
     made = {str(path.parent.relative_to("runs")) for path in Path("runs").glob("*/*.json")}
-    assert made == {"compare", "routers", "train", "dense", "moe", "mended"}
+    assert made == {"compare", "routers", "train", "dense", "moe", "mended", "inspect"}
