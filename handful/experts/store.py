@@ -145,6 +145,7 @@ class Store:
         self._counts = [_Counts() for _ in self.layout.layers]
         self._guesses = 0
         self._trust, self._calls = 1.0, 0
+        self._failing = False  # the last read came to nothing
         self._whole = True  # what is said above is true: no change of it was interrupted
         data = memoryview(memory)
 
@@ -249,9 +250,12 @@ class Store:
         return began
 
     def _room(self, pinned: set[ExpertId]) -> int | None:
-        """A slot for one more that is needed, if one is free or another can give way."""
+        """A slot for one more that is needed, if one is free or another can give way. While the disk fails, those that
+        are there do not give way to what is not going to come: there is the slot of the read that failed."""
         if self._free and len(self._slot) < self.capacity:
             return self._free.pop()
+        if self._failing and self._reads:
+            return None
         victim = self._policy.evict(pinned | self._reads.keys())
         return None if victim is None else self._slot.pop(victim)  # type: ignore[call-overload]
 
@@ -260,6 +264,7 @@ class Store:
         if not self._whole:
             return
         self._counts[read.key[0]].bytes_read += self.layout.record_bytes
+        self._failing = read.error is not None
         if self._reads.get(read.key) is read:
             del self._reads[read.key]
             if read.error is not None:
