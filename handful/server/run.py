@@ -148,7 +148,11 @@ def _protocol(patience: float) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.loop.call_later(patience, self._close_unused)
+            self._unused = self.loop.call_later(patience, self._close_unused)
+
+        def connection_lost(self, reason: Exception | None) -> None:
+            self._unused.cancel()  # or it would hold all of this connection until then
+            super().connection_lost(reason)
 
         def _close_unused(self) -> None:
             if self.cycle is None and not self.transport.is_closing():
