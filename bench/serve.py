@@ -136,7 +136,7 @@ def run_clients(url: str, clients: int, seed: int) -> None:
             made += MADE
 
     async def all_of_them() -> float:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # llama.cpp closes them
         async with httpx.AsyncClient(timeout=None, limits=limits) as http:
             began = time.perf_counter()
             await asyncio.gather(*(client(http, requests) for requests in requests_of(clients, seed)))
@@ -150,7 +150,7 @@ def run_clients(url: str, clients: int, seed: int) -> None:
 def asked_of(*arguments: Any) -> dict[str, float]:
     """What this file prints in a process of its own."""
     command = [sys.executable, __file__, "--run", *map(str, arguments)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found
 
 
