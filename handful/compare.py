@@ -31,6 +31,7 @@ from handful.data import Data
 from handful.errors import ConfigError, TrainingError
 from handful.families.io import load_decoder
 from handful.generate import generate_tokens
+from handful.lesson import lesson
 from handful.machine import machine
 from handful.model import Decoder
 from handful.runs import Run, check_folder, read_events
@@ -171,7 +172,8 @@ def compare(
     if not common:
         raise KeyboardInterrupt
     rows = [_row(team, runs[team.name][:common]) for team in entrants]
-    speeds = decode_speeds([load_decoder(_folder(out, team, 0)).to(device) for team in entrants])
+    models = {team.name: load_decoder(_folder(out, team, 0)).to(device) for team in entrants}
+    speeds = decode_speeds(list(models.values()))
     for row, rates in zip(rows, speeds, strict=True):
         row["decode_tokens_per_second"] = statistics.median(rates)
         row["decode_range"] = [min(rates), max(rates)]
@@ -179,6 +181,7 @@ def compare(
     for row in rows:
         row["reached"] = _reached(row["curve"], baseline["heldout_loss"]["mean"]) if baseline else None
     mixtures = [team for team in entrants if team.model.router is not None]
+    shown, told = lesson(models, mixtures[0].name, data, mixtures[0].settings.context) if mixtures else (None, None)
     count = NUMBERS[len(entrants)] if len(entrants) < len(NUMBERS) else str(len(entrants))
     document = {
         "title": f"{count} teams, one text",
@@ -189,7 +192,8 @@ def compare(
         "train": to_dict(replace(entrants[0].settings, balance=(mixtures or entrants)[0].settings.balance)),
         "command": command,
         "teams": rows,
-        "sample": _sample(_folder(out, mixtures[0], 0), mixtures[0], data) if mixtures else None,
+        "sample": shown,
+        "lesson": told,
     }
     checkpoint.write_file(out / "compare.json", document)
     report.write(document, out / "report.html")
@@ -325,19 +329,3 @@ def decode_speeds(models: Sequence[Decoder], tokens: int = 64, repeats: int = 5)
 
     rounds = [[rate(model) for model in models] for _ in range(repeats + 1)]
     return [list(rates) for rates in zip(*rounds[1:], strict=True)]  # the first warms up
-
-
-@torch.no_grad()
-def _sample(folder: Path, moe: Team, data: Data) -> dict[str, Any]:
-    """Held-out text with the experts of every token, from a mixture's run."""
-    model = load_decoder(folder)
-    middle = len(data.heldout) // 2
-    tokens = [int(t) for t in data.heldout[middle : middle + 2 * moe.model.context]]
-    tokens_BS = torch.tensor(tokens[: len(tokens) // 2 * 2]).view(2, -1) if len(tokens) >= 4 else torch.tensor([tokens])
-    _, routings = model(tokens_BS)
-    return {
-        "pieces": data.tokenizer.pieces(tokens_BS.flatten().tolist()),
-        "layers": list(moe.model.moe_layers),
-        "experts": [r.experts_TK.tolist() for r in routings],
-        "weights": [[[round(w, 4) for w in row] for row in r.weights_TK.tolist()] for r in routings],
-    }

@@ -5,7 +5,7 @@ Legend: B sequences · S tokens in one · T = B·S · D width
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,17 +30,25 @@ def batch_loss(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Iterable[tuple[Tensor, Tensor]], dtype: str = "float32") -> float:
+def evaluate(
+    model: Decoder,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    dtype: str = "float32",
+    first: Callable[[list[Routing]], None] | None = None,
+) -> float:
     """Mean loss in nats per token over held-out batches, the model in evaluation mode.
 
     dtype   "bfloat16" is autocast's; with "float32" a model computes in the dtype of its weights.
+    first   hears the routings of the first batch.
     """
     was_training = model.training
     model.eval()
     device = model.embed.weight.device
     total, tokens = 0.0, 0
     for inputs_BS, targets_BS in batches:
-        loss, _ = batch_loss(model, inputs_BS.to(device), targets_BS.to(device), dtype)
+        loss, routings = batch_loss(model, inputs_BS.to(device), targets_BS.to(device), dtype)
+        if first is not None and not tokens:
+            first(routings)
         total += float(loss) * targets_BS.numel()
         tokens += targets_BS.numel()
     model.train(was_training)

@@ -17,6 +17,7 @@ __all__ = [
     "describe_balance",
     "finding",
     "finite",
+    "headline",
     "late_routing",
     "loss_of",
     "mixtures_of",
@@ -67,6 +68,39 @@ def finding(comparison: Doc) -> list[str]:
             unsure = " (their ups and downs overlap)" if overlap else ""
             price.append(f"{_times(first[key], small[key], '.2f')} the {what} speed{unsure}")
     return [*out, f"The price of the {_called(first)}, next to the small dense model: {', '.join(price)}."]
+
+
+def headline(comparison: Doc) -> str:
+    """Who won, by how much, and whether that is more than chance, in one sentence."""
+    teams = {team["name"]: team for team in comparison["teams"]}
+    small, mixtures, seeds = teams.get("dense-active"), mixtures_of(comparison), len(comparison["seeds"])
+    if small is None or not mixtures or any(loss_of(team) is None for team in (small, *mixtures)):
+        first, *rest = finding(comparison)
+        return rest[0] if rest and (small is None or not mixtures) else first
+    ranked = sorted(mixtures, key=lambda team: loss_of(team) or math.inf)
+    best = ranked[0]
+    fewest = min(map(_tokens_per_weight, mixtures))
+    found = _judge(best, small, fewest)
+    who = f"the {_called(best)}"
+    ahead = f"{abs(found.lead):.3f} nats per token {'ahead of' if found.lead > 0 else 'behind'} the small dense model"
+    if found.kind == "too short":
+        said = f"Too short to judge: {who} is {ahead} so far"
+    elif found.kind == "level":
+        said = (
+            f"No difference beyond chance between {who} and the small dense model: {abs(found.lead):.3f} nats per token"
+        )
+    else:
+        verb = "beats" if found.kind == "lower" else "loses to"
+        against = CHANCE if seeds == 1 else max(_spread(small), _spread(best))
+        source = "that by which seeds differ" if seeds == 1 else f"the spread over {seeds} seeds"
+        real = f"{abs(found.lead) / against:.1f} times {source}" if against else f"more than {source}"
+        said = f"{who} {verb} the small dense model by {abs(found.lead):.3f} nats per token, {real}"
+        said += ", from one seed" if seeds == 1 else ""
+    if len(ranked) > 1:
+        gap = _judge(best, ranked[1], fewest)
+        beside = {"lower": f"{gap.lead:.3f} ahead of", "level": "level with"}
+        said += f"; it is {beside[gap.kind]} {ranked[1]['name']}" if gap.kind in beside else ""
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def mixtures_of(doc: Doc) -> list[Doc]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from handful.config import ModelConfig, TrainConfig
 from handful.observe import collapsed, stats
+from handful.routing import Routing
 
-__all__ = ["CollapseMonitor", "Event", "Sink", "TensorBoardWarning", "routing_event", "tensorboard"]
+__all__ = ["CollapseMonitor", "Event", "Sink", "TensorBoardWarning", "choices", "routing_event", "tensorboard"]
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]  # somewhere that events go
 
+CHOICES = 4096  # assignments that an evaluation keeps, about
+CHOOSING, FEWEST_CHOOSING = 256, 16  # tokens that they are of, from the most to the fewest
 COLLAPSED_WINDOWS = 3  # routing events in a row that make a warning
 
 
@@ -31,6 +34,24 @@ def routing_event(window: list[tuple[Tensor, list[float]]], step: int, tokens: i
     load_LE = torch.stack([load for load, _ in window]).sum(0)
     dropped_L = [sum(layer) / len(layer) for layer in zip(*(d for _, d in window), strict=True)]
     return {"event": "routing", "step": step, "tokens": tokens, **vars(stats(load_LE, dropped_L))}
+
+
+def choices(routings: Sequence[Routing]) -> list[list[list[int]]]:
+    """Of each layer, the experts that each of the first tokens went to.
+
+    An evaluation always begins with the same tokens, so that two of them say how much the routing has moved. 256 at
+    most, and fewer where a token has many experts: about 4,096 assignments in all.
+    """
+    some = max(FEWEST_CHOOSING, min(CHOOSING, CHOICES // max(1, sum(routing.top_k for routing in routings))))
+    layers = []
+    for routing in routings:
+        mine = routing.rows(0, min(some, routing.tokens))
+        experts = mine.experts_TK.tolist()
+        if mine.dropped_TK is not None:
+            pairs = zip(experts, mine.dropped_TK.tolist(), strict=True)
+            experts = [[e for e, out in zip(row, drop, strict=True) if not out] for row, drop in pairs]
+        layers.append(experts)
+    return layers
 
 
 class CollapseMonitor:

@@ -26,8 +26,10 @@ __all__ = [
     "dropped",
     "entropy",
     "expert_load",
+    "kept",
     "max_vio",
     "stats",
+    "touched",
 ]
 
 
@@ -74,6 +76,18 @@ def collapsed(load_E: Tensor, top_k: int) -> str | None:
     if idle < max(1, experts / 10) or not few:
         return None
     return ", ".join([f"{idle} of {experts} experts are dead", *few])
+
+
+def kept(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> float:
+    """The share of the assignments of `before` that `after` has too: the experts of the same tokens, in any order."""
+    same = sum(len(set(one) & set(other)) for one, other in zip(before, after, strict=True))
+    return same / max(1, sum(map(len, before)))
+
+
+def touched(experts_TK: Sequence[Sequence[int]]) -> list[int]:
+    """How many different experts the first 1, 2, … T tokens went to together."""
+    seen: set[int] = set()
+    return [len(seen := seen | set(experts_K)) for experts_K in experts_TK]
 
 
 def dropped(routing: Routing) -> float:

@@ -23,11 +23,33 @@ from handful.checkpoint import write_file
 from handful.config import ModelConfig
 from handful.config_io import from_dict
 from handful.errors import DataError
-from handful.finding import Doc, finding, finite, late_routing, loss_of, mixtures_of, team_balance, team_experts
-from handful.observe import collapsed
+from handful.finding import (
+    Doc,
+    finding,
+    finite,
+    headline,
+    late_routing,
+    loss_of,
+    mixtures_of,
+    team_balance,
+    team_experts,
+)
+from handful.observe import collapsed, kept, touched
+from handful.picture import picture
+from handful.terms import TERMS
 from handful.units import PREFIXES, size
 
-__all__ = ["collapse", "finding", "from_events", "routing_history", "script_json", "speed_range", "write"]
+__all__ = [
+    "collapse",
+    "finding",
+    "from_events",
+    "headline",
+    "routing_history",
+    "script_json",
+    "speed_range",
+    "stability",
+    "write",
+]
 
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
 _DENSE_COLORS = {"dense-active": "var(--dense-active)", "dense-total": "var(--dense-total)"}
@@ -79,6 +101,7 @@ def from_events(
             for e in evals
         ],
         "routing": routing_history(events),
+        "stability": stability(events),
         "warnings": [f"step {event['step']}: {event['message']}" for event in _of_kind("warning", events)],
     }
     return {
@@ -111,6 +134,24 @@ def routing_history(events: Iterable[Doc]) -> dict[str, Any] | None:
     found = _of_kind("routing", _kept(events))
     steps = {"steps": [event["step"] for event in found]}
     return steps | {name: [event[name] for event in found] for name in _ROUTING} if found else None
+
+
+def stability(events: Iterable[Doc]) -> list[dict[str, Any]]:
+    """How much of a run's routing stays: an item per evaluation but the first, a value per MoE layer.
+
+    kept    the share of the choices of one held-out text that are those of the evaluation before.
+    final   the share that the last evaluation has too.
+    """
+    found = [event for event in _of_kind("eval", _kept(events)) if "choices" in event]
+    return [
+        {
+            "step": now["step"],
+            "tokens": now["tokens"],
+            "kept": [kept(*layers) for layers in zip(before["choices"], now["choices"], strict=True)],
+            "final": [kept(*layers) for layers in zip(now["choices"], found[-1]["choices"], strict=True)],
+        }
+        for before, now in pairwise(found)
+    ]
 
 
 def collapse(routing: Doc, top_k: int) -> dict[int, str]:
@@ -159,19 +200,38 @@ def _page(doc: Doc) -> str:
     parts = {
         "title": escape(doc["title"]),
         "byline": escape(f"Handful {doc['handful']} · {doc['data']['name']} · {seeds} seed{'s' * (seeds > 1)}"),
+        "headline": escape(headline(doc)),
+        "picture": picture(doc, _colors(doc)),
         "finding": escape(found[0]),
         "more": escape(" ".join(found[1:])),
         "banners": "".join(map(_banners, doc["teams"])),
         "table_title": "Side by side" if len(doc["teams"]) > 1 else "In numbers",
         "table_how": escape(how),
         "table": _table(doc),
+        "terms": "".join(
+            f'<dt id="{_anchor(name)}">{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in TERMS.items()
+        ),
         "made": _made(doc),
         "data": script_json(_view(doc)),
-        "css": (web / "report.css").read_text("utf-8"),
-        "js": "".join((web / name).read_text("utf-8") for name in ("parts.js", "report.js")),
+        "css": "".join((web / name).read_text("utf-8") for name in ("report.css", "lesson.css")),
+        "js": "".join((web / name).read_text("utf-8") for name in ("parts.js", "lesson.js", "report.js")),
     }
     # One pass: braces in what is filled in stay what they are.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], (web / "report.html").read_text("utf-8"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _linked((web / "report.html").read_text("utf-8")))
+
+
+def _anchor(name: str) -> str:
+    return f"term-{name.replace(' ', '-')}"
+
+
+def _linked(template: str) -> str:
+    """A page's own words with its links to what they mean: [[load]], or [[loads|load]] for another form of it."""
+
+    def link(match: re.Match[str]) -> str:
+        text, _, name = match[1].partition("|")
+        return f'<a class="term" href="#{_anchor(name or text)}">{text}</a>'
+
+    return re.sub(r"\[\[([\w |-]+)\]\]", link, template)
 
 
 def _view(doc: Doc) -> Doc:
@@ -179,14 +239,59 @@ def _view(doc: Doc) -> Doc:
     teams, colors = [], _colors(doc)
     for team in doc["teams"]:
         routing = team["routing"]
+        warned = bool(team["warnings"])
         if routing:
+            warned = warned or bool(collapse(routing, team["model"]["router"]["top_k"]))
             last = len(routing["steps"]) - 1
             count = min(last + 1, MAX_SNAPSHOTS)
             steps = [round(i * last / max(1, count - 1)) for i in range(count)]
             routing = {key: [values[i] for i in steps] for key, values in routing.items()} | {"layers": _layers(team)}
         shown = {key: team[key] for key in ("name", "label", "curve", "reached")}
-        teams.append(shown | {"color": colors[team["name"]], "routing": routing})
-    return {"teams": teams, "goal": loss_of(base) if (base := _base(doc)) else None, "sample": doc["sample"]}
+        shown |= {"color": colors[team["name"]], "routing": routing, "stability": team.get("stability") or []}
+        shown |= {"warned": warned, "balance": team_balance(team), "price": _price(team)}
+        teams.append(shown)
+    base = _base(doc)
+    return {
+        "teams": teams,
+        "goal": loss_of(base) if base else None,
+        "sample": _with_touched(doc["sample"], doc),
+        "lesson": doc.get("lesson"),  # a comparison of before there were any has none
+        "balances": _with_and_without(doc),
+    }
+
+
+def _price(team: Doc) -> Doc:
+    """What a team's final loss cost."""
+    values = [value for value in team["heldout_loss"]["values"] if finite(value) is not None]
+    loss = loss_of(team)
+    return {
+        "loss": loss,
+        "low": min(values, default=loss),
+        "high": max(values, default=loss),
+        "memory": team["weight_bytes"],
+        "flops": team["train_flops_per_token"],
+        "seconds": team["train_seconds"],
+    }
+
+
+def _with_touched(sample: Doc | None, doc: Doc) -> Doc | None:
+    """A text's sample with how many experts its tokens touched, and how many there are."""
+    if sample is None:
+        return None
+    mixtures = mixtures_of(doc)
+    most = mixtures[0]["model"]["router"]["experts"] if mixtures else 0
+    return {**sample, "touched": [touched(layer) for layer in sample["experts"]], "most": most}
+
+
+def _with_and_without(doc: Doc) -> list[list[int]]:
+    """The places of teams that are alike but for their balance, of which the second has none."""
+    found, teams = [], list(enumerate(doc["teams"]))
+    for i, team in teams:
+        for j, other in teams:
+            alike = team["routing"] and other["routing"] and team["model"] == other["model"]
+            if alike and team_balance(other) == "none" and team_balance(team) != "none":
+                found.append([i, j])
+    return found
 
 
 def _colors(doc: Doc) -> dict[str, str]:

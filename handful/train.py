@@ -33,7 +33,7 @@ from handful.errors import ConfigError, TrainingError
 from handful.evaluate import batch_loss, evaluate
 from handful.families.weights import shapes
 from handful.model import Decoder
-from handful.monitor import CollapseMonitor, Event, Sink, routing_event
+from handful.monitor import CollapseMonitor, Event, Sink, choices, routing_event
 from handful.runs import Run
 from handful.settings import TrainOnly, check_training
 from handful.train_step import Stepper, make_optimizer, seed
@@ -225,7 +225,8 @@ def _events(job: _Job) -> Iterator[Event]:
 
     def held_out() -> Event:
         parts = heldout_batches(data.heldout, settings.batch, settings.context, settings.eval_tokens)
-        loss = evaluate(model, parts, settings.dtype)
+        chosen: list[list[list[int]]] = []
+        loss = evaluate(model, parts, settings.dtype, lambda routings: chosen.extend(choices(routings)))
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: the held-out loss is {loss}")
         return {
@@ -235,6 +236,7 @@ def _events(job: _Job) -> Iterator[Event]:
             "seconds": seconds,
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, job.heldout_bytes),
+            **({"choices": chosen} if chosen else {}),
         }
 
     with interrupts() if job.stop is None else nullcontext(job.stop) as interrupted:

@@ -118,6 +118,7 @@ def document(*, collapsed: bool = False) -> dict[str, Any]:
             "reached": None,
             "curve": curve,
             "routing": None,
+            "stability": [],
             "warnings": [],
         }
 
@@ -145,6 +146,15 @@ def document(*, collapsed: bool = False) -> dict[str, Any]:
             at_step[1] = [value / sum(favoured) for value in favoured] if i else [1 / experts] * experts
         loads.append(at_step)
     moe["routing"] = routing_of(loads)
+    moe["stability"] = [
+        {
+            "step": 50 * (i + 1),
+            "tokens": 409_600 * (i + 1),
+            "kept": [0.3 + 0.06 * i] * layers,
+            "final": [0.1 * (i + 1)] * layers,
+        }
+        for i in range(10)
+    ]
     if collapsed:
         moe["warnings"] = ["step 120: layer 1's busiest expert has 21× the even load; try balance.loss = 'switch' <b>"]
     pieces = re.findall(r" ?\w{1,6}|\n *|\t|[^\w\s]{1,2}| ", SOURCE)
@@ -166,6 +176,66 @@ def document(*, collapsed: bool = False) -> dict[str, Any]:
             "experts": chosen,
             "weights": [[[w, 1 - w] for w in layer] for layer in first_weights],
         },
+        "lesson": lesson_of(rng, pieces, layers, experts),
+    }
+
+
+def lesson_of(rng: random.Random, pieces: list[str], layers: int, experts: int) -> dict[str, Any]:
+    """What `lesson.lesson` makes, of random numbers that keep its promises."""
+
+    def step() -> dict[str, Any]:
+        scores = [rng.random() ** 6 for _ in range(experts)]
+        scores = [score / sum(scores) for score in scores]
+        one, two = sorted(range(experts), key=lambda e: -scores[e])[:2]
+        share = scores[one] / (scores[one] + scores[two])
+        outputs = [[rng.gauss(0, 4) for _ in range(6)] for _ in range(2)]
+        return {
+            "scores": scores,
+            "experts": [one, two],
+            "weights": [share, 1 - share],
+            "outputs": outputs,
+            "blend": [share * a + (1 - share) * b for a, b in zip(*outputs, strict=True)],
+            "shares": [0.9, 0.1],
+            "sizes": {"parts": [20.0, 3.0], "blend": 21.5, "before": 40.0, "after": 52.0},
+        }
+
+    def card(expert: int) -> dict[str, Any]:
+        return {
+            "load": 1 / experts,
+            "tokens": [[rng.choice(pieces), 3, 4], ["<b>&", 2, 9]],
+            "partners": [[(expert + 1) % experts, 0.4, 0.05]],
+            "cost": 0.001 * expert if expert != 1 else None,
+            "error": 0.0005 if expert != 1 else None,
+            "beyond": expert > experts - 4,
+        }
+
+    words = [{"before": "went to ", "after": " and then", "experts": [[1, 2], [3, 4], [5, 6]]},
+             {"before": "the </pre> of ", "after": "\n", "experts": [[2, 9], [3, 8], [7, 10]]}]  # fmt: skip
+    tokens = [
+        {"at": at, "layers": [step() for _ in range(layers)], "next": [["<i>", 0.5], ["a", 0.25]]}
+        for at in range(4, 12)
+    ]
+    names = ("dense-active", "moe", "dense-total")
+    return {
+        "way": {"layers": list(range(layers)), "tokens": tokens},
+        "word": {
+            "word": " Paris",
+            "asked": "Paris",
+            "count": 7,
+            "shared": 2,
+            "of": 6,
+            "mean": 3.5,
+            "any": 0.25,
+            "places": words,
+        },
+        "experts": {
+            "tokens": 4096,
+            "off_tokens": 2048,
+            "off_windows": 16,
+            "layers": [{"layer": layer, "cards": [card(e) for e in range(experts)]} for layer in range(layers)],
+        },
+        "losses": {name: [None, *(rng.expovariate(0.3) for _ in pieces[1:])] for name in names},
+        "continuations": {"prompt": "def read(", "real": "path):", "teams": dict.fromkeys(names, "self, </pre><b>")},
     }
 
 

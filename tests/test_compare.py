@@ -201,7 +201,7 @@ def test_all_teams_see_the_same_tokens_in_the_same_order(
 def test_the_document_keeps_its_contract(two_seeds: tuple[dict[str, Any], Path], data: Data) -> None:
     document, _ = two_seeds
     assert set(document) == {
-        "title", "handful", "machine", "data", "seeds", "train", "command", "teams", "sample",
+        "title", "handful", "machine", "data", "seeds", "train", "command", "teams", "sample", "lesson",
     }  # fmt: skip
     assert document["handful"] == __version__
     assert document["command"] == "handful compare"
@@ -217,7 +217,8 @@ def test_the_document_keeps_its_contract(two_seeds: tuple[dict[str, Any], Path],
         assert set(team) == {
             "name", "label", "model", "parameters", "train_flops_per_token", "weight_bytes", "lr", "balance",
             "heldout_loss", "bits_per_byte", "train_tokens_per_second", "train_range", "decode_tokens_per_second",
-            "decode_range", "train_seconds", "reached", "curve", "routing", "warnings",
+            "decode_range", "train_seconds", "reached", "curve", "routing", "stability",
+            "warnings",
         }  # fmt: skip
         assert team["label"] == LABELS[team["name"]]
         assert team["model"] == to_dict(entrant.model)
@@ -236,6 +237,7 @@ def test_the_document_keeps_its_contract(two_seeds: tuple[dict[str, Any], Path],
             assert point["flops"] == point["tokens"] * price.train_flops
             assert point["low"] <= point["loss"] <= point["high"]
         assert team["curve"][-1]["loss"] == pytest.approx(team["heldout_loss"]["mean"])
+        assert [point["step"] for point in team["stability"]] == ([2, 4, 6] if team["name"] == "moe" else [])
     routing = document["teams"][1]["routing"]
     assert set(routing) == {"steps", "tokens", "load", "max_vio", "dead", "entropy", "dropped"}
     assert routing["steps"] == [3, 6]

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from handful.config import RouterConfig
 from handful.moe import NotCausalWarning, Router
-from handful.observe import LoadStats, coactivation, collapsed, dead, dropped, entropy, expert_load, max_vio, stats
+from handful.observe import (
+    LoadStats,
+    coactivation,
+    collapsed,
+    dead,
+    dropped,
+    entropy,
+    expert_load,
+    kept,
+    max_vio,
+    stats,
+    touched,
+)
 from handful.routing import Routing
 
 
@@ -49,6 +61,17 @@ def test_entropy() -> None:
     assert entropy(of(1, 1, 0, 0)) == pytest.approx(0.5, abs=1e-6)  # ln 2 / ln 4
     assert entropy(of(2, 1, 1, 0)) == pytest.approx(0.75, abs=1e-6)  # 1.5 bits of 2
     assert entropy(of(7)) == 0
+
+
+def test_kept_is_of_sets() -> None:
+    assert kept([[0, 1], [2, 3]], [[1, 0], [2, 4]]) == 0.75
+    assert kept([[0, 1], [2]], [[5, 6], [7]]) == 0
+    assert kept([[], [2]], [[1], [2]]) == 1  # a token that no expert chose before counts for nothing
+    assert kept([], []) == 0
+
+
+def test_touched_grows() -> None:
+    assert touched([[0, 1], [1, 0], [1, 2], [], [3, 0]]) == [2, 2, 3, 3, 4]
 
 
 def test_dead() -> None:

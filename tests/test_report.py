@@ -19,6 +19,8 @@ from handful import report
 from handful.config import ModelConfig, RouterConfig, TrainConfig
 from handful.config_io import to_dict
 from handful.errors import DataError
+from handful.picture import dots
+from handful.terms import TERMS
 
 
 class Page(HTMLParser):
@@ -72,9 +74,13 @@ def page_of(doc: dict[str, Any], folder: Path) -> Page:
 
 def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:
     page = page_of(document(), tmp_path)
-    assert page.links == ["data:,"]
+    # The icon is in the page, and every link leads to a word's meaning there.
+    assert page.links[0] == "data:,"
+    assert len(page.links) > 5
+    assert {link.removeprefix("#") for link in page.links[1:]} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     text = page.text
+    assert {f"term-{name}" for name in re.findall(r'term\("([\w-]+)"', text)} <= set(page.ids)
     # The SVG namespace is a name, not an address.
     assert re.findall(r"https?://[^\"' ]*", text) == ["http://www.w3.org/2000/svg"]
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|\bimport\(", text)
@@ -87,6 +93,7 @@ def test_what_must_be_there_without_javascript_is_html(tmp_path: Path) -> None:
     text = page_of(document(), tmp_path).text.split('<script type="application/json"')[0]
     for words in (
         "0.120 lower",
+        "beats the small dense model by 0.120 nats per token, 30.0 times the spread over 2 seeds.",
         "Team 2 · mixture of experts",
         "handful compare --seeds 2",
         "10,412,877",
@@ -104,6 +111,7 @@ def test_text_of_any_kind_stays_text(tmp_path: Path) -> None:
     doc["teams"][1]["label"] = nasty
     doc["teams"][1]["warnings"] = [nasty]
     doc["sample"]["pieces"][0] = nasty
+    doc["lesson"]["word"]["word"] = doc["lesson"]["continuations"]["teams"]["moe"] = nasty
     page = page_of(doc, tmp_path)
     assert len(page.scripts) == 2
     assert page.data["sample"]["pieces"] == doc["sample"]["pieces"]
@@ -197,6 +205,56 @@ def with_losses(small: list[float], moe: list[float], big: list[float]) -> dict[
         }
     doc["seeds"] = list(range(len(small)))
     return doc
+
+
+def test_the_headline_says_who_by_how_much_and_whether_it_is_real() -> None:
+    def said(small: list[float], moe: list[float], **changes: Any) -> str:
+        return report.headline(with_losses(small, moe, [3.3] * len(small)) | changes)
+
+    assert said([3.50, 3.52], [3.40, 3.41]) == (
+        "The mixture of experts beats the small dense model by 0.105 nats per token, 5.2 times the spread over 2 seeds."
+    )
+    assert said([3.50], [3.56]) == (
+        "The mixture of experts loses to the small dense model by 0.060 nats per token, 2.0 times that by which seeds "
+        "differ, from one seed."
+    )
+    assert said([3.50, 3.54], [3.49, 3.53]) == (
+        "No difference beyond chance between the mixture of experts and the small dense model: 0.010 nats per token."
+    )
+    assert report.headline(several()) == (
+        "The mixture free beats the small dense model by 0.170 nats per token, 42.5 times the spread over 2 seeds; it "
+        "is level with wide."
+    )
+    short = with_losses([3.50, 3.52], [3.40, 3.41], [3.30, 3.30])
+    for team in short["teams"]:
+        for point in team["curve"]:
+            point["tokens"] //= 2
+    assert report.headline(short) == (
+        "Too short to judge: the mixture of experts is 0.105 nats per token ahead of the small dense model so far."
+    )
+    alone = report.from_events(run_events())
+    assert report.headline(alone) == report.finding(alone)[1]
+
+
+def test_dots_are_parameters() -> None:
+    """160 for the largest team; of a mixture those that always work stand first, a handful of the others among them."""
+    assert dots(100, 100, 100, None) == [True] * 160
+    assert dots(25, 25, 100, None) == [True] * 40
+    # 20 of 100 always work and 80 are experts, of which a token takes a quarter.
+    found = dots(100, 40, 100, {"experts": 8, "top_k": 2})
+    assert (len(found), sum(found)) == (160, 64)
+    assert found[:32] == [True] * 32
+    assert sum(found[32:96]) == sum(found[96:]) == 16
+    assert dots(1, 1, 10_000, None) == [True]
+
+
+def test_words_of_the_page_are_the_glossary_s() -> None:
+    glossary = (Path(__file__).parent.parent / "docs" / "glossary.md").read_text("utf-8")
+    plain = re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", glossary)
+    plain = " ".join(plain.replace("**", "").split())
+    for name, meaning in TERMS.items():
+        # "Active parameters: those that one token uses. Total parameters: those that …"
+        assert re.search(rf"{re.escape(name)}( \([^)]*\))?: {re.escape(meaning)}", plain, re.I), name
 
 
 def test_a_lead_within_the_spread_is_called_that() -> None:
@@ -409,6 +467,38 @@ def test_from_events_makes_a_training_report(tmp_path: Path) -> None:
         "Mixture of 4 experts, 1 per token: every token uses 4 k of its 5 k parameters.",
         "After 400 tokens the held-out loss is 3.000 nats per token, 1.730 bits per byte.",
     ]
+
+
+def test_stability_is_between_evaluations() -> None:
+    events = run_events()
+    chosen = [[[[0], [1]]], [[[0], [2]]], [[[0], [2]]], [[[3], [2]]]]
+    for event, choices in zip([e for e in events if e["event"] == "eval"], chosen, strict=True):
+        event["choices"] = choices
+    assert report.stability(events) == [
+        {"step": 2, "tokens": 200, "kept": [0.5], "final": [0.5]},
+        {"step": 3, "tokens": 300, "kept": [1.0], "final": [0.5]},
+        {"step": 4, "tokens": 400, "kept": [0.5], "final": [1.0]},
+    ]
+    assert report.stability(run_events()) == []
+
+
+def test_mixtures_that_differ_in_balance_alone_stand_side_by_side(tmp_path: Path) -> None:
+    doc = several()
+    assert page_of(doc, tmp_path).data["balances"] == [[1, 2], [3, 2]]
+    doc["teams"][3]["model"]["width"] = 32
+    assert page_of(doc, tmp_path).data["balances"] == [[1, 2]]
+    assert page_of(document(), tmp_path).data["balances"] == []
+
+
+def test_a_document_of_before_has_no_lesson(tmp_path: Path) -> None:
+    doc = document()
+    del doc["lesson"]
+    for team in doc["teams"]:
+        del team["stability"]
+    data = page_of(doc, tmp_path).data
+    assert data["lesson"] is None
+    assert [team["stability"] for team in data["teams"]] == [[], [], []]
+    assert [layer[0] for layer in data["sample"]["touched"]] == [2, 2, 2]
 
 
 def test_a_resumed_run_counts_every_step_once() -> None:

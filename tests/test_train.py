@@ -256,6 +256,13 @@ def test_events(data: Data, tmp_path: Path) -> None:
     assert losses(events, "eval")[0] == pytest.approx(math.log(VOCAB), rel=0.1)  # it has learnt nothing yet
     for event in of_kind("routing", events):
         assert [sum(load) for load in event["load"]] == pytest.approx([1, 1], abs=1e-5)
+    # The choices of an evaluation's first batch, by the model that it judged.
+    inputs_BS, _ = next(heldout_batches(data.heldout, 4, 16, 128))
+    model = load(tmp_path / "run")
+    with torch.no_grad():
+        right = [routing.experts_TK.tolist() for routing in model(inputs_BS)[1]]
+    assert of_kind("eval", events)[-1]["choices"] == right
+    assert of_kind("eval", events)[0]["choices"] != right
     held = data.evaluated_bytes_per_token(16, 128)
     assert end["bits_per_byte"] == pytest.approx(end["loss"] / math.log(2) / held)
 

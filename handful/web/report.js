@@ -246,8 +246,12 @@ function curves(host) {
     .map((team) => ({ ...team, curve: team.curve.filter((point) => known(point.loss)) }))
     .filter((team) => team.curve.length);
   if (!teams.length) return host.replaceWith(html("p", { class: "note" }, "No held-out loss was recorded."));
-  // From the lowest loss to the highest that any team still has after a quarter of its training.
-  const high = highest(teams.map(({ curve }) => curve[Math.floor((curve.length - 1) / 4)].loss));
+  if (teams.every(({ curve }) => curve.length < 2)) {
+    const once = "The loss was evaluated once, which makes no curve; the table has it.";
+    return host.replaceWith(html("p", { class: "note" }, once));
+  }
+  // From the lowest loss to the highest that any team has from a quarter of its training on.
+  const high = highest(teams.flatMap(({ curve }) => curve.slice(Math.floor((curve.length - 1) / 4)).map((p) => p.loss)));
   const low = lowest(teams.flatMap(({ curve }) => curve.map((point) => point.low ?? point.loss)));
   const margin = 0.06 * (high - low || Math.abs(high) || 1);
   const digits = high - low < 0.3 ? 2 : 1;
@@ -387,12 +391,31 @@ function routing(team, id) {
   const sliderId = `step-${id}`;
   const slider = html("input", { type: "range", min: 0, max: last, id: sliderId });
   const when = html("output", { for: sliderId });
-  section.append(html("div", { class: "step" }, html("label", { for: sliderId }, "Step"), slider, when));
+  const play = html("button", { type: "button", class: "play" }, "▶ Play");
+  if (last) section.append(html("div", { class: "step" }, play, html("label", { for: sliderId }, "Step"), slider, when));
   const views = [
     heatMap(section, team.routing),
-    layerCharts(section, team.routing, show),
+    ...(last ? [layerCharts(section, team, show)] : []),
     layerTable(section, team.routing),
   ];
+
+  // Some ten seconds from the first step to the last, whatever their number. It moves when it is asked to, and only then.
+  let timer = null;
+  function stop() {
+    clearInterval(timer);
+    timer = null;
+    play.textContent = "▶ Play";
+  }
+  play.addEventListener("click", () => {
+    if (timer !== null) return stop();
+    let at = Number(slider.value) === last ? 0 : Number(slider.value);
+    show(at);
+    play.textContent = "■ Stop";
+    timer = setInterval(() => {
+      show(++at);
+      if (at >= last) stop();
+    }, clamp(10000 / last, 50, 500));
+  });
 
   function show(step) {
     const text = `step ${steps[step].toLocaleString("en")} · ${si(tokens[step])} tokens`;
@@ -401,7 +424,10 @@ function routing(team, id) {
     when.textContent = text;
     for (const view of views) view(step, text);
   }
-  slider.addEventListener("input", () => show(Number(slider.value)));
+  slider.addEventListener("input", () => {
+    stop();
+    show(Number(slider.value));
+  });
   show(last);
 }
 
@@ -419,34 +445,54 @@ function heatMap(section, { load, layers }) {
   let now = 0;
   let focus = null; // [layer, expert]
   let cells = []; // [layer][expert] {rect, cross}
-  let grid = null; // {width, left, top, w, h} of a cell, in pixels
+  let grid = null; // {width, left, top, head, columns, block, w, h}: a layer's block, and a cell in it, in pixels
 
+  // Where a row of all experts would have cells too small for a finger, a layer's experts stand in several rows.
   function draw() {
     const width = plot.clientWidth;
     if (!width) return;
-    const left = 58;
+    const least = width < 560 || matchMedia("(pointer: coarse)").matches ? 26 : 6;
+    const wraps = (width - 60) / experts < least;
+    const left = wraps ? 1 : 58;
+    const columns = wraps ? Math.min(experts, Math.max(1, Math.floor((width - 2) / least))) : experts;
+    const w = Math.min((width - left - 2) / columns, wraps ? 44 : 90);
+    const h = wraps ? Math.max(least, 20) : clamp(w * 1.6, layers.length > 12 ? 10 : 22, 40);
+    const head = wraps ? 22 : 0;
+    const rows = Math.ceil(experts / columns);
+    const block = head + rows * h + (wraps ? 8 : 0);
     const top = 4;
-    const w = (width - left - 2) / experts;
-    const h = clamp(w * 1.6, layers.length > 12 ? 10 : 22, 40);
-    const bottom = top + layers.length * h;
+    const bottom = top + layers.length * block;
     const middle = { "text-anchor": "middle" };
-    grid = { width, left, top, w, h };
-    root.setAttribute("viewBox", `0 0 ${width} ${bottom + 38}`);
+    grid = { width, left, top, head, columns, block, w, h };
+    root.setAttribute("viewBox", `0 0 ${width} ${bottom + (wraps ? 0 : 38)}`);
     root.replaceChildren();
     cells = load[0].map((row, l) => row.map((_, e) => cell(l, e)));
-    const every = Math.ceil(14 / h);
+    const every = wraps ? 1 : Math.ceil(14 / h);
     for (let l = 0; l < layers.length; l += every)
-      root.append(svg("text", { x: left - 8, y: top + (l + 0.5) * h + 4, "text-anchor": "end" }, `layer ${layers[l]}`));
-    for (const e of ticks(0, experts - 1, clamp(width / 70, 2, 16)).filter(Number.isInteger))
-      root.append(svg("text", { x: left + (e + 0.5) * w, y: bottom + 16, ...middle }, String(e)));
-    root.append(svg("text", { x: left + (experts * w) / 2, y: bottom + 33, ...middle }, "expert"), ring);
+      root.append(
+        wraps
+          ? svg("text", { x: left, y: top + l * block + 15 }, `layer ${layers[l]}, experts 0 to ${load[0][l].length - 1}`)
+          : svg("text", { x: left - 8, y: top + (l + 0.5) * h + 4, "text-anchor": "end" }, `layer ${layers[l]}`),
+      );
+    if (!wraps) {
+      for (const e of ticks(0, experts - 1, clamp(width / 70, 2, 16)).filter(Number.isInteger))
+        root.append(svg("text", { x: left + (e + 0.5) * w, y: bottom + 16, ...middle }, String(e)));
+      root.append(svg("text", { x: left + (experts * w) / 2, y: bottom + 33, ...middle }, "expert"));
+    }
+    root.append(ring);
     paint();
   }
 
+  const corner = (l, e) => ({
+    x: grid.left + (e % grid.columns) * grid.w,
+    y: grid.top + l * grid.block + grid.head + Math.floor(e / grid.columns) * grid.h,
+  });
+
   function cell(l, e) {
-    const { left, top, w, h } = grid;
+    const { w, h } = grid;
     const gap = w > 5 ? 1 : 0;
-    const [x0, y0, x1, y1] = [left + e * w, top + l * h, left + (e + 1) * w - gap, top + (l + 1) * h - gap];
+    const { x: x0, y: y0 } = corner(l, e);
+    const [x1, y1] = [x0 + w - gap, y0 + h - gap];
     const rect = svg("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0 });
     const cross = svg("path", { class: "cross", d: `M${x0 + gap},${y1 - gap}L${x1 - gap},${y0 + gap}` });
     root.append(rect, cross);
@@ -478,8 +524,7 @@ function heatMap(section, { load, layers }) {
     readout.textContent =
       `Layer ${layers[l]}, expert ${e}: ${percent(share)} of assignments, ` +
       `${fixed(known(share) ? share / even : null, 2)}× the even load (${percent(even)}).`;
-    const { left, top, w, h } = grid;
-    const place = { x: left + e * w, y: top + l * h, width: w, height: h, visibility: "visible" };
+    const place = { ...corner(l, e), width: grid.w, height: grid.h, visibility: "visible" };
     for (const [name, value] of Object.entries(place)) ring.setAttribute(name, value);
   }
 
@@ -493,7 +538,9 @@ function heatMap(section, { load, layers }) {
     const box = root.getBoundingClientRect();
     const zoom = grid.width / box.width;
     const [px, py] = [(event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom];
-    look(Math.floor((py - grid.top) / grid.h), Math.floor((px - grid.left) / grid.w));
+    const l = clamp(Math.floor((py - grid.top) / grid.block), 0, layers.length - 1);
+    const row = Math.max(0, Math.floor((py - grid.top - l * grid.block - grid.head) / grid.h));
+    look(l, row * grid.columns + clamp(Math.floor((px - grid.left) / grid.w), 0, grid.columns - 1));
   }
   root.addEventListener("pointermove", follow);
   root.addEventListener("pointerdown", follow);
@@ -521,11 +568,19 @@ function heatScale() {
   return scale;
 }
 
-function layerCharts(section, { steps, tokens, max_vio: maxVio, dead, entropy, layers }, show) {
+function layerCharts(section, team, show) {
+  const { steps, tokens, max_vio: maxVio, dead, entropy, layers } = team.routing;
   const host = html("div", { class: "trio" });
   section.append(host);
-  // The first steps, before the balance takes hold, would flatten the rest.
-  const late = (values) => highest(values.slice(Math.floor(values.length / 4)).flat(), 0);
+  // The first steps, before the balance takes hold, would flatten the rest: what stands above the chart is said beside
+  // it. Where a warning speaks of a peak, all of it is there.
+  function tall(values) {
+    const late = highest(values.slice(Math.floor(values.length / 4)).flat(), 0);
+    const all = highest(values.flat(), 0);
+    if (team.warned || all <= 3 * late) return { high: Math.max(1, 1.05 * all), above: "" };
+    const at = values.findIndex((each) => highest(each) === all);
+    return { high: Math.max(1, 1.15 * late), above: ` Early on it was up to ${fixed(all, 1)}, at step ${steps[at]}.` };
+  }
   const nearest = (v) => tokens.reduce((best, t, i) => (Math.abs(t - v) < Math.abs(tokens[best] - v) ? i : best), 0);
   const kinds = [
     {
@@ -533,7 +588,7 @@ function layerCharts(section, { steps, tokens, max_vio: maxVio, dead, entropy, l
       note: "How far the busiest expert is above the even load; 0 is even.",
       values: maxVio,
       low: 0,
-      high: Math.max(1, 1.15 * late(maxVio)),
+      ...tall(maxVio),
       digits: 2,
     },
     {
@@ -541,7 +596,7 @@ function layerCharts(section, { steps, tokens, max_vio: maxVio, dead, entropy, l
       note: "Experts below 1 % of the even load.",
       values: dead,
       low: 0,
-      high: Math.max(1, 1.15 * late(dead)),
+      ...tall(dead),
       digits: 0,
     },
     {
@@ -553,9 +608,9 @@ function layerCharts(section, { steps, tokens, max_vio: maxVio, dead, entropy, l
       digits: 2,
     },
   ];
-  const charts = kinds.map(({ title, note, values, low, high, digits }) => {
+  const charts = kinds.map(({ title, note, values, low, high, above = "", digits }) => {
     const plot = html("div");
-    host.append(html("div", {}, html("h3", {}, title), html("p", {}, note), plot));
+    host.append(html("div", {}, html("h3", {}, title), html("p", {}, note, above), plot));
     const reading = (i) => layers.map((layer, l) => `layer ${layer} ${fixed(values[i][l], digits)}`).join(", ");
     return lineChart(plot, {
       name: `${title} per layer against training tokens`,
@@ -573,7 +628,33 @@ function layerCharts(section, { steps, tokens, max_vio: maxVio, dead, entropy, l
       say: (v) => `step ${steps[nearest(v)]}: ${reading(nearest(v))}`,
     });
   });
+  if (team.stability.length > 1) charts.push(stabilityChart(host, team, show, nearest));
   return (step) => charts.forEach((chart) => chart.move(tokens[step]));
+}
+
+function stabilityChart(host, { stability, routing: { tokens, layers } }, show, nearest) {
+  const plot = html("div");
+  const note = "Of one held-out text, the share of choices that are those of the evaluation before.";
+  host.append(html("div", {}, html("h3", {}, "Stability"), html("p", {}, note), plot));
+  const reading = (v) => {
+    const now = stability.findLast((each) => each.tokens <= v) ?? stability[0];
+    return `step ${now.step}: ${layers.map((layer, l) => `layer ${layer} ${fixed(100 * now.kept[l], 0)} %`).join(", ")}`;
+  };
+  return lineChart(plot, {
+    name: "Routing stability per layer against training tokens",
+    series: layers.map((layer, l) => ({
+      label: String(layer),
+      color: layerColor(l, layers.length),
+      points: stability.map((each) => ({ x: each.tokens, y: each.kept[l] })),
+    })),
+    x: { low: 0, high: tokens.at(-1) || 1, name: "training tokens", tick: (v) => si(v, { exact: true }) },
+    y: { low: 0, high: 1, tick: (v) => `${Math.round(100 * v)} %` },
+    height: 170,
+    labels: layers.length <= 8,
+    sticky: true,
+    tell: (v) => show(nearest(v)),
+    say: reading,
+  });
 }
 
 function layerTable(section, { load, max_vio: maxVio, dead, entropy, dropped, layers }) {
@@ -604,16 +685,11 @@ function layerTable(section, { load, max_vio: maxVio, dead, entropy, dropped, la
 // text coloured by expert
 // ----------------------------------------------------------------------------------------------------
 
-// Sixteen hues by id, then steps of lightness: neighbours in id differ in hue, ids 16 apart in lightness.
-function expertColor(expert, experts) {
-  const hues = Math.min(16, experts);
-  const rows = Math.ceil(experts / hues);
-  const hue = (((expert % hues) * 360) / hues + 20).toFixed(0);
-  const share = rows > 1 ? Math.floor(expert / hues) / (rows - 1) : 0.3;
-  const between = (from, to) => (from + share * (to - from)).toFixed(3);
-  const light = `oklch(${between(0.94, 0.72)} ${between(0.055, 0.11)} ${hue})`;
-  const dark = `oklch(${between(0.28, 0.49)} ${between(0.06, 0.09)} ${hue})`;
-  return `light-dark(${light}, ${dark})`;
+const HIGHLIGHTED = 6; // experts with a colour of their own; where there are hardly more, all have one
+
+function expertColor(place) {
+  const hue = ((place * 360) / (HIGHLIGHTED + 2) + 25).toFixed(0);
+  return `light-dark(oklch(0.89 0.085 ${hue}), oklch(0.42 0.085 ${hue}))`;
 }
 
 function sample(host) {
@@ -628,7 +704,9 @@ function sample(host) {
     ),
   );
   const count = 1 + highest(experts.flat(2), 0);
+  const colored = count <= HIGHLIGHTED + 2 ? count : HIGHLIGHTED;
   let layer = 0;
+  let busiest = []; // the experts with a colour, of the layer that is shown
   let here = null;
   let picked = null;
 
@@ -638,6 +716,7 @@ function sample(host) {
     ...layers.map((name, l) => html("option", { value: l }, `layer ${name}`)),
   );
   const clear = html("button", { type: "button", disabled: "" }, "Clear the marks");
+  const legend = html("div", { class: "expert-legend", role: "group", "aria-label": "Experts that come first most often" });
   const readout = html("p", { class: "readout token-readout", role: "status" });
   const text = html("div", {
     class: "text",
@@ -653,15 +732,30 @@ function sample(host) {
   });
   host.append(
     html("div", { class: "controls" }, html("label", { for: "sample-layer" }, "Experts of"), select, clear),
+    legend,
     text,
     readout,
   );
 
   const first = (t) => choices[layer][t][0]?.expert ?? null;
-  const recolor = () =>
-    spans.forEach((span, t) => {
-      span.style.setProperty("--b", first(t) === null ? "none" : expertColor(first(t), count));
-    });
+  function recolor() {
+    const tally = new Map();
+    pieces.forEach((_, t) => first(t) !== null && tally.set(first(t), (tally.get(first(t)) ?? 0) + 1));
+    busiest = [...tally].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, colored);
+    const color = new Map(busiest.map(([expert], place) => [expert, expertColor(place)]));
+    spans.forEach((span, t) => span.style.setProperty("--b", color.get(first(t)) ?? "var(--raised)"));
+    legend.replaceChildren(
+      ...busiest.map(([expert, n], place) => {
+        const button = html("button", { type: "button", "data-expert": expert }, swatch(expertColor(place)), `expert ${expert} `, html("small", {}, `first for ${n}`));
+        button.addEventListener("click", () => {
+          picked = picked === expert ? null : expert;
+          paint();
+        });
+        return button;
+      }),
+    );
+    if (tally.size > busiest.length) legend.append(html("small", {}, `${tally.size - busiest.length} others in grey: point at a token`));
+  }
   const quoted = (piece) => JSON.stringify(piece).slice(1, -1).replaceAll('\\"', '"');
   function paint() {
     spans.forEach((span, t) => {
@@ -669,6 +763,8 @@ function sample(host) {
       span.classList.toggle("here", t === here);
     });
     text.classList.toggle("picked", picked !== null);
+    for (const button of legend.querySelectorAll("button"))
+      button.setAttribute("aria-pressed", String(Number(button.dataset.expert) === picked));
     clear.disabled = picked === null;
     readout.replaceChildren(...describe());
   }
@@ -747,6 +843,7 @@ function sample(host) {
 
 theme(document.getElementById("theme"));
 curves(document.getElementById("curves"));
+drawLesson(report);
 report.teams.forEach((team, i) => team.routing && routing(team, i));
 if (report.sample) sample(document.getElementById("sample"));
 else document.getElementById("sample").remove();
