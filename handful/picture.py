@@ -62,7 +62,7 @@ def _panel(team: Doc, color: str, largest: int, busiest: float, losses: list[flo
         f'<circle cx="{6 + 10 * (i % COLUMNS)}" cy="{6 + 10 * (i // COLUMNS)}" r="3.6"{"" if on else off}/>'
         for i, on in enumerate(seats)
     )
-    height = 10 * math.ceil(SEATS / COLUMNS) + 2
+    height = 10 * math.ceil(len(seats) / COLUMNS) + 2
     flops, loss = team["train_flops_per_token"], loss_of(team)
     part = "all of them" if active >= total else f"{si(active, short=True)} ({active / total:.0%})"
     drawn = f"{si(total, short=True)} parameters, {part} at work for one token"

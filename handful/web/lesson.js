@@ -340,7 +340,7 @@ function expertCard(card, layer, experts, meet) {
     fact(
       "partners",
       ...card.partners.map(([other, share, base]) => {
-        const button = html("button", { type: "button", class: "partner", title: `computes ${percent(base)} of all tokens` }, `${other}`, html("small", {}, ` ${percent(share)}`));
+        const button = html("button", { type: "button", class: "partner", title: `expert ${other}: ${percent(share)} of these tokens, ${percent(base)} of all`, "aria-label": `expert ${other}, with ${percent(share)} of these tokens` }, `${other}`, html("small", {}, ` ${percent(share)}`));
         button.addEventListener("click", () => meet(other));
         return button;
       }),

@@ -9,6 +9,7 @@ import base64
 import itertools
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from handful import report
 
@@ -49,14 +50,26 @@ def comparison() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pages(comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Addresses of a comparison, of one whose routing collapsed, of a single run, of a run with nothing to draw, and of
-    a comparison of several mixtures."""
+    """Addresses of a comparison, of one whose routing collapsed, of a single run, of a run with nothing to draw, of one
+    that was evaluated once, and of a comparison of several mixtures."""
     folder = tmp_path_factory.mktemp("pages")
     single, bare = document(), document()
     single["teams"] = [single["teams"][1]]
     bare["teams"] = [{**bare["teams"][0], "curve": []}]
     bare["sample"] = None
-    documents = {"three": comparison, "collapsed": document(collapsed=True), "single": single, "bare": bare}
+    short = document()
+    for team in short["teams"]:
+        team["curve"] = team["curve"][-1:]
+        team["stability"] = []
+    short["teams"][1]["routing"] = {key: values[-1:] for key, values in short["teams"][1]["routing"].items()}
+    short["lesson"] = None
+    documents = {
+        "short": short,
+        "three": comparison,
+        "collapsed": document(collapsed=True),
+        "single": single,
+        "bare": bare,
+    }
     documents["several"] = several()
     return {name: report.write(doc, folder / f"{name}.html").as_uri() for name, doc in documents.items()}
 
@@ -301,6 +314,222 @@ def test_touch_reads_a_chart_and_a_cell(chromium: webdriver.Chrome, pages: dict[
     finally:
         chromium.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
         chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lesson.
+
+
+def test_the_way_of_a_token_by_keys_and_pointer(page: webdriver.Chrome, comparison: dict[str, Any]) -> None:
+    told = comparison["lesson"]["way"]["tokens"]
+    stage, says, place = find(page, ".way-stage"), find(page, ".way-says"), find(page, ".way-place")
+    buttons = page.find_elements(By.CSS_SELECTOR, ".way-tokens button")
+    assert len(buttons) == len(told) == 8
+
+    def chosen() -> list[int]:
+        bars = stage.find_elements(By.CSS_SELECTOR, "rect.score")
+        return [i for i, bar in enumerate(bars) if "chosen" in str(bar.get_attribute("class"))]
+
+    buttons[2].click()
+    assert [button.get_attribute("aria-pressed") for button in buttons].index("true") == 2
+    assert place.text == "step 1 of 14"
+    assert not find(page, ".way-back").is_enabled()
+    first = told[2]["layers"][0]
+    # Scores of all, the chosen two, what each gives, the blend; then the next layer.
+    find(page, ".way-next").click()
+    assert "gives each of the 64 experts a score" in says.text
+    assert len(stage.find_elements(By.CSS_SELECTOR, "rect.score")) == 64
+    assert chosen() == []
+    keys(page, stage, Keys.ARROW_RIGHT)
+    assert (
+        f"Only expert {first['experts'][0]} and expert {first['experts'][1]} will work; the other 62 rest" in says.text
+    )
+    assert chosen() == sorted(first["experts"])
+    keys(page, stage, Keys.ARROW_RIGHT)
+    rows = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")]
+            for row in stage.find_elements(By.CSS_SELECTOR, ".parts tbody tr")]  # fmt: skip
+    assert [row[1] for row in rows] == [f"{weight:.3f} ×" for weight in first["weights"]]
+    assert [row[-1] for row in rows] == ["90 %", "10 %"]
+    keys(page, stage, Keys.ARROW_RIGHT)
+    cells = stage.find_elements(By.CSS_SELECTOR, ".parts .sum td")
+    assert [cell.text for cell in cells[1:7]] == [f"{value:.2f}" for value in first["blend"]]
+    assert "goes from 40 to 52" in stage.text
+    keys(page, stage, Keys.ARROW_RIGHT)
+    assert says.text.startswith("Layer 1. The router")
+    keys(page, stage, Keys.END)
+    assert place.text == "step 14 of 14"
+    assert [item.text.split() for item in stage.find_elements(By.CSS_SELECTOR, "li")] == [
+        ["<i>", "50.0", "%"],
+        ["a", "25.0", "%"],
+    ]
+    assert not find(page, ".way-next").is_enabled()
+    keys(page, stage, Keys.HOME)
+    assert place.text == "step 1 of 14"
+
+
+def test_apprentices_are_counted(page: webdriver.Chrome, comparison: dict[str, Any]) -> None:
+    layers = comparison["sample"]["experts"]
+    ten = [len({e for token in layer[:10] for e in token}) for layer in layers]
+    assert f"10 tokens: {sum(ten) / 3:.0f} ·" in find(page, "#apprentices .how").text
+    chart = find(page, "#apprentices svg")
+    keys(page, chart, Keys.HOME, *[Keys.ARROW_RIGHT] * 9)
+    each = ", ".join(f"layer {layer} {count}" for layer, count in enumerate(ten))
+    assert f"After 10 tokens: {each}; experts drawn at random would be 17." in str(
+        chart.get_attribute("aria-valuetext")
+    )
+
+
+def test_cards_of_experts(page: webdriver.Chrome) -> None:
+    section = find(page, "#experts")
+
+    def shown() -> list[str]:
+        return [str(card.get_attribute("data-expert")) for card in section.find_elements(By.CSS_SELECTOR, ".card")]
+
+    assert "9 of 192 experts change the loss by more than noise. The costliest is expert 63 of layer 0" in section.text
+    Select(find(page, "#card-order")).select_by_value("cost")
+    assert shown() == [str(e) for e in range(63, 55, -1)]
+    first = find(page, ".card").text
+    assert "+0.0630 ± 0.0005 nats" in first
+    assert "within noise" not in first
+    assert "<b>&" in first
+    assert "within noise" in section.find_elements(By.CSS_SELECTOR, ".card")[-1].text
+    # A partner leads to its card, whether or not it is among those that are shown.
+    find(page, ".card .partner").click()
+    assert len(shown()) == 64
+    assert page.switch_to.active_element.get_attribute("data-expert") == "0"
+    find(page, "#experts .more").click()
+    assert len(shown()) == 8
+    Select(find(page, "#card-layer")).select_by_visible_text("layer 2")
+    assert "of layer 2" in str(find(page, ".card").get_attribute("aria-label"))
+
+
+def test_a_word_in_two_contexts(page: webdriver.Chrome) -> None:
+    section = find(page, "#word")
+    assert "they share 2 of 6 choices" in section.text
+    assert "does not stand twice" not in section.text  # it is the word that was asked for
+    chips = [chip.text.split()[0] for chip in section.find_elements(By.CSS_SELECTOR, ".chip.same")]
+    assert chips == ["2", "3", "2", "3"]
+    assert "the </pre> of  Paris" in str(
+        section.find_elements(By.CSS_SELECTOR, ".context")[1].get_attribute("textContent")
+    )
+
+
+def test_losses_of_every_token(page: webdriver.Chrome, comparison: dict[str, Any]) -> None:
+    losses, text = comparison["lesson"]["losses"], find(page, "#losses .text")
+    readout, summary = find(page, "#losses .readout"), find(page, "#losses .controls + .how")
+    more = [a - b for a, b in zip(losses["dense-active"][1:], losses["moe"][1:], strict=True)]
+    assert f"Blue is ahead on {sum(v > 0 for v in more)} of {len(more)} tokens" in summary.text
+    keys(page, text, Keys.ARROW_RIGHT)
+    assert "begins a sequence" in readout.text
+    keys(page, text, Keys.ARROW_RIGHT)
+    assert f"mixture of experts {losses['moe'][1]:.2f}" in readout.text
+    Select(find(page, "#loss-view")).select_by_visible_text("loss of big dense")
+    mean = sum(losses["dense-total"][1:]) / len(more)
+    assert summary.text.startswith(f"big dense: {mean:.3f} nats per token")
+    assert [node.text for node in page.find_elements(By.CSS_SELECTOR, "#go-on dt")][-1] == "What really follows"
+    assert find(page, "#go-on dd").text == "self, </pre><b>"
+
+
+def test_the_strip_plays_and_stops(page: webdriver.Chrome) -> None:
+    play, when = find(page, ".play"), find(page, ".step output")
+    assert when.text.startswith("step 500")
+    play.click()
+    assert when.text.startswith("step 10 ")
+    WebDriverWait(page, 3).until(lambda _: not when.text.startswith("step 10 "))
+    play.click()
+    stopped = when.text
+    time.sleep(0.5)
+    assert when.text == stopped
+    assert play.text == "▶ Play"
+
+
+def test_with_and_without_balance(chromium: webdriver.Chrome, pages: dict[str, str]) -> None:
+    chromium.get(pages["several"])
+    pairs = chromium.find_elements(By.CSS_SELECTOR, ".balance-pair")
+    assert [[h.text for h in pair.find_elements(By.CSS_SELECTOR, "h3")] for pair in pairs] == [
+        ["Team 2 · mixture of experts", "Team · free"],
+        ["Team · wide", "Team · free"],
+    ]
+    assert len(pairs[0].find_elements(By.CSS_SELECTOR, ".profile")) == 6
+    assert "balance none" in pairs[0].text
+
+
+def test_a_peak_that_a_warning_speaks_of_is_in_the_chart(chromium: webdriver.Chrome, pages: dict[str, str]) -> None:
+    """Of every line of the small charts, its highest point is below the top of the plot."""
+    above = """return [...document.querySelectorAll('.routing .trio svg')].map((root) => {
+      const top = +root.querySelector('clipPath rect').getAttribute('y');
+      const points = [...root.querySelectorAll('path.line')].map((p) => p.getAttribute('d').match(/,-?[\\d.]+/g));
+      return Math.min(...points.flat().map((y) => +y.slice(1))) < top - 0.5; })"""
+    chromium.get(pages["collapsed"])
+    assert chromium.execute_script(above) == [False] * 4
+    # Without a warning an early peak may stand above the chart, which says so beside it.
+    chromium.get(pages["three"])
+    found = chromium.execute_script(above)
+    notes = [note.text for note in chromium.find_elements(By.CSS_SELECTOR, ".routing .trio p")]
+    assert found == ["Early on it was up to" in note for note in notes] == [True, True, False, False]
+
+
+def test_short_runs_have_no_empty_charts(chromium: webdriver.Chrome, pages: dict[str, str]) -> None:
+    chromium.get(pages["short"])
+    assert complaints(chromium) == []
+    for css in ("#curves svg", ".routing .trio", ".routing input", "#way", "#word"):
+        assert chromium.find_elements(By.CSS_SELECTOR, css) == [], css
+    assert "evaluated once" in find(chromium, ".note").text + chromium.find_element(By.TAG_NAME, "main").text
+    assert find(chromium, "svg.heat").is_displayed()
+
+
+def test_a_finger_finds_a_cell_and_a_step(chromium: webdriver.Chrome, pages: dict[str, str]) -> None:
+    screen = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    chromium.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        chromium.get(pages["three"])
+        assert chromium.execute_script("return document.documentElement.scrollWidth") == 390
+        # WCAG 2.5.8: 24 pixels at least; buttons are larger.
+        box = find(chromium, "rect.cell").rect
+        assert min(box["width"], box["height"]) >= 24
+        for css in (".way-next", ".way-tokens button", ".card .partner", ".play", ".expert-legend button"):
+            assert find(chromium, css).rect["height"] >= 44, css
+        cell = chromium.find_elements(By.CSS_SELECTOR, "rect.cell")[64 + 30]
+        touch(chromium, cell)
+        assert find(chromium, ".routing .readout").text.startswith("Layer 1, expert 30:")
+        touch(chromium, find(chromium, ".way-next"))
+        assert find(chromium, ".way-place").text == "step 2 of 14"
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def touch(page: webdriver.Chrome, element: WebElement) -> None:
+    x, y = page.execute_script(
+        "arguments[0].scrollIntoView({block: 'center'}); const b = arguments[0].getBoundingClientRect();"
+        "return [b.x + b.width / 2, b.y + b.height / 2]",
+        element,
+    )
+    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
+    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def test_words_lead_to_their_meaning(page: webdriver.Chrome) -> None:
+    find(page, "#experts a[href='#term-load']").click()
+    meaning = find(page, "#term-load + dd")
+    assert meaning.text == "the share of the assignments that each expert got; even is 1/E."
+    assert page.execute_script("return arguments[0].getBoundingClientRect().top < innerHeight", meaning)
+
+
+def test_a_few_colours_and_the_rest_by_pointing(page: webdriver.Chrome) -> None:
+    colors = page.execute_script(
+        "return [...document.querySelectorAll('#sample .text span')].map((s) => s.style.getPropertyValue('--b'))"
+    )
+    assert len(set(colors)) == 7
+    chips = page.find_elements(By.CSS_SELECTOR, ".expert-legend button")
+    assert len(chips) == 6
+    chips[0].click()
+    marked = page.find_elements(By.CSS_SELECTOR, "#sample .text .same")
+    assert chips[0].text.endswith(f"first for {len(marked)}")
+    assert chips[0].get_attribute("aria-pressed") == "true"
+    chips[0].click()
+    assert page.find_elements(By.CSS_SELECTOR, "#sample .text .same") == []
 
 
 PIXEL = """
