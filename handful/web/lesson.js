@@ -421,7 +421,7 @@ function lossText(host, losses, pieces, teams) {
     if (v === null) return "none";
     const share = view().beside === null ? clamp(v / 8, 0, 1) : clamp(Math.abs(v) / 2, 0, 1);
     const hue = view().beside === null || v < 0 ? "--hot" : "--cold";
-    return `color-mix(in oklab, var(${hue}) ${(55 * share).toFixed(0)}%, transparent)`;
+    return `color-mix(in oklab, var(${hue}) ${(42 * share).toFixed(0)}%, transparent)`;
   };
   const paint = readable(host, pieces, "The loss of every token; arrow keys move from token to token", color, (t) => {
     const each = named.map((team) => `${short(team)} ${fixed(losses[team.name][t], 2)}`);
@@ -435,7 +435,7 @@ function lossText(host, losses, pieces, teams) {
     const better = values.filter((v) => v > 0).length;
     summary.textContent = beside === null
       ? `${short(team)}: ${fixed(mean, 3)} nats per token over these ${values.length} tokens. The stronger the colour, the less it expected the token.`
-      : `Blue: the ${short(team)} expected the token more; red: the ${short(beside)} did. Blue is ahead on ${better} of ${values.length} tokens; in the mean the first’s loss is lower by ${mean.toFixed(3)} nats per token. These few tokens decide nothing: the table above is of the whole held-out text.`;
+      : `Blue: the ${short(team)} expected the token more; red: the ${short(beside)} did. Blue is ahead on ${better} of ${values.length} tokens; in the mean its loss is ${Math.abs(mean).toFixed(3)} nats per token ${mean < 0 ? "higher" : "lower"}. These few tokens decide nothing: the table above is of the whole held-out text.`;
     readout.textContent = "Point at a token, or use the arrow keys, to read what it cost each team.";
     paint();
   }
