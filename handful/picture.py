@@ -28,8 +28,9 @@ def picture(doc: Doc, colors: Mapping[str, str]) -> str:
     losses = [loss for team in teams if (loss := loss_of(team)) is not None]
     panels = "".join(_panel(team, colors[team["name"]], largest, busiest, losses) for team in teams)
     each = si(largest / SEATS, short=True)
-    note = f"A dot is {each} parameters, a seat in memory. Filled: at work for one token." + (
-        " Quality: further right is a lower loss." if len(losses) > 1 else ""
+    note = (
+        f"A dot is {each} parameters, a seat in memory. Filled: at work for one token, with so many FLOPs in training."
+        + (" Quality: further right is a lower loss." if len(losses) > 1 else "")
     )
     return (
         f'<figure class="picture"><div class="panels-of-teams">{panels}</div><figcaption>{note}</figcaption></figure>'
@@ -70,7 +71,7 @@ def _panel(team: Doc, color: str, largest: int, busiest: float, losses: list[flo
     worst, best = (max(losses), min(losses)) if losses else (0.0, 0.0)
     rows = [
         ("seats", si(total, short=True), total / largest),
-        ("work", f"{si(flops, 'FLOP', short=True)} a token", flops / busiest),
+        ("work", si(flops, "FLOP", short=True), flops / busiest),
     ]
     measures = "".join(
         f'<dt>{name}</dt><dd><i class="bar" style="--w:{share:.1%}"></i><span>{text}</span></dd>'

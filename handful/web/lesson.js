@@ -4,7 +4,13 @@
 const option = (value, text) => html("option", { value }, text);
 const percent = (share, digits = 0) => (known(share) ? `${(100 * share).toFixed(digits)} %` : "—");
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
-const spelt = (piece) => JSON.stringify(piece).slice(1, -1).replaceAll('\\"', '"').replaceAll("\\\\", "\\");
+// On one line: "\n" and "\t" spelt, and many spaces counted.
+const spelt = (piece) =>
+  JSON.stringify(piece)
+    .slice(1, -1)
+    .replaceAll('\\"', '"')
+    .replaceAll("\\\\", "\\")
+    .replace(/ {4,}/g, (spaces) => `␣×${spaces.length}`);
 const code = (piece) => html("code", { class: "piece" }, spelt(piece));
 const term = (name, text = name) => html("a", { class: "term", href: `#term-${name.replaceAll(" ", "-")}` }, text);
 
@@ -123,11 +129,21 @@ function tokenWay(host, { layers, tokens }, pieces) {
     }[kind];
   }
 
+  // The token, and its whole way at a glance.
   function theToken(box, token) {
+    const ways = token.layers.map(({ experts, weights }, l) =>
+      html(
+        "li",
+        {},
+        html("span", {}, `layer ${layers[l]}`),
+        ...experts.map((e, k) => html("b", { class: "chip" }, `expert ${e}`, html("small", {}, ` ${fixed(weights[k], 2)}`))),
+      ),
+    );
     const size = token.layers[0]?.sizes.before;
     box.append(
       html("p", { class: "way-token" }, code(pieces[token.at])),
-      html("p", { class: "note" }, known(size) ? `On arriving at the first experts, the row has length ${size}.` : ""),
+      html("p", { class: "note" }, known(size) ? `On arriving at the first experts its row has length ${size}. Its way, with the weights:` : ""),
+      html("ul", { class: "chosen-of" }, ...ways),
     );
   }
 
@@ -286,11 +302,15 @@ function expertCards(host, experts) {
   const all = experts.layers.flatMap(({ layer, cards }) => cards.map((card, expert) => ({ ...card, layer, expert })));
   const beyond = all.filter((card) => card.beyond);
   const worst = all.filter((card) => known(card.cost)).sort((a, b) => b.cost - a.cost)[0];
-  const costly = worst
-    ? `Switched off one at a time, so that its tokens take the next best, ${beyond.length} of ${all.length} experts change the loss by more than noise. ` +
-      `The costliest is expert ${worst.expert} of layer ${worst.layer}: ${signed(worst.cost, 3)} nats per token` +
-      (known(worst.error) ? ` (± ${worst.error.toFixed(3)}, one standard error).` : ".")
-    : "";
+  const off = "Switched off one at a time, so that its tokens take the next best,";
+  const costliest = () =>
+    ` The costliest is expert ${worst.expert} of layer ${worst.layer}: ${signed(worst.cost, 3)} nats per token` +
+    (known(worst.error) ? ` (± ${worst.error.toFixed(3)}, one standard error).` : ".");
+  const costly = !worst
+    ? ""
+    : beyond.length
+      ? `${off} ${beyond.length} of ${all.length} experts change the loss by more than noise.${costliest()}`
+      : `${off} none of ${all.length} experts changes the loss by more than noise.`;
   host.append(
     html("p", { class: "how" }, `${costly} Loads and tokens: from ${experts.tokens.toLocaleString("en")} held-out tokens; costs: from ` +
       `${experts.off_tokens.toLocaleString("en")} of them in ${experts.off_windows} windows. One expert that may go for nothing does not mean that all may.`),
@@ -502,7 +522,7 @@ function scatter(plot, points, name, tick) {
       const end = px > width * 0.6;
       root.append(
         svg("circle", { class: "dot", cx: px, cy: py, r: 6, style: `fill:${p.color}` }),
-        svg("text", { class: "label", x: px + (end ? -10 : 10), y: py - 8, "text-anchor": end ? "end" : "start", style: `fill:${p.color}` }, p.label.split("·").at(-1).trim()),
+        svg("text", { class: "label", x: px + (end ? -11 : 11), y: py + 4, "text-anchor": end ? "end" : "start", style: `fill:${p.color}` }, p.label.split("·").at(-1).trim()),
       );
     }
   }

@@ -585,6 +585,7 @@ function layerCharts(section, team, show) {
   const kinds = [
     {
       title: "MaxVio",
+      word: term("MaxVio"),
       note: "How far the busiest expert is above the even load; 0 is even.",
       values: maxVio,
       low: 0,
@@ -593,6 +594,7 @@ function layerCharts(section, team, show) {
     },
     {
       title: "Dead experts",
+      word: term("dead expert", "Dead experts"),
       note: "Experts below 1 % of the even load.",
       values: dead,
       low: 0,
@@ -608,9 +610,9 @@ function layerCharts(section, team, show) {
       digits: 2,
     },
   ];
-  const charts = kinds.map(({ title, note, values, low, high, above = "", digits }) => {
+  const charts = kinds.map(({ title, word = title, note, values, low, high, above = "", digits }) => {
     const plot = html("div");
-    host.append(html("div", {}, html("h3", {}, title), html("p", {}, note, above), plot));
+    host.append(html("div", {}, html("h3", {}, word), html("p", {}, note, above), plot));
     const reading = (i) => layers.map((layer, l) => `layer ${layer} ${fixed(values[i][l], digits)}`).join(", ");
     return lineChart(plot, {
       name: `${title} per layer against training tokens`,
@@ -635,7 +637,7 @@ function layerCharts(section, team, show) {
 function stabilityChart(host, { stability, routing: { tokens, layers } }, show, nearest) {
   const plot = html("div");
   const note = "Of one held-out text, the share of choices that are those of the evaluation before.";
-  host.append(html("div", {}, html("h3", {}, "Stability"), html("p", {}, note), plot));
+  host.append(html("div", {}, html("h3", {}, term("stability", "Stability")), html("p", {}, note), plot));
   const reading = (v) => {
     const now = stability.findLast((each) => each.tokens <= v) ?? stability[0];
     return `step ${now.step}: ${layers.map((layer, l) => `layer ${layer} ${fixed(100 * now.kept[l], 0)} %`).join(", ")}`;
