@@ -273,12 +273,13 @@ def token_losses(model: Decoder, tokens_BS: Tensor) -> list[float | None]:
 
 @torch.no_grad()
 def sample(model: Decoder, tokens_BS: Tensor, tokenizer: Tokenizer) -> Doc:
-    """A text with the experts of every token."""
+    """A text with the experts of every token, -1 for an assignment that was not computed."""
     _, routings = model(tokens_BS.to(model.embed.weight.device))
+    experts = [r.experts_TK if r.dropped_TK is None else r.experts_TK.masked_fill(r.dropped_TK, -1) for r in routings]
     return {
         "pieces": tokenizer.pieces(tokens_BS.flatten().tolist()),
         "layers": list(model.config.moe_layers),
-        "experts": [r.experts_TK.tolist() for r in routings],
+        "experts": [experts_TK.tolist() for experts_TK in experts],
         "weights": [[[round(w, 4) for w in row] for row in r.weights_TK.tolist()] for r in routings],
     }
 

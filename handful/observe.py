@@ -85,9 +85,9 @@ def kept(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> flo
 
 
 def touched(experts_TK: Sequence[Sequence[int]]) -> list[int]:
-    """How many different experts the first 1, 2, … T tokens went to together."""
-    seen: set[int] = set()
-    return [len(seen := seen | set(experts_K)) for experts_K in experts_TK]
+    """How many different experts the first 1, 2, … T tokens went to together. -1 is none."""
+    seen = {-1}
+    return [len(seen := seen | set(experts_K)) - 1 for experts_K in experts_TK]
 
 
 def dropped(routing: Routing) -> float:

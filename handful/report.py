@@ -114,6 +114,7 @@ def from_events(
         "command": command,
         "teams": [team],
         "sample": None,
+        "lesson": None,
     }
 
 
@@ -275,12 +276,14 @@ def _price(team: Doc) -> Doc:
 
 
 def _with_touched(sample: Doc | None, doc: Doc) -> Doc | None:
-    """A text's sample with how many experts its tokens touched, and how many there are."""
+    """A text's sample with how many experts its tokens touched, of how many, and how many a token has in the mean."""
     if sample is None:
         return None
     mixtures = mixtures_of(doc)
     most = mixtures[0]["model"]["router"]["experts"] if mixtures else 0
-    return {**sample, "touched": [touched(layer) for layer in sample["experts"]], "most": most}
+    chosen = [sum(expert >= 0 for expert in token) for layer in sample["experts"] for token in layer]
+    counts = [touched(layer) for layer in sample["experts"]]
+    return {**sample, "touched": counts, "most": most, "each": sum(chosen) / max(1, len(chosen))}
 
 
 def _with_and_without(doc: Doc) -> list[list[int]]:

@@ -179,6 +179,10 @@ def test_a_lesson_of_every_kind_of_router(router: dict[str, object], data: Data)
     shown, told = lesson(models, "moe", data, 16)
     assert json.loads(json.dumps([shown, told], allow_nan=False)) == [shown, told]
     assert len(shown["pieces"]) == 64
+    computed = sum(expert >= 0 for layer in shown["experts"] for token in layer for expert in token)
+    limited = router.get("choice") == "expert" or "eval_capacity_factor" in router
+    assert computed <= 2 * 64 * int(str(router["top_k"]))
+    assert (min(e for layer in shown["experts"] for token in layer for e in token) == -1) == limited
     assert {len(losses) for losses in told["losses"].values()} == {64}
     assert [layer["layer"] for layer in told["experts"]["layers"]] == [0, 1]
     assert all(len(layer["cards"]) == 4 for layer in told["experts"]["layers"])

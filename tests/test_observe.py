@@ -71,7 +71,7 @@ def test_kept_is_of_sets() -> None:
 
 
 def test_touched_grows() -> None:
-    assert touched([[0, 1], [1, 0], [1, 2], [], [3, 0]]) == [2, 2, 3, 3, 4]
+    assert touched([[0, 1], [1, 0], [1, 2], [], [3, -1]]) == [2, 2, 3, 3, 4]
 
 
 def test_dead() -> None:

@@ -10,7 +10,7 @@ const spelt = (piece) =>
     .slice(1, -1)
     .replaceAll('\\"', '"')
     .replaceAll("\\\\", "\\")
-    .replace(/ {4,}/g, (spaces) => `␣×${spaces.length}`);
+    .replace(/ {4,}/g, (spaces) => `␣×${spaces.length}`) || "⋯"; // a part of a character: the rest stands further on
 const code = (piece) => html("code", { class: "piece" }, spelt(piece));
 const term = (name, text = name) => html("a", { class: "term", href: `#term-${name.replaceAll(" ", "-")}` }, text);
 
@@ -252,7 +252,7 @@ function contributions(box, at, blended) {
 // dozens of apprentices
 // ----------------------------------------------------------------------------------------------------
 
-function apprentices(host, { layers, experts, touched, most }) {
+function apprentices(host, { layers, touched, most, each }) {
   const last = touched[0].length;
   const mean = (t) => touched.reduce((sum, layer) => sum + layer[t - 1], 0) / layers.length;
   const marks = [1, 10, 100, last].filter((t, i, all) => t <= last && all.indexOf(t) === i);
@@ -263,8 +263,7 @@ function apprentices(host, { layers, experts, touched, most }) {
   const plot = html("div");
   const readout = html("p", { class: "readout" });
   host.append(plot, readout);
-  const perToken = touched[0][0];
-  const chance = (t) => most * (1 - (1 - perToken / most) ** t);
+  const chance = (t) => most * (1 - (1 - each / most) ** t);
   const xs = Array.from({ length: last }, (_, i) => i + 1);
   const series = layers.map((layer, l) => ({
     label: `layer ${layer}`,
@@ -275,10 +274,10 @@ function apprentices(host, { layers, experts, touched, most }) {
   series.push({ label: "at random", short: "random", color: "var(--muted)", dash: "2 4", points: xs.map((x) => ({ x, y: chance(x) })) });
   const reading = (v) => {
     const t = clamp(Math.round(v), 1, last);
-    const each = layers.map((layer, l) => `layer ${layer} ${touched[l][t - 1]}`).join(", ");
-    return `After ${t} token${t > 1 ? "s" : ""}: ${each}; experts drawn at random would be ${chance(t).toFixed(0)}.`;
+    const here = layers.map((layer, l) => `layer ${layer} ${touched[l][t - 1]}`).join(", ");
+    return `After ${t} token${t > 1 ? "s" : ""}: ${here}; experts drawn at random would be ${chance(t).toFixed(0)}.`;
   };
-  const tell = (v) => (readout.textContent = v === null ? `One token goes to ${perToken} of ${most} in a layer, ${last} tokens to ${Math.round(mean(last))}: memory must hold them all.` : reading(v));
+  const tell = (v) => (readout.textContent = v === null ? `One token goes to ${Number(each.toFixed(1))} of ${most} in a layer, ${last} tokens to ${Math.round(mean(last))}: memory must hold them all.` : reading(v));
   tell(null);
   lineChart(plot, {
     name: "Different experts touched against tokens read",
