@@ -1,7 +1,8 @@
 """A comparison, or one training run, as one self-contained HTML file.
 
-Python renders what must be there without JavaScript: the finding, the warnings, the table, the settings. The script
-`web/report.js` draws curves, load and the text sample from a JSON block in the page. Nothing is fetched.
+Python renders what must be there without JavaScript: the headline and its picture, the finding, the warnings, the
+table, the words, the settings. The scripts of `web/` draw curves, load, the lesson and the text sample from a JSON
+block in the page. Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ __all__ = [
 _ROUTING = ("tokens", "load", "max_vio", "dead", "entropy", "dropped")
 _DENSE_COLORS = {"dense-active": "var(--dense-active)", "dense-total": "var(--dense-total)"}
 _MIXTURE_COLORS = ("var(--moe)", "var(--moe-2)", "var(--moe-3)", "var(--moe-4)", "var(--moe-5)")
+# The page's scripts, in this order.
+SCRIPTS = ("parts.js", "chart.js", "load.js", "way.js", "experts.js", "teams.js", "report.js")
 MAX_SNAPSHOTS = 200  # of the load, kept in a page: more are finer than a slider's pixels and only make the file large
 
 
@@ -215,7 +218,7 @@ def _page(doc: Doc) -> str:
         "made": _made(doc),
         "data": script_json(_view(doc)),
         "css": "".join((web / name).read_text("utf-8") for name in ("report.css", "lesson.css")),
-        "js": "".join((web / name).read_text("utf-8") for name in ("parts.js", "lesson.js", "report.js")),
+        "js": "".join((web / name).read_text("utf-8") for name in SCRIPTS),
     }
     # One pass: braces in what is filled in stay what they are.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _linked((web / "report.html").read_text("utf-8")))

@@ -3,241 +3,6 @@
 
 const report = JSON.parse(document.getElementById("data").textContent);
 
-// elements and numbers
-// ----------------------------------------------------------------------------------------------------
-
-const known = (value) => typeof value === "number" && Number.isFinite(value);
-const fixed = (value, digits) => (known(value) ? value.toFixed(digits) : "—");
-// Math.max(...values) would run out of stack on long lists.
-const highest = (values, floor = -Infinity) => values.reduce((a, b) => (known(b) ? Math.max(a, b) : a), floor);
-const lowest = (values, ceiling = Infinity) => values.reduce((a, b) => (known(b) ? Math.min(a, b) : a), ceiling);
-const swatch = (color) => html("i", { class: "swatch", style: `--c:${color}` });
-
-// 4096000 -> "4.10 M". `digits` significant ones; trailing zeros go when `exact` (axis ticks).
-function si(value, { digits = 3, exact = false } = {}) {
-  if (!known(value)) return "—";
-  const steps = [
-    [1e18, "E"],
-    [1e15, "P"],
-    [1e12, "T"],
-    [1e9, "G"],
-    [1e6, "M"],
-    [1e3, "k"],
-  ];
-  const [scale, prefix] = steps.find(([least]) => Math.abs(value) >= least * 0.9995) ?? [1, ""];
-  const scaled = value / scale;
-  const text = Number.isInteger(scaled) && !prefix ? String(scaled) : scaled.toPrecision(digits);
-  const number = Number(text);
-  const shown = exact || Math.abs(number) >= 10 ** digits ? String(number) : text;
-  return prefix ? `${shown}\u202f${prefix}` : shown;
-}
-
-function ticks(low, high, count) {
-  if (!(high > low)) return [low];
-  const raw = (high - low) / count;
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].find((m) => m * power >= raw * 0.999) * power;
-  const out = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(i * step);
-  return out;
-}
-
-function logTicks(low, high) {
-  const all = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
-    for (const m of [1, 2, 5]) all.push(m * 10 ** power);
-  return all.filter((value) => value >= low && value <= high);
-}
-
-// The height of a series at x, read off its straight lines as they are drawn; null outside of them.
-function at(points, x, key = "y", log = false) {
-  const i = points.findIndex((point) => point.x >= x);
-  if (i < 0) return null;
-  const right = points[i];
-  if (right.x === x) return known(right[key]) ? right[key] : null;
-  const left = points[i - 1];
-  if (!left || !known(left[key]) || !known(right[key])) return null;
-  const share = log ? Math.log(x / left.x) / Math.log(right.x / left.x) : (x - left.x) / (right.x - left.x);
-  return left[key] + (right[key] - left[key]) * share;
-}
-
-// The line chart
-// ----------------------------------------------------------------------------------------------------
-
-// chart:
-//   name          what it shows, for screen readers
-//   series        [{label, short, color, dash, points: [{x, y, low, high}]}]; `short` where there is little room
-//   x, y          {low, high, log, name, tick(value)}
-//   height        in pixels; the width is the host's, and is followed
-//   labels        whether each line's label stands at its end
-//   lines         [{y, name, short}]: dotted lines across
-//   marks         [{x, y, color}]: rings
-//   sticky        the cursor stays where it was put
-//   tell(x)       hears where the pointer or the arrow keys went; null: away
-//   say(x)        the values there in words
-// Returns {move(x)}, which puts the cursor there without telling.
-function lineChart(host, chart) {
-  const { series, x, y, height, lines = [], marks = [] } = chart;
-  const clip = `clip-${(lineChart.count = (lineChart.count ?? 0) + 1)}`;
-  const root = svg("svg", { class: "plot", tabindex: 0, role: "slider", "aria-label": chart.name });
-  const cursorLine = svg("line", { class: "cursor", visibility: "hidden" });
-  const dots = svg("g");
-  host.append(root);
-  // The arrow keys go from one measured point to the next.
-  const stops = [...new Set(series.flatMap((s) => s.points.map((p) => p.x)))]
-    .filter((stop) => stop >= x.low && stop <= x.high)
-    .sort((a, b) => a - b);
-  let cursor = null;
-  let frame = null; // {width, left, top, w, h}: the plot inside the margins
-
-  const along = (v) => {
-    const share = x.log ? Math.log(v / x.low) / Math.log(x.high / x.low) : (v - x.low) / (x.high - x.low || 1);
-    return frame.left + frame.w * share;
-  };
-  const back = (px) => {
-    const share = clamp((px - frame.left) / frame.w, 0, 1);
-    return x.log ? x.low * (x.high / x.low) ** share : x.low + share * (x.high - x.low);
-  };
-  const up = (v) => frame.top + (frame.h * (y.high - v)) / (y.high - y.low || 1);
-  const drawable = (p) => known(p.y) && known(p.x) && !(x.log && p.x <= 0);
-
-  function draw() {
-    const width = host.clientWidth;
-    if (!width) return;
-    const narrow = width < 480;
-    const labels = series.map((s) => (narrow ? (s.short ?? s.label) : s.label));
-    const left = 44;
-    const top = y.name ? 26 : 10;
-    const right = chart.labels ? Math.min(width * 0.34, 14 + 6.9 * highest(labels.map((l) => l.length))) : 12;
-    frame = { width, left, top, w: Math.max(40, width - left - right), h: height - top - 40 };
-    root.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    root.replaceChildren();
-    drawAxes();
-    for (const line of lines) if (line.y >= y.low && line.y <= y.high) drawAcross(line, narrow);
-    drawSeries();
-    for (const { x: mx, y: my, color } of marks)
-      root.append(svg("circle", { class: "mark", cx: along(mx), cy: up(my), r: 4.5, style: `stroke:${color}` }));
-    if (chart.labels) drawLabels(labels);
-    root.append(cursorLine, dots);
-    move(cursor);
-  }
-
-  function drawAxes() {
-    const { left, top, w, h } = frame;
-    for (const v of ticks(y.low, y.high, height > 200 ? 5 : 3))
-      root.append(
-        svg("line", { class: "grid", x1: left, x2: left + w, y1: up(v), y2: up(v) }),
-        svg("text", { x: left - 8, y: up(v) + 4, "text-anchor": "end" }, y.tick(v)),
-      );
-    if (y.name) root.append(svg("text", { x: 0, y: 12 }, y.name));
-    let last = -Infinity;
-    for (const v of x.log ? logTicks(x.low, x.high) : ticks(x.low, x.high, clamp(w / 60, 3, 8))) {
-      if (along(v) - last < 42) continue;
-      last = along(v);
-      root.append(svg("text", { x: last, y: top + h + 17, "text-anchor": "middle" }, x.tick(v)));
-    }
-    root.append(svg("text", { x: left + w / 2, y: height - 4, "text-anchor": "middle" }, x.name));
-  }
-
-  function drawAcross(line, narrow) {
-    const { left, w } = frame;
-    const level = up(line.y);
-    root.append(
-      svg("line", { class: "reference", x1: left, x2: left + w, y1: level, y2: level }),
-      svg("text", { class: "label quiet", x: left + 4, y: level + 15 }, narrow ? (line.short ?? line.name) : line.name),
-    );
-  }
-
-  function drawSeries() {
-    const { left, top, w, h } = frame;
-    const inside = svg("g", { "clip-path": `url(#${clip})` });
-    root.append(svg("clipPath", { id: clip }, svg("rect", { x: left, y: top, width: w + 3, height: h + 2 })), inside);
-    for (const { points, color } of series) {
-      const banded = points.filter((p) => drawable(p) && p.high > p.low);
-      if (banded.length < 2) continue;
-      const there = banded.map((p) => `${along(p.x)},${up(p.high)}`);
-      const andBack = banded.map((p) => `${along(p.x)},${up(p.low)}`).reverse();
-      inside.append(svg("path", { class: "band", d: `M${[...there, ...andBack].join("L")}Z`, style: `fill:${color}` }));
-    }
-    for (const { points, color, dash } of series) {
-      let path = "";
-      let pen = "M";
-      for (const p of points) {
-        if (drawable(p)) path += `${pen}${along(p.x).toFixed(1)},${up(p.y).toFixed(1)}`;
-        pen = drawable(p) ? "L" : "M";
-      }
-      const style = `stroke:${color};stroke-dasharray:${dash ?? "none"}`;
-      if (path) inside.append(svg("path", { class: "line", d: path, style }));
-      const real = points.filter(drawable);
-      if (real.length === 1)
-        inside.append(svg("circle", { cx: along(real[0].x), cy: up(real[0].y), r: 3.5, style: `fill:${color}` }));
-    }
-  }
-
-  // A label at the end of every line, pushed apart where lines end together.
-  function drawLabels(labels) {
-    const ends = series
-      .map((s, i) => ({ text: labels[i], color: s.color, point: s.points.filter(drawable).at(-1) }))
-      .filter((end) => end.point)
-      .map((end) => ({ ...end, x: along(end.point.x) + 8, y: up(clamp(end.point.y, y.low, y.high)) + 4 }))
-      .sort((a, b) => a.y - b.y);
-    for (let i = 1; i < ends.length; i++) ends[i].y = Math.max(ends[i].y, ends[i - 1].y + 15);
-    for (let i = ends.length - 1, floor = frame.top + frame.h + 4; i >= 0; i--, floor -= 15)
-      ends[i].y = Math.min(ends[i].y, floor);
-    for (const end of ends)
-      root.append(svg("text", { class: "label", x: end.x, y: end.y, style: `fill:${end.color}` }, end.text));
-  }
-
-  function move(value) {
-    cursor = value;
-    if (!frame) return;
-    const shown = value ?? x.high;
-    root.setAttribute("aria-valuemin", x.low);
-    root.setAttribute("aria-valuemax", x.high);
-    root.setAttribute("aria-valuenow", shown);
-    root.setAttribute("aria-valuetext", chart.say(shown));
-    cursorLine.setAttribute("visibility", value === null ? "hidden" : "visible");
-    dots.replaceChildren();
-    if (value === null) return;
-    const px = along(value);
-    for (const [key, v] of Object.entries({ x1: px, x2: px, y1: frame.top, y2: frame.top + frame.h }))
-      cursorLine.setAttribute(key, v);
-    for (const { points, color } of series) {
-      const v = at(points, value, "y", x.log);
-      if (v !== null && v <= y.high && v >= y.low)
-        dots.append(svg("circle", { class: "dot", cx: px, cy: up(v), r: 4, style: `fill:${color}` }));
-    }
-  }
-
-  function go(value) {
-    move(value);
-    chart.tell(value);
-  }
-  function follow(event) {
-    const box = root.getBoundingClientRect();
-    if (frame) go(back(((event.clientX - box.left) * frame.width) / box.width));
-  }
-  root.addEventListener("pointermove", follow);
-  root.addEventListener("pointerdown", follow);
-  root.addEventListener("pointerleave", (event) => {
-    if (event.pointerType === "mouse" && !chart.sticky) go(null);
-  });
-  root.addEventListener("keydown", (event) => {
-    const here = cursor ?? x.high;
-    const next = stops.find((stop) => stop > here * (1 + 1e-9)) ?? here;
-    const previous = stops.findLast((stop) => stop < here * (1 - 1e-9)) ?? here;
-    const targets = { ArrowRight: next, ArrowUp: next, ArrowLeft: previous, ArrowDown: previous };
-    Object.assign(targets, { Home: stops[0], End: stops.at(-1) });
-    if (event.key in targets) go(targets[event.key]);
-    else if (event.key === "Escape" && !chart.sticky) go(null);
-    else return;
-    event.preventDefault();
-  });
-  new ResizeObserver(draw).observe(host);
-  draw();
-  return { move };
-}
-
 // Curves of held-out loss
 // ----------------------------------------------------------------------------------------------------
 
@@ -251,7 +16,9 @@ function curves(host) {
     return host.replaceWith(html("p", { class: "note" }, once));
   }
   // From the lowest loss to the highest that any team has from a quarter of its training on.
-  const high = highest(teams.flatMap(({ curve }) => curve.slice(Math.floor((curve.length - 1) / 4)).map((p) => p.loss)));
+  const high = highest(
+    teams.flatMap(({ curve }) => curve.slice(Math.floor((curve.length - 1) / 4)).map((p) => p.loss)),
+  );
   const low = lowest(teams.flatMap(({ curve }) => curve.map((point) => point.low ?? point.loss)));
   const margin = 0.06 * (high - low || Math.abs(high) || 1);
   const digits = high - low < 0.3 ? 2 : 1;
@@ -363,327 +130,6 @@ function curvesAgainst(axis, y, teams, panel) {
   });
 }
 
-// Load, layer × expert, over time
-// ----------------------------------------------------------------------------------------------------
-
-const DEAD = 0.01; // of the even load: an expert below this counts as dead, as in the run's own statistics
-
-function heatColor(ratio) {
-  const t = clamp(Math.log2(ratio) / 3, -1, 1);
-  return `color-mix(in oklab, var(${t < 0 ? "--cold" : "--hot"}) ${(Math.abs(t) * 100).toFixed(0)}%, var(--even))`;
-}
-
-// Neighbours in depth look alike.
-function layerColor(l, count) {
-  return `color-mix(in oklab, var(--hot) ${count > 1 ? (100 * l) / (count - 1) : 50}%, var(--cold))`;
-}
-
-function routing(team, id) {
-  const section = document.getElementById("load").content.cloneNode(true).firstElementChild;
-  const title = section.querySelector("h2");
-  title.id = `h-load-${id}`;
-  title.append(team.label);
-  section.setAttribute("aria-labelledby", title.id);
-  document.getElementById("sample").before(section);
-
-  const { steps, tokens } = team.routing;
-  const last = steps.length - 1;
-  const sliderId = `step-${id}`;
-  const slider = html("input", { type: "range", min: 0, max: last, id: sliderId });
-  const when = html("output", { for: sliderId });
-  const play = html("button", { type: "button", class: "play" }, "▶ Play");
-  if (last) section.append(html("div", { class: "step" }, play, html("label", { for: sliderId }, "Step"), slider, when));
-  const views = [
-    heatMap(section, team.routing),
-    ...(last ? [layerCharts(section, team, show)] : []),
-    layerTable(section, team.routing),
-  ];
-
-  // Some ten seconds from the first step to the last, whatever their number. It moves when it is asked to, and only then.
-  let timer = null;
-  function stop() {
-    clearInterval(timer);
-    timer = null;
-    play.textContent = "▶ Play";
-  }
-  play.addEventListener("click", () => {
-    if (timer !== null) return stop();
-    let at = Number(slider.value) === last ? 0 : Number(slider.value);
-    show(at);
-    play.textContent = "■ Stop";
-    timer = setInterval(() => {
-      show(++at);
-      if (at >= last) stop();
-    }, clamp(10000 / last, 50, 500));
-  });
-
-  function show(step) {
-    const text = `step ${steps[step].toLocaleString("en")} · ${si(tokens[step])} tokens`;
-    slider.value = step;
-    slider.setAttribute("aria-valuetext", text);
-    when.textContent = text;
-    for (const view of views) view(step, text);
-  }
-  slider.addEventListener("input", () => {
-    stop();
-    show(Number(slider.value));
-  });
-  show(last);
-}
-
-// Each of these three adds itself to the section and returns what shows another step.
-
-function heatMap(section, { load, layers }) {
-  const plot = html("div");
-  const readout = html("p", { class: "readout", role: "status" });
-  section.append(plot, readout, heatScale());
-  const help = "Load of every expert; arrow keys move from cell to cell";
-  const root = svg("svg", { class: "plot heat", tabindex: 0, role: "application", "aria-label": help });
-  const ring = svg("rect", { class: "cell-focus", visibility: "hidden" });
-  plot.append(root);
-  const experts = highest(load[0].map((row) => row.length));
-  let now = 0;
-  let focus = null; // [layer, expert]
-  let cells = []; // [layer][expert] {rect, cross}
-  let grid = null; // {width, left, top, head, columns, block, w, h}: a layer's block, and a cell in it, in pixels
-
-  // Where a row of all experts would have cells too small for a finger, a layer's experts stand in several rows.
-  function draw() {
-    const width = plot.clientWidth;
-    if (!width) return;
-    const least = width < 560 || matchMedia("(pointer: coarse)").matches ? 26 : 6;
-    const wraps = (width - 60) / experts < least;
-    const left = wraps ? 1 : 58;
-    const columns = wraps ? Math.min(experts, Math.max(1, Math.floor((width - 2) / least))) : experts;
-    const w = Math.min((width - left - 2) / columns, wraps ? 44 : 90);
-    const h = wraps ? Math.max(least, 20) : clamp(w * 1.6, layers.length > 12 ? 10 : 22, 40);
-    const head = wraps ? 22 : 0;
-    const rows = Math.ceil(experts / columns);
-    const block = head + rows * h + (wraps ? 8 : 0);
-    const top = 4;
-    const bottom = top + layers.length * block;
-    const middle = { "text-anchor": "middle" };
-    grid = { width, left, top, head, columns, block, w, h };
-    root.setAttribute("viewBox", `0 0 ${width} ${bottom + (wraps ? 0 : 38)}`);
-    root.replaceChildren();
-    cells = load[0].map((row, l) => row.map((_, e) => cell(l, e)));
-    const every = wraps ? 1 : Math.ceil(14 / h);
-    for (let l = 0; l < layers.length; l += every)
-      root.append(
-        wraps
-          ? svg("text", { x: left, y: top + l * block + 15 }, `layer ${layers[l]}, experts 0 to ${load[0][l].length - 1}`)
-          : svg("text", { x: left - 8, y: top + (l + 0.5) * h + 4, "text-anchor": "end" }, `layer ${layers[l]}`),
-      );
-    if (!wraps) {
-      for (const e of ticks(0, experts - 1, clamp(width / 70, 2, 16)).filter(Number.isInteger))
-        root.append(svg("text", { x: left + (e + 0.5) * w, y: bottom + 16, ...middle }, String(e)));
-      root.append(svg("text", { x: left + (experts * w) / 2, y: bottom + 33, ...middle }, "expert"));
-    }
-    root.append(ring);
-    paint();
-  }
-
-  const corner = (l, e) => ({
-    x: grid.left + (e % grid.columns) * grid.w,
-    y: grid.top + l * grid.block + grid.head + Math.floor(e / grid.columns) * grid.h,
-  });
-
-  function cell(l, e) {
-    const { w, h } = grid;
-    const gap = w > 5 ? 1 : 0;
-    const { x: x0, y: y0 } = corner(l, e);
-    const [x1, y1] = [x0 + w - gap, y0 + h - gap];
-    const rect = svg("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0 });
-    const cross = svg("path", { class: "cross", d: `M${x0 + gap},${y1 - gap}L${x1 - gap},${y0 + gap}` });
-    root.append(rect, cross);
-    return { rect, cross };
-  }
-
-  function paint() {
-    cells.forEach((row, l) =>
-      row.forEach(({ rect, cross }, e) => {
-        const ratio = load[now][l][e] * row.length;
-        const alive = ratio >= DEAD;
-        rect.setAttribute("class", alive ? "cell" : "cell dead");
-        rect.style.fill = alive ? heatColor(ratio) : "";
-        cross.setAttribute("visibility", alive ? "hidden" : "visible");
-      }),
-    );
-    point();
-  }
-
-  function point() {
-    if (!focus) {
-      readout.textContent = "Point at a cell, touch it, or use the arrow keys to read its load.";
-      return;
-    }
-    const [l, e] = focus;
-    const even = 1 / load[now][l].length;
-    const share = load[now][l][e];
-    const percent = (v) => (known(v) ? `${(100 * v).toFixed(2)} %` : "unknown");
-    readout.textContent =
-      `Layer ${layers[l]}, expert ${e}: ${percent(share)} of assignments, ` +
-      `${fixed(known(share) ? share / even : null, 2)}× the even load (${percent(even)}).`;
-    const place = { ...corner(l, e), width: grid.w, height: grid.h, visibility: "visible" };
-    for (const [name, value] of Object.entries(place)) ring.setAttribute(name, value);
-  }
-
-  function look(l, e) {
-    const layer = clamp(l, 0, layers.length - 1);
-    focus = [layer, clamp(e, 0, load[now][layer].length - 1)];
-    point();
-  }
-  function follow(event) {
-    if (!grid) return;
-    const box = root.getBoundingClientRect();
-    const zoom = grid.width / box.width;
-    const [px, py] = [(event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom];
-    const l = clamp(Math.floor((py - grid.top) / grid.block), 0, layers.length - 1);
-    const row = Math.max(0, Math.floor((py - grid.top - l * grid.block - grid.head) / grid.h));
-    look(l, row * grid.columns + clamp(Math.floor((px - grid.left) / grid.w), 0, grid.columns - 1));
-  }
-  root.addEventListener("pointermove", follow);
-  root.addEventListener("pointerdown", follow);
-  root.addEventListener("keydown", (event) => {
-    const by = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
-    if (!by || !grid) return;
-    event.preventDefault();
-    if (focus) look(focus[0] + by[0], focus[1] + by[1]);
-    else look(0, 0);
-  });
-  new ResizeObserver(draw).observe(plot);
-  draw();
-  return (step) => {
-    now = step;
-    paint();
-  };
-}
-
-function heatScale() {
-  const names = { 0.125: "⅛", 0.25: "¼", 0.5: "½", 1: "1, even", 2: "2", 4: "4", 8: "8 or more" };
-  const scale = html("p", { class: "scale" }, "load ÷ even load:");
-  for (const ratio of [0.125, 0.25, 0.5, 1, 2, 4, 8])
-    scale.append(html("span", {}, html("i", { style: `background:${heatColor(ratio)}` }), names[ratio]));
-  scale.append(html("span", {}, html("i", { class: "dead" }), "dead: below 1 %"));
-  return scale;
-}
-
-function layerCharts(section, team, show) {
-  const { steps, tokens, max_vio: maxVio, dead, entropy, layers } = team.routing;
-  const host = html("div", { class: "trio" });
-  section.append(host);
-  // The first steps, before the balance takes hold, would flatten the rest: what stands above the chart is said beside
-  // it. Where a warning speaks of a peak, all of it is there.
-  function tall(values) {
-    const late = highest(values.slice(Math.floor(values.length / 4)).flat(), 0);
-    const all = highest(values.flat(), 0);
-    if (team.warned || all <= 3 * late) return { high: Math.max(1, 1.05 * all), above: "" };
-    const at = values.findIndex((each) => highest(each) === all);
-    return { high: Math.max(1, 1.15 * late), above: ` Early on it was up to ${fixed(all, 1)}, at step ${steps[at]}.` };
-  }
-  const nearest = (v) => tokens.reduce((best, t, i) => (Math.abs(t - v) < Math.abs(tokens[best] - v) ? i : best), 0);
-  const kinds = [
-    {
-      title: "MaxVio",
-      word: term("MaxVio"),
-      note: "How far the busiest expert is above the even load; 0 is even.",
-      values: maxVio,
-      low: 0,
-      ...tall(maxVio),
-      digits: 2,
-    },
-    {
-      title: "Dead experts",
-      word: term("dead expert", "Dead experts"),
-      note: "Experts below 1 % of the even load.",
-      values: dead,
-      low: 0,
-      ...tall(dead),
-      digits: 0,
-    },
-    {
-      title: "Entropy of the load",
-      note: "1 is even; 0 is one expert for all.",
-      values: entropy,
-      low: lowest(entropy.flat(), 0.92) - 0.02,
-      high: 1,
-      digits: 2,
-    },
-  ];
-  const charts = kinds.map(({ title, word = title, note, values, low, high, above = "", digits }) => {
-    const plot = html("div");
-    host.append(html("div", {}, html("h3", {}, word), html("p", {}, note, above), plot));
-    const reading = (i) => layers.map((layer, l) => `layer ${layer} ${fixed(values[i][l], digits)}`).join(", ");
-    return lineChart(plot, {
-      name: `${title} per layer against training tokens`,
-      series: layers.map((layer, l) => ({
-        label: String(layer),
-        color: layerColor(l, layers.length),
-        points: tokens.map((x, i) => ({ x, y: values[i][l] })),
-      })),
-      x: { low: 0, high: tokens.at(-1) || 1, name: "training tokens", tick: (v) => si(v, { exact: true }) },
-      y: { low, high, tick: (v) => String(Number(v.toFixed(2))) },
-      height: 170,
-      labels: layers.length <= 8,
-      sticky: true,
-      tell: (v) => show(nearest(v)),
-      say: (v) => `step ${steps[nearest(v)]}: ${reading(nearest(v))}`,
-    });
-  });
-  if (team.stability.length > 1) charts.push(stabilityChart(host, team, show, nearest));
-  return (step) => charts.forEach((chart) => chart.move(tokens[step]));
-}
-
-function stabilityChart(host, { stability, routing: { tokens, layers } }, show, nearest) {
-  const plot = html("div");
-  const note = "Of one held-out text, the share of choices that are those of the evaluation before.";
-  host.append(html("div", {}, html("h3", {}, term("stability", "Stability")), html("p", {}, note), plot));
-  const reading = (v) => {
-    const now = stability.findLast((each) => each.tokens <= v) ?? stability[0];
-    return `step ${now.step}: ${layers.map((layer, l) => `layer ${layer} ${fixed(100 * now.kept[l], 0)} %`).join(", ")}`;
-  };
-  return lineChart(plot, {
-    name: "Routing stability per layer against training tokens",
-    series: layers.map((layer, l) => ({
-      label: String(layer),
-      color: layerColor(l, layers.length),
-      points: stability.map((each) => ({ x: each.tokens, y: each.kept[l] })),
-    })),
-    x: { low: 0, high: tokens.at(-1) || 1, name: "training tokens", tick: (v) => si(v, { exact: true }) },
-    y: { low: 0, high: 1, tick: (v) => `${Math.round(100 * v)} %` },
-    height: 170,
-    labels: layers.length <= 8,
-    sticky: true,
-    tell: (v) => show(nearest(v)),
-    say: reading,
-  });
-}
-
-function layerTable(section, { load, max_vio: maxVio, dead, entropy, dropped, layers }) {
-  const anyDropped = dropped.flat().some((share) => share > 0);
-  const heads = ["Layer", "MaxVio", "Dead", "Entropy", ...(anyDropped ? ["Dropped"] : [])];
-  const caption = html("caption");
-  const head = html("thead", {}, html("tr", {}, ...heads.map((name) => html("th", { scope: "col" }, name))));
-  const body = html("tbody");
-  const box = { class: "scroll layers-box", tabindex: 0, role: "region", "aria-label": "Statistics of each layer" };
-  section.append(html("div", box, html("table", { class: "layers" }, caption, head, body)));
-  return (step, text) => {
-    caption.textContent = `At ${text}`;
-    body.replaceChildren(
-      ...layers.map((layer, l) => {
-        const values = [
-          fixed(maxVio[step][l], 2),
-          `${fixed(dead[step][l], 0)} of ${load[step][l].length}`,
-          fixed(entropy[step][l], 3),
-          ...(anyDropped ? [`${fixed(100 * dropped[step][l], 1)} %`] : []),
-        ];
-        const name = html("th", { scope: "row" }, swatch(layerColor(l, layers.length)), String(layer));
-        return html("tr", {}, name, ...values.map((value) => html("td", {}, value)));
-      }),
-    );
-  };
-}
-
 // text coloured by expert
 // ----------------------------------------------------------------------------------------------------
 
@@ -718,7 +164,11 @@ function sample(host) {
     ...layers.map((name, l) => html("option", { value: l }, `layer ${name}`)),
   );
   const clear = html("button", { type: "button", disabled: "" }, "Clear the marks");
-  const legend = html("div", { class: "expert-legend", role: "group", "aria-label": "Experts that come first most often" });
+  const legend = html("div", {
+    class: "expert-legend",
+    role: "group",
+    "aria-label": "Experts that come first most often",
+  });
   const readout = html("p", { class: "readout token-readout", role: "status" });
   const text = html("div", {
     class: "text",
@@ -748,7 +198,13 @@ function sample(host) {
     spans.forEach((span, t) => span.style.setProperty("--b", color.get(first(t)) ?? "var(--raised)"));
     legend.replaceChildren(
       ...busiest.map(([expert, n], place) => {
-        const button = html("button", { type: "button", "data-expert": expert }, swatch(expertColor(place)), `expert ${expert} `, html("small", {}, `first for ${n}`));
+        const button = html(
+          "button",
+          { type: "button", "data-expert": expert },
+          swatch(expertColor(place)),
+          `expert ${expert} `,
+          html("small", {}, `first for ${n}`),
+        );
         button.addEventListener("click", () => {
           picked = picked === expert ? null : expert;
           paint();
@@ -756,7 +212,8 @@ function sample(host) {
         return button;
       }),
     );
-    if (tally.size > busiest.length) legend.append(html("small", {}, `${tally.size - busiest.length} others in grey: point at a token`));
+    if (tally.size > busiest.length)
+      legend.append(html("small", {}, `${tally.size - busiest.length} others in grey: point at a token`));
   }
   const quoted = (piece) => JSON.stringify(piece).slice(1, -1).replaceAll('\\"', '"');
   function paint() {
@@ -842,6 +299,24 @@ function sample(host) {
 
 // start
 // ----------------------------------------------------------------------------------------------------
+
+// Draws what there is of it, and takes the sections away of what there is not.
+function drawLesson(report) {
+  const { lesson, sample, teams } = report;
+  const section = (id, there, draw) => {
+    const host = document.getElementById(id);
+    if (there) draw(host);
+    else host.remove();
+  };
+  section("prices", teams.length > 1, (host) => prices(host.querySelector(".trio"), teams) || host.remove());
+  section("way", sample && lesson?.way.tokens.length, (host) => tokenWay(host, lesson.way, sample.pieces));
+  section("apprentices", sample?.touched?.length && sample.pieces.length > 1, (host) => apprentices(host, sample));
+  section("experts", lesson?.experts.layers.length, (host) => expertCards(host, lesson.experts));
+  section("word", lesson?.word, (host) => twoContexts(host, lesson.word, lesson.way.layers));
+  section("losses", lesson && sample, (host) => lossText(host, lesson.losses, sample.pieces, teams));
+  section("go-on", lesson, (host) => goOn(host, lesson.continuations, teams));
+  section("balances", report.balances?.length, (host) => balances(host, report.balances, teams));
+}
 
 theme(document.getElementById("theme"));
 curves(document.getElementById("curves"));
