@@ -193,7 +193,7 @@ def write(comparison: Doc, path: str | Path) -> Path:
 
 def _page(doc: Doc) -> str:
     web = resources.files("handful") / "web"
-    seeds, found = len(doc["seeds"]), finding(doc)
+    seeds, found, head = len(doc["seeds"]), finding(doc), headline(doc)
     how = "Read across: each row is one measure" + (", with its ratio to the small dense model." if _base(doc) else ".")
     if len(mixtures_of(doc)) > 1 and _base(doc):
         how += f" The dense twins match {mixtures_of(doc)[0]['label']}."
@@ -204,10 +204,10 @@ def _page(doc: Doc) -> str:
     parts = {
         "title": escape(doc["title"]),
         "byline": escape(f"Handful {doc['handful']} · {doc['data']['name']} · {seeds} seed{'s' * (seeds > 1)}"),
-        "headline": escape(headline(doc)),
+        "headline": escape(head),
         "picture": picture(doc, _colors(doc)),
         "finding": escape(found[0]),
-        "more": escape(" ".join(found[1:])),
+        "more": escape(" ".join(sentence for sentence in found[1:] if sentence != head)),
         "banners": "".join(map(_banners, doc["teams"])),
         "table_title": "Side by side" if len(doc["teams"]) > 1 else "In numbers",
         "table_how": escape(how),

@@ -74,6 +74,22 @@ def test_a_word_in_two_contexts_by_hand(data: Data) -> None:
     }  # fmt: skip
 
 
+def test_the_most_frequent_word_that_differs_is_taken(data: Data) -> None:
+    """Not one that always goes the same way, though more frequent, nor one that differs more and is rarer."""
+    tokenizer = data.tokenizer
+    same, half, rare = (tokenizer.encode(text)[0] for text in (" router", " chooses", " weights"))
+    assert [tokenizer.token_bytes(t) for t in (same, half, rare)] == [b" router", b" chooses", b" weights"]
+    flat = [tokenizer.encode("=")[0], *[same] * 4, *[half] * 3, *[rare] * 2]
+    chosen = [[0, 1], *[[0, 1]] * 4, [2, 3], [3, 4], [2, 3], [4, 5], [6, 7]]
+    result = word(torch.tensor([flat]), [routing_of(chosen, 8)], tokenizer)
+    assert result is not None
+    assert (result[0]["word"], result[0]["shared"], result[0]["count"]) == (" chooses", 1, 3)
+    # Where none differs by half, the nearest to it.
+    alike = word(torch.tensor([flat[:5]]), [routing_of(chosen[:5], 8)], tokenizer)
+    assert alike is not None
+    assert (alike[0]["word"], alike[0]["shared"], alike[0]["of"]) == (" router", 2, 2)
+
+
 def test_the_word_that_is_asked_for_comes_first(data: Data) -> None:
     """It may be of several tokens, whose last one is looked at, and alike in both places."""
     tokenizer = data.tokenizer

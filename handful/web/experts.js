@@ -210,7 +210,9 @@ function twoContexts(host, word, layers) {
       html("b", {}, `${word.shared} of ${word.of}`),
       ` choices. Over all pairs of ${word.count} occurrences two share ${fixed(word.mean, 1)}, and any two tokens of ` +
         `the text ${fixed(word.any, 1)}. ` +
-        "So the word itself decides much of the routing, and what stands before it decides some." +
+        (word.mean > 2 * word.any
+          ? "So the word itself decides much of the routing, and what stands before it the rest."
+          : "So the word itself decides little of the routing.") +
         far,
     ),
   );

@@ -51,7 +51,7 @@ def comparison() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pages(comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Addresses of a comparison, of one whose routing collapsed, of a single run, of a run with nothing to draw, of one
-    that was evaluated once, and of a comparison of several mixtures."""
+    that was evaluated once, of a comparison of several mixtures, and of one with an early peak and a warning of it."""
     folder = tmp_path_factory.mktemp("pages")
     single, bare = document(), document()
     single["teams"] = [single["teams"][1]]
@@ -70,7 +70,8 @@ def pages(comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
         "single": single,
         "bare": bare,
     }
-    documents["several"] = several()
+    documents["several"], documents["warned"] = several(), document()
+    documents["warned"]["teams"][1]["warnings"] = ["step 10: routing collapsed in layer 2"]
     return {name: report.write(doc, folder / f"{name}.html").as_uri() for name, doc in documents.items()}
 
 
@@ -406,6 +407,7 @@ def test_cards_of_experts(page: webdriver.Chrome) -> None:
 def test_a_word_in_two_contexts(page: webdriver.Chrome) -> None:
     section = find(page, "#word")
     assert "they share 2 of 6 choices" in section.text
+    assert "the word itself decides much of the routing" in section.text  # 3.5 shared beside 0.25 of any two tokens
     assert "does not stand twice" not in section.text  # it is the word that was asked for
     chips = [chip.text.split()[0] for chip in section.find_elements(By.CSS_SELECTOR, ".chip.same")]
     assert chips == ["2", "3", "2", "3"]
@@ -460,8 +462,9 @@ def test_a_peak_that_a_warning_speaks_of_is_in_the_chart(chromium: webdriver.Chr
       const top = +root.querySelector('clipPath rect').getAttribute('y');
       const points = [...root.querySelectorAll('path.line')].map((p) => p.getAttribute('d').match(/,-?[\\d.]+/g));
       return Math.min(...points.flat().map((y) => +y.slice(1))) < top - 0.5; })"""
-    chromium.get(pages["collapsed"])
-    assert chromium.execute_script(above) == [False] * 4
+    for name in ("collapsed", "warned"):
+        chromium.get(pages[name])
+        assert chromium.execute_script(above) == [False] * 4
     # Without a warning an early peak may stand above the chart, which says so beside it.
     chromium.get(pages["three"])
     found = chromium.execute_script(above)
