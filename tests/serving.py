@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import fresh
 import httpx
 import torch
 from builders import moe
@@ -130,3 +134,45 @@ def serving(
             server.close()
             assert not thread.is_alive()
             assert not server.worker.alive
+
+
+class Running:
+    """`handful serve` in a process of its own, on a free port."""
+
+    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
+        code = "import sys; from handful.cli import main; sys.argv = ['handful', *sys.argv[1:]]; main()"
+        arguments = ["serve", str(folder), "--name", "tiny", "--port", str(port), *options]
+        self.process = fresh.Process("-c", code, *arguments)
+        end = time.monotonic() + 60
+        while not (found := re.search(r"serving tiny at (\S+)", self.said())):
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        self.url = found[1]
+
+    def said(self) -> str:
+        return Path(self.process._said[1]).read_text("utf-8") if Path(self.process._said[1]).exists() else ""
+
+    def send(self, number: int) -> None:
+        assert self.process._process.pid is not None
+        os.kill(self.process._process.pid, number)
+
+    def stream(self, tokens: int) -> tuple[threading.Thread, list[str], threading.Event]:
+        """A stream that is being read in a thread: its lines, and an event when it has begun."""
+        lines: list[str] = []
+        begun = threading.Event()
+
+        def read() -> None:
+            body = {"prompt": [1], "max_tokens": tokens, "stream": True, "ignore_eos": True}
+            try:
+                with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=60) as answer:
+                    for line in answer.iter_lines():
+                        lines.append(line)
+                        begun.set()
+            except httpx.HTTPError as error:
+                lines.append(f"broken: {type(error).__name__}")
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        assert begun.wait(20)
+        return thread, lines, begun

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import httpx
 import pytest
 from builders import Call, calling, dense, mistake, tiny_data, training
 from builders import moe as mixture
-from serving import chat_model
+from serving import Running, chat_model
 
 from handful.config import ModelConfig
 from handful.errors import ConfigError, MissingExtraError
@@ -40,48 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     return calling(monkeypatch, capsys)
-
-
-class Running:
-    """`handful serve` in a process of its own, on a free port."""
-
-    def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
-        code = "import sys; from handful.cli import main; sys.argv = ['handful', *sys.argv[1:]]; main()"
-        arguments = ["serve", str(folder), "--name", "tiny", "--port", str(port), *options]
-        self.process = fresh.Process("-c", code, *arguments)
-        end = time.monotonic() + 60
-        while not (found := re.search(r"serving tiny at (\S+)", self.said())):
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        self.url = found[1]
-
-    def said(self) -> str:
-        return Path(self.process._said[1]).read_text("utf-8") if Path(self.process._said[1]).exists() else ""
-
-    def send(self, number: int) -> None:
-        assert self.process._process.pid is not None
-        os.kill(self.process._process.pid, number)
-
-    def stream(self, tokens: int) -> tuple[threading.Thread, list[str], threading.Event]:
-        """A stream that is being read in a thread: its lines, and an event when it has begun."""
-        lines: list[str] = []
-        begun = threading.Event()
-
-        def read() -> None:
-            body = {"prompt": [1], "max_tokens": tokens, "stream": True, "ignore_eos": True}
-            try:
-                with httpx.stream("POST", self.url + COMPLETIONS, json=body, timeout=60) as answer:
-                    for line in answer.iter_lines():
-                        lines.append(line)
-                        begun.set()
-            except httpx.HTTPError as error:
-                lines.append(f"broken: {type(error).__name__}")
-
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        assert begun.wait(20)
-        return thread, lines, begun
 
 
 def test_it_shows_its_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

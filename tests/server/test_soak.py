@@ -19,8 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import chat_model
-from test_process import Running
+from serving import Running, chat_model
 
 from handful.families.io import save
 
