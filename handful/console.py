@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do no
     from handful.cache_replay import Replay
     from handful.ceilings import Ceilings
     from handful.experts.selection import Timed
+    from handful.placement import Placed
     from handful.plan import Plan
     from handful.upcycle import Report
     from handful.verify import Verification
@@ -30,6 +31,7 @@ __all__ = [
     "facts",
     "inspection_table",
     "memory_line",
+    "placement_table",
     "plan_line",
     "plan_tables",
     "presets_table",
@@ -128,6 +130,21 @@ def inspection_table(side: Mapping[str, Any]) -> Table:
             costs = [expert["ablation"] for expert in experts if expert["ablation"]["cost"] is not None]
             cells.append(f"{sum(one['beyond'] and one['cost'] > 0 for one in costs)} of {len(costs)}")
         table.add_row(str(layer["layer"]), *cells)
+    return table
+
+
+def placement_table(layers: Sequence[Placed]) -> Table:
+    """What the busiest device has, beside the mean, by ways to place a layer's experts; a row per layer."""
+    table = Table(title=Text("the busiest device beside the mean; 1 is even"), title_justify="left", box=None)
+    heads = ["layer", "as they come", "published", "ours", "ours, split", "bound", "copies"]
+    for heading in [*heads, *(["moved"] if layers[0].moved is not None else [])]:
+        table.add_column(heading, justify="right")
+    for number, layer in enumerate(layers):
+        ratios = (layer.as_they_come, layer.published, layer.equal, layer.split, layer.bound)
+        copies = sum(map(len, layer.experts)) - len({expert for own in layer.experts for expert in own})
+        cells = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
+        moved = [] if layer.moved is None else [f"{layer.moved}"]
+        table.add_row(str(number), *cells, str(copies), *moved)
     return table
 
 

@@ -75,6 +75,7 @@ TIERS = [
         "forecast",
         "plan",
         "cache_replay",
+        "placement",
         "finding",
         "terms",
         "picture",
