@@ -40,7 +40,7 @@ test: $(DEV) ## run the tests
 # As on ARM and macOS: everything through torch.
 test-torch: $(DEV) ## run the tests of models, experts, memory and training without the kernels
 	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
-	  tests/test_{attention,balance,engine,generate,machine,memory,model,moe,padding,replay,transformers}.py \
+	  tests/test_{attention,balance,engine,generate,limits,machine,memory,model,moe,padding,prefix_cache,replay,routing_options,transformers}.py \
 	  tests/experts/test_{experts,offload,quantized,selection}.py tests/verify
 
 soak: $(DEV) ## ten minutes of mixed load on a server; its memory must not grow (SECONDS=600)
