@@ -27,7 +27,7 @@ from handful.inspection.subject import subject_of
 from handful.inspection.texts import Window
 from handful.model import Decoder
 from handful.moe import MoE
-from handful.observe import coactivation, expert_load
+from handful.observe import coactivation, expert_load, used
 from handful.routing import Routing
 from handful.sampling import Sampling
 from handful.text import Tokenizer
@@ -39,7 +39,6 @@ __all__ = [
     "lesson",
     "sample",
     "token_losses",
-    "used",
     "way",
     "word",
 ]
@@ -65,13 +64,6 @@ Doc = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of routings.
-
-
-def used(routing: Routing) -> Tensor:
-    """(T, E) True where an expert computed a token."""
-    kept_TK = torch.ones_like(routing.weights_TK) if routing.dropped_TK is None else ~routing.dropped_TK
-    used_TE = torch.zeros(routing.tokens, routing.experts, device=routing.experts_TK.device)
-    return used_TE.scatter_add_(1, routing.experts_TK, kept_TK.float()) > 0
 
 
 def cards(routing: Routing, tokens_T: Sequence[int]) -> list[Doc]:
@@ -223,8 +215,8 @@ def _step(block: Block, stream_D: Tensor, x_1D: Tensor, y_D: Tensor, routing: Ro
     moe = block.ffn
     assert isinstance(moe, MoE)
     mine = routing.rows(place, place + 1)
-    kept_K = torch.ones_like(mine.weights_TK[0]) if mine.dropped_TK is None else ~mine.dropped_TK[0]
-    experts, weights_k = mine.experts_TK[0][kept_K.bool()], mine.weights_TK[0][kept_K.bool()]
+    kept_K = mine.computed_TK[0]
+    experts, weights_k = mine.experts_TK[0][kept_K], mine.weights_TK[0][kept_K]
     outputs = []
     for expert in experts.tolist():
         one_11 = torch.ones(1, 1, device=x_1D.device)
@@ -275,7 +267,7 @@ def token_losses(model: Decoder, tokens_BS: Tensor) -> list[float | None]:
 def sample(model: Decoder, tokens_BS: Tensor, tokenizer: Tokenizer) -> Doc:
     """A text with the experts of every token, -1 for an assignment that was not computed."""
     _, routings = model(tokens_BS.to(model.embed.weight.device))
-    experts = [r.experts_TK if r.dropped_TK is None else r.experts_TK.masked_fill(r.dropped_TK, -1) for r in routings]
+    experts = [r.experts_TK.masked_fill(~r.computed_TK, -1) for r in routings]
     return {
         "pieces": tokenizer.pieces(tokens_BS.flatten().tolist()),
         "layers": list(model.config.moe_layers),

@@ -30,6 +30,7 @@ __all__ = [
     "max_vio",
     "stats",
     "touched",
+    "used",
 ]
 
 
@@ -95,11 +96,15 @@ def dropped(routing: Routing) -> float:
     return 0.0 if routing.dropped_TK is None else float(routing.mean(routing.dropped_TK.float()).mean())
 
 
+def used(routing: Routing) -> Tensor:
+    """(T, E) True where an expert computed a token."""
+    used_TE = torch.zeros(routing.tokens, routing.experts, device=routing.experts_TK.device)
+    return used_TE.scatter_add_(1, routing.experts_TK, routing.computed_TK.float()) > 0
+
+
 def coactivation(routing: Routing) -> Tensor:
     """(E, E) how many tokens both experts of a pair computed (dropped ones left out); the diagonal: each expert's."""
-    used_TK = torch.ones_like(routing.weights_TK) if routing.dropped_TK is None else ~routing.dropped_TK
-    used_TE = torch.zeros(routing.tokens, routing.experts, device=routing.experts_TK.device)
-    used_TE.scatter_add_(1, routing.experts_TK, used_TK.float())
+    used_TE = used(routing).float()
     return used_TE.T @ used_TE
 
 
@@ -249,14 +254,7 @@ class Recorder:
             [torch.cat([_small(r.experts_TK, r.experts) for r in layer]) for layer in layers],
             [torch.cat([r.weights_TK.detach().half().cpu() for r in layer]) for layer in layers],
             [
-                torch.cat(
-                    [
-                        torch.zeros_like(r.experts_TK, dtype=torch.bool) if r.dropped_TK is None else r.dropped_TK
-                        for r in layer
-                    ]
-                ).cpu()
-                if some
-                else None
+                torch.cat([~r.computed_TK for r in layer]).cpu() if some else None
                 for layer, some in zip(layers, dropped, strict=True)
             ],
             None if tokens is None else torch.tensor(list(tokens), dtype=torch.int32),

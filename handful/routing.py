@@ -111,11 +111,10 @@ class Routing:
         K = max(routing.top_k for routing in routings)
         experts, weights, dropped = [], [], []
         for routing in routings:
-            none_TK = torch.zeros_like(routing.experts_TK, dtype=torch.bool)
             missing = 0, K - routing.top_k
             experts.append(F.pad(routing.experts_TK, missing))
             weights.append(F.pad(routing.weights_TK, missing))
-            dropped.append(F.pad(none_TK if routing.dropped_TK is None else routing.dropped_TK, missing, value=True))
+            dropped.append(F.pad(~routing.computed_TK, missing, value=True))
         some_dropped = any(routing.dropped_TK is not None or routing.top_k < K for routing in routings)
         padded = [routing.real_T for routing in routings if routing.real_T is not None]
         assert len(padded) in (0, len(routings)), "padding of some sequences alone"
@@ -185,6 +184,12 @@ class Routing:
         """Assignments that each expert was chosen for, before any were dropped, as float32. What balance looks at."""
         counts_E = torch.zeros(self.experts, device=self.experts_TK.device)
         return counts_E.index_add_(0, self.experts_TK.flatten(), self.counted_TK.flatten())
+
+    @property
+    def computed_TK(self) -> Tensor:
+        """False for each assignment that was dropped: bool."""
+        dropped_TK = self.dropped_TK
+        return torch.ones_like(self.experts_TK, dtype=torch.bool) if dropped_TK is None else ~dropped_TK
 
     @property
     def counted_TK(self) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from handful import lesson as module
 from handful.config import ModelConfig
 from handful.data import Data
-from handful.lesson import cards, continuations, experts_off, lesson, token_losses, used, way, word
+from handful.lesson import cards, continuations, experts_off, lesson, token_losses, way, word
 from handful.model import Decoder
+from handful.observe import used
 from handful.routing import Limits, Routing
 
 

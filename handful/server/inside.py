@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from handful.config import ModelConfig
@@ -101,13 +100,13 @@ def path_of(delta: Delta, model: Decoder) -> dict[str, Any]:
     """In every MoE layer the router's scores of all experts, the chosen ones and their weights; and what may follow."""
     layers = []
     for layer, routing in zip(model.config.moe_layers, delta.routings, strict=True):  # none of a dense model
-        chosen = torch.ones_like(routing.experts_TK) if routing.dropped_TK is None else ~routing.dropped_TK
+        computed_TK = routing.computed_TK
         layers.append(
             {
                 "layer": layer,
                 "scores": [round(score, 6) for score in routing.scores_TE[0].tolist()],
-                "experts": routing.experts_TK[chosen.bool()].tolist(),
-                "weights": [round(weight, 6) for weight in routing.weights_TK[chosen.bool()].tolist()],
+                "experts": routing.experts_TK[computed_TK].tolist(),
+                "weights": [round(weight, 6) for weight in routing.weights_TK[computed_TK].tolist()],
             }
         )
     top = {} if delta.logprobs is None else delta.logprobs.top

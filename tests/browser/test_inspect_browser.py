@@ -5,41 +5,28 @@ Needs Chromium and its driver on the path; without them these tests fail. `make 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from browsing import started
 from builders import moe
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from serving import tokenizer
 
 from handful.inspection import inspect_model, page
 from handful.model import Decoder
 
-QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync")  # fmt: skip
 EXPERTS = 6
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[webdriver.Chrome]:
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert browser, "chromium is not on the path: apt-get install chromium chromium-driver"
-    assert driver, "chromedriver is not on the path: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000", *QUIET):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    yield started
-    started.quit()
+    yield from started(1200, 1000)
 
 
 @pytest.fixture(scope="module")

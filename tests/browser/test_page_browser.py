@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -23,11 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import complaints, contrast, find, linear, started, touch
 from builders import dense
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from serving import Served, chat_model, serving, tokenizer
@@ -35,8 +34,6 @@ from serving import Served, chat_model, serving, tokenizer
 from handful.memory import attach, pack
 from handful.model import Decoder
 
-QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync")  # fmt: skip
 EXPERTS, TOP_K, LAYERS = 16, 2, 2
 
 
@@ -47,18 +44,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium(downloads: Path) -> Iterator[webdriver.Chrome]:
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert browser, "chromium is not on the path: apt-get install chromium chromium-driver"
-    assert driver, "chromedriver is not on the path: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", *QUIET):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    yield started
-    started.quit()
+    yield from started(1280, 900, downloads)
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +75,11 @@ def opened(chromium: webdriver.Chrome, served: Served) -> Iterator[webdriver.Chr
     assert complaints(chromium) == []
 
 
-def complaints(browser: Any) -> list[Any]:
-    """What the console said since the last call."""
-    return list(browser.get_log("browser"))
-
-
 def until(true: Callable[[], Any], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.02)
-
-
-def find(page: webdriver.Chrome, css: str) -> WebElement:
-    return page.find_element(By.CSS_SELECTOR, css)
 
 
 def every(page: webdriver.Chrome, css: str) -> list[WebElement]:
@@ -752,16 +729,6 @@ const of = (color) => { probe.style.color = color; return rgb(probe, "color"); }
 """
 
 
-def contrast(a: list[int], b: list[int]) -> float:
-    """WCAG 2 contrast ratio of two sRGB colours."""
-    bright, dim = sorted((0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in map(linear, (a, b))), reverse=True)
-    return (bright + 0.05) / (dim + 0.05)
-
-
-def linear(rgb: list[int]) -> list[float]:
-    return [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in rgb)]
-
-
 # Viénot, Brettel and Mollon 1999: how who lacks one kind of cone sees linear RGB.
 BLIND = {
     "protan": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
@@ -844,7 +811,7 @@ def test_it_fits_a_phone(page: webdriver.Chrome, width: int) -> None:
             ".filter(([, b]) => b.width < 24 || b.height < 24).map(([name]) => name)"
         )
         assert small == []
-        tap(page, every(page, "#text-a .token")[4])
+        touch(page, every(page, "#text-a .token")[4])
         until(lambda: every(page, "#detail .next"))
         assert page.execute_script(wide) <= width
         box = find(page, "#detail").rect
@@ -859,21 +826,11 @@ def test_it_fits_a_phone(page: webdriver.Chrome, width: int) -> None:
         find(page, "#two").click()
         assert page.execute_script(wide) <= width
         # The map is touched too.
-        tap(page, find(page, "#map"))
+        touch(page, find(page, "#map"))
         until(lambda: find(page, "#detail-title").text.startswith("Expert"))
     finally:
         page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-def tap(page: webdriver.Chrome, element: WebElement) -> None:
-    x, y = page.execute_script(
-        "arguments[0].scrollIntoView({block: 'center'}); const b = arguments[0].getClientRects()[0];"
-        "return [b.x + b.width / 2, b.y + b.height / 2]",
-        element,
-    )
-    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
-    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

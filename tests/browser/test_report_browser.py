@@ -8,39 +8,25 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from browsing import complaints, contrast, find, started, touch
 from comparisons import document, several
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from handful import report
 
-QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync")  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[webdriver.Chrome]:
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert browser, "chromium is not on the path: apt-get install chromium chromium-driver"
-    assert driver, "chromedriver is not on the path: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000", *QUIET):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    yield started
-    started.quit()
+    yield from started(1200, 1000)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +68,6 @@ def page(chromium: webdriver.Chrome, pages: dict[str, str]) -> Iterator[webdrive
     chromium.get(pages["three"])
     yield chromium
     assert complaints(chromium) == []
-
-
-def complaints(browser: Any) -> list[Any]:
-    """What the console said since the last call."""
-    return list(browser.get_log("browser"))
-
-
-def find(page: webdriver.Chrome, css: str) -> WebElement:
-    return page.find_element(By.CSS_SELECTOR, css)
 
 
 def keys(page: webdriver.Chrome, element: WebElement, *pressed: str) -> None:
@@ -503,16 +480,6 @@ def test_a_finger_finds_a_cell_and_a_step(chromium: webdriver.Chrome, pages: dic
         chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def touch(page: webdriver.Chrome, element: WebElement) -> None:
-    x, y = page.execute_script(
-        "arguments[0].scrollIntoView({block: 'center'}); const b = arguments[0].getBoundingClientRect();"
-        "return [b.x + b.width / 2, b.y + b.height / 2]",
-        element,
-    )
-    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
-    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-
-
 def test_words_lead_to_their_meaning(page: webdriver.Chrome) -> None:
     find(page, "#experts a[href='#term-load']").click()
     meaning = find(page, "#term-load + dd")
@@ -543,17 +510,6 @@ const rgb = (node, name) => {
   return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
 };
 """
-
-
-def contrast(a: list[int], b: list[int]) -> float:
-    """WCAG 2 contrast ratio of two sRGB colours."""
-
-    def luminance(rgb: list[int]) -> float:
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in rgb)]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    bright, dim = sorted((luminance(a), luminance(b)), reverse=True)
-    return (bright + 0.05) / (dim + 0.05)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
