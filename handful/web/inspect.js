@@ -153,21 +153,11 @@ function heat(host, readout, name, layers, cells, kind) {
     focus = [layer, clamp(e, 0, cells[layer].length - 1)];
     point(true);
   }
-  function follow(event) {
-    if (!grid) return;
-    const box = root.getBoundingClientRect();
-    const zoom = grid.width / box.width;
-    const [px, py] = [(event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom];
-    look(Math.floor((py - grid.top) / grid.h), Math.floor((px - grid.left) / grid.w));
-  }
-  root.addEventListener("pointermove", follow);
-  root.addEventListener("pointerdown", follow);
-  root.addEventListener("keydown", (event) => {
-    const by = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
-    if (!by || !grid) return;
-    event.preventDefault();
-    if (focus) look(focus[0] + by[0], focus[1] + by[1]);
-    else look(0, 0);
+  lookAt(root, {
+    grid: () => grid,
+    cell: (x, y) => [Math.floor((y - grid.top) / grid.h), Math.floor((x - grid.left) / grid.w)],
+    focus: () => focus,
+    look,
   });
   new ResizeObserver(draw).observe(plot);
   draw();

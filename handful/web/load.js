@@ -178,24 +178,12 @@ function heatMap(section, { load, layers }) {
     focus = [layer, clamp(e, 0, load[now][layer].length - 1)];
     point();
   }
-  function follow(event) {
-    if (!grid) return;
-    const box = root.getBoundingClientRect();
-    const zoom = grid.width / box.width;
-    const [px, py] = [(event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom];
-    const l = clamp(Math.floor((py - grid.top) / grid.block), 0, layers.length - 1);
-    const row = Math.max(0, Math.floor((py - grid.top - l * grid.block - grid.head) / grid.h));
-    look(l, row * grid.columns + clamp(Math.floor((px - grid.left) / grid.w), 0, grid.columns - 1));
+  function under(x, y) {
+    const l = clamp(Math.floor((y - grid.top) / grid.block), 0, layers.length - 1);
+    const row = Math.max(0, Math.floor((y - grid.top - l * grid.block - grid.head) / grid.h));
+    return [l, row * grid.columns + clamp(Math.floor((x - grid.left) / grid.w), 0, grid.columns - 1)];
   }
-  root.addEventListener("pointermove", follow);
-  root.addEventListener("pointerdown", follow);
-  root.addEventListener("keydown", (event) => {
-    const by = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
-    if (!by || !grid) return;
-    event.preventDefault();
-    if (focus) look(focus[0] + by[0], focus[1] + by[1]);
-    else look(0, 0);
-  });
+  lookAt(root, { grid: () => grid, cell: under, focus: () => focus, look });
   new ResizeObserver(draw).observe(plot);
   draw();
   return (step) => {

@@ -389,7 +389,9 @@ def test_an_expert_shows_what_it_took_beside_chance(page: webdriver.Chrome) -> N
         if k:
             ratio = k / (len(of) * share)
             expected[f"{k} of {len(of)}"] = ratio
-    shown = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in every(page, ".took tbody tr")]
+    # All at once: the page may draw them anew at any time.
+    rows_of = "[...document.querySelectorAll('.took tbody tr')]"
+    shown = page.execute_script(f"return {rows_of}.map((row) => [...row.cells].slice(1).map((cell) => cell.innerText))")
     assert shown
     for count, _, above in shown:
         assert float(above.removesuffix(" ×")) == pytest.approx(
