@@ -27,7 +27,7 @@ ExpertsCall make_call(const Tensor& x, const Assignments& assignments, const Exp
   for (Matrix* m : {&gate_up.first, &down.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
   const float* shares = assignments.weights ? assignments.weights->const_data_ptr<float>() : nullptr;
   return {&gemm_for(bf16, gate_up.first.type), count, width, hidden, kind, bf16, gate_up, down, data_of(x),
-          float_type(x, "x"), assignments, shares};
+          float_type(x, "x"), assignments, shares, x.size(0)};
 }
 
 void store_assignments(const ExpertsCall& call, const ExpertSort& sorted, const GemmItem& item, const Workspace& w,

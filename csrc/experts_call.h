@@ -19,6 +19,7 @@ struct ExpertsCall {
   Type x_type;
   const Assignments& assignments;
   const float* weights;     // (T, K); null: nothing is weighted and summed
+  int64_t tokens;           // by whose number the kernels are chosen
   int64_t first_token = 0;  // that is token 0 in the sort
 
   // Of y, of the kept hidden values, and of the products.

@@ -139,9 +139,8 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
 // Whether GEMV multiplies all of a call's experts, or GEMM all of them. Each by its own load would be a little quicker
 // where loads differ, but then a token's bits would depend on what the other tokens chose.
 bool is_of_few_tokens(const ExpertsCall& call) {
-  const Tensor& chosen = call.assignments.experts;
-  const int64_t most = std::min(gemv_max_tokens(call.gate_up.first) * call.experts, kGemvMaxCall * chosen.size(1));
-  return chosen.numel() <= most;
+  const int64_t K = call.assignments.experts.size(1), most_of_experts = gemv_max_tokens(call.gate_up.first);
+  return call.tokens * K <= std::min(most_of_experts * call.experts, kGemvMaxCall * K);
 }
 
 // Writes the rows of the assignments of the experts of `here` to out_ND.
@@ -239,10 +238,11 @@ Tensor experts_quantized(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dr
 //
 // places (E) int64: the matrix of each expert; below 0: its matrix is not given, and its rows are left as they are.
 // rows (N, D) float32: a row for each computed assignment, by expert, earlier tokens first. Returns how many it wrote.
+// tokens: of the whole call that x has a part of, where others compute the rest; 0: x is all of it.
 int64_t experts_rows(Tensor rows, Tensor x, Tensor chosen, MaybeTensor dropped, Tensor places, Tensor gate_up,
                      MaybeTensor gate_up_scales, Tensor down, MaybeTensor down_scales, MaybeTensor gate_up_bias,
                      MaybeTensor down_bias, std::string activation, int64_t hidden, int64_t bits, int64_t group,
-                     bool bf16) {
+                     bool bf16, int64_t tokens) {
   const Assignments assignments = {chosen, {}, dropped};
   const ExpertsWeights given = {gate_up,   gate_up_scales, down,   down_scales, gate_up_bias,
                                 down_bias, activation,     hidden, bits,        group};
@@ -252,6 +252,7 @@ int64_t experts_rows(Tensor rows, Tensor x, Tensor chosen, MaybeTensor dropped, 
   const int64_t* place = places.const_data_ptr<int64_t>();
   const int64_t slots = call.experts;
   call.experts = places.size(0);
+  if (tokens != 0) call.tokens = tokens;
   call.gate_up.places = call.down.places = place;
   std::vector<char> here(call.experts);
   for (int64_t e = 0; e < call.experts; ++e) {
@@ -295,7 +296,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(
       "experts_rows(Tensor(a!) rows, Tensor x, Tensor experts, Tensor? dropped, Tensor places, Tensor gate_up, "
       "Tensor? gate_up_scales, Tensor down, Tensor? down_scales, Tensor? gate_up_bias, Tensor? down_bias, "
-      "str activation, int hidden, int bits, int group, bool bf16) -> int");
+      "str activation, int hidden, int bits, int group, bool bf16, int tokens=0) -> int");
   m.def("experts_sum(Tensor rows, Tensor experts, Tensor weights, Tensor? dropped, int count, bool bf16) -> Tensor");
   m.def("experts_step(int tokens, int count, int top_k) -> int");
 }

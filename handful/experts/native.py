@@ -22,7 +22,9 @@ from handful.kernels.extension import DTYPES, available, translate_error
 from handful.machine import native_error
 from handful.routing import Routing
 
-__all__ = ["native", "native_in_parts", "native_in_slots", "needs_gradients", "supports"]
+__all__ = [
+    "native", "native_in_parts", "native_in_slots", "native_rows", "native_sum", "needs_gradients", "supports",
+]  # fmt: skip
 
 
 def supports(x: Tensor, weights: ExpertWeights) -> bool:
@@ -76,11 +78,27 @@ def native_in_parts(x_TD: Tensor, routing: Routing, slots: ExpertWeights, fetch:
 
     RoutingError for an expert that does not exist.
     """
+    step = torch.ops.handful.experts_step(routing.tokens, routing.experts, routing.top_k)
+    parts = []
+    for t in range(0, max(1, routing.tokens), step):
+        some = routing.rows(t, min(t + step, routing.tokens))
+        rows_ND = native_rows(x_TD[t : t + step], some, slots, fetch)
+        parts.append(native_sum(rows_ND, some, compute_dtype(x_TD)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def native_rows(x_TD: Tensor, routing: Routing, slots: ExpertWeights, fetch: Fetch, tokens: int = 0) -> Tensor:
+    """The experts' outputs alone, neither weighted nor summed: a row for each computed assignment, (N, D) float32, by
+    expert, earlier tokens first. No gradients.
+
+    tokens   of the whole call that these are a part of, which others compute the rest of: what `native` gives for it
+             depends on how many they are. 0: these are all.
+
+    RoutingError for an expert that does not exist.
+    """
     count = routing.experts
-    x_TD, experts_TK, weights_TK, dropped_TK = _tokens(x_TD, routing)
+    x_TD, experts_TK, _, dropped_TK = _tokens(x_TD, routing)
     dtype = compute_dtype(x_TD)
-    bf16 = dtype == torch.bfloat16
-    step = torch.ops.handful.experts_step(len(x_TD), count, experts_TK.shape[1])
     # An expert's biases are there when it is, and turned to the products' dtype then.
     biases = [slots.gate_up_bias, slots.down_bias]
     turned = biases
@@ -88,29 +106,30 @@ def native_in_parts(x_TD: Tensor, routing: Routing, slots: ExpertWeights, fetch:
         turned = [b if b is None or b.dtype == dtype else torch.empty(b.shape, dtype=dtype) for b in biases]
     to_turn = [(bias, to) for bias, to in zip(biases, turned, strict=True) if bias is not None and bias is not to]
     slots = slots._replace(gate_up_bias=turned[0], down_bias=turned[1])
-    parts = []
-    for t in range(0, max(1, len(x_TD)), step):
-        x_tD, experts_tK, weights_tK, dropped_tK = x_TD, experts_TK, weights_TK, dropped_TK
-        if len(x_TD) > step:
-            x_tD, experts_tK, weights_tK = (value[t : t + step] for value in (x_TD, experts_TK, weights_TK))
-            dropped_tK = None if dropped_TK is None else dropped_TK[t : t + step]
-        kept_N = experts_tK.flatten() if dropped_tK is None else experts_tK[~dropped_tK]
-        chosen = sorted(set(kept_N.tolist()))
-        for e in chosen:
-            if not 0 <= e < count:
-                raise RoutingError(f"routing names expert {e}: there are {count}, counted from 0")
-        rows_ND = torch.empty(len(kept_N), x_TD.shape[1])
-        places_E = np.empty(count, np.int64)
-        for ready in fetch(chosen, x_tD):
-            places_E.fill(-1)
-            for e, slot in ready:
-                places_E[e] = slot
-                for bias, to in to_turn:
-                    to[slot] = bias[slot]  # type: ignore[index]
-            places = torch.from_numpy(places_E)
-            _call(torch.ops.handful.experts_rows, rows_ND, x_tD, experts_tK, dropped_tK, places, *slots, bf16)
-        parts.append(_call(torch.ops.handful.experts_sum, rows_ND, experts_tK, weights_tK, dropped_tK, count, bf16))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    kept_N = experts_TK.flatten() if dropped_TK is None else experts_TK[~dropped_TK]
+    chosen = sorted(set(kept_N.tolist()))
+    for e in chosen:
+        if not 0 <= e < count:
+            raise RoutingError(f"routing names expert {e}: there are {count}, counted from 0")
+    rows_ND = torch.empty(len(kept_N), x_TD.shape[1])
+    places_E = np.empty(count, np.int64)
+    for ready in fetch(chosen, x_TD):
+        places_E.fill(-1)
+        for e, slot in ready:
+            places_E[e] = slot
+            for bias, to in to_turn:
+                to[slot] = bias[slot]  # type: ignore[index]
+        places, bf16 = torch.from_numpy(places_E), dtype == torch.bfloat16
+        _call(torch.ops.handful.experts_rows, rows_ND, x_TD, experts_TK, dropped_TK, places, *slots, bf16, tokens)
+    return rows_ND
+
+
+def native_sum(rows_ND: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """The rows of `native_rows`, weighted and summed in the order of k: (T, D) in a dtype. No gradients."""
+    _, experts_TK, weights_TK, dropped_TK = _tokens(rows_ND, routing)
+    bf16 = dtype == torch.bfloat16
+    y_TD = _call(torch.ops.handful.experts_sum, rows_ND, experts_TK, weights_TK, dropped_TK, routing.experts, bf16)
+    return y_TD  # type: ignore[no-any-return]
 
 
 def _apply(

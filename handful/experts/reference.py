@@ -17,7 +17,7 @@ from handful.experts.no_compile import no_compile
 from handful.experts.weights import ExpertWeights, compute_dtype
 from handful.routing import Routing
 
-__all__ = ["Fetch", "activate", "reference"]
+__all__ = ["Fetch", "activate", "reference", "reference_rows", "reference_sum"]
 
 # (experts that were chosen, their tokens' x) -> lists of (expert, where it lies in the weights), which need to be there
 # until the next list is asked for; every expert comes once.
@@ -55,33 +55,44 @@ def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fet
 
     fetch   where the weights are not those of all experts, or not all there at once.
     """
+    return reference_sum(reference_rows(x_TD, routing, weights, fetch), routing)
+
+
+def reference_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fetch = _all_there) -> Tensor:
+    """The experts' outputs alone, neither weighted nor summed: a row for each computed assignment, (N, D), by expert,
+    earlier tokens first, as `routing.plan` has them."""
     if weights.bits:
         dtype = compute_dtype(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return _loop(x_TD.to(dtype), routing, weights, fetch)
-    return _loop(x_TD, routing, weights, fetch)
+            return _rows(x_TD.to(dtype), routing, weights, fetch)
+    return _rows(x_TD, routing, weights, fetch)
 
 
-def _loop(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fetch) -> Tensor:
-    experts = routing.experts
-    wrong = routing.experts_TK[(routing.experts_TK < 0) | (routing.experts_TK >= experts)]
+def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fetch) -> Tensor:
+    chosen_TK = routing.experts_TK
+    wrong = chosen_TK[(chosen_TK < 0) | (chosen_TK >= routing.experts)]
     if len(wrong):
-        raise RoutingError(f"routing names expert {int(wrong.min())}: there are {experts}, counted from 0")
-    kept_TK = torch.ones_like(routing.experts_TK, dtype=torch.bool)
-    if routing.dropped_TK is not None:
-        kept_TK = ~routing.dropped_TK
-    accumulate = torch.promote_types(x_TD.dtype, torch.float32)
-    chosen = routing.experts_TK[kept_TK].unique().tolist()
-    outputs: dict[int, tuple[Tensor, Tensor]] = {}
-    for ready in fetch(chosen, x_TD):
+        raise RoutingError(f"routing names expert {int(wrong.min())}: there are {routing.experts}, counted from 0")
+    kept_TK = routing.computed_TK
+    rows: dict[int, Tensor] = {}
+    for ready in fetch(chosen_TK[kept_TK].unique().tolist(), x_TD):
         for e, place in ready:
-            token_n, slot_n = (kept_TK & (routing.experts_TK == e)).nonzero(as_tuple=True)
+            token_n, _ = (kept_TK & (chosen_TK == e)).nonzero(as_tuple=True)
             gate_up, down, gate_up_bias, down_bias = weights.expert(place, x_TD.dtype)
             h_nG = F.linear(x_TD[token_n], gate_up, gate_up_bias)
-            out_nD = F.linear(activate(h_nG, weights.activation), down, down_bias)
-            weight_n1 = routing.weights_TK[token_n, slot_n].unsqueeze(1)
-            outputs[e] = token_n, (out_nD * weight_n1).to(accumulate)
-    y_TD = torch.zeros(x_TD.shape, dtype=accumulate, device=x_TD.device)
-    for e in sorted(outputs):
-        y_TD = y_TD.index_add(0, *outputs[e])
-    return y_TD.to(x_TD.dtype)
+            rows[e] = F.linear(activate(h_nG, weights.activation), down, down_bias)
+    return torch.cat([rows[e] for e in sorted(rows)]) if rows else x_TD.new_empty(0, x_TD.shape[1])
+
+
+def reference_sum(rows_ND: Tensor, routing: Routing) -> Tensor:
+    """The rows of `reference_rows`, weighted and summed: (T, D) in their dtype."""
+    accumulate = torch.promote_types(rows_ND.dtype, torch.float32)
+    plan = routing.plan()
+    weights_N = routing.weights_TK.flatten()[plan.order_N]
+    y_TD = torch.zeros(routing.tokens, rows_ND.shape[1], dtype=accumulate, device=rows_ND.device)
+    counts = plan.counts_E.tolist()
+    parts = zip(rows_ND.split(counts), weights_N.split(counts), plan.token_N.split(counts), strict=True)
+    for rows_nD, weights_n, token_n in parts:
+        if len(token_n) or not len(rows_ND):  # gradients of nothing are zeros, not none
+            y_TD = y_TD.index_add(0, token_n, (rows_nD * weights_n.unsqueeze(1)).to(accumulate))
+    return y_TD.to(rows_ND.dtype)
