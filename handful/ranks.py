@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch import Tensor
 from handful.errors import ConfigError, RankError, first_line
 
 __all__ = ["ALONE", "Ranks", "join", "under_torchrun"]
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)  # of a collective: a rank may be writing, or reading its data
 
@@ -33,7 +36,7 @@ class Ranks:
     hosts      the host of every rank, by a number; ranks of one host follow each other.
     two_level  what goes to several ranks of another host crosses to it once, and is handed on there.
     group      of torch.distributed; None: this process is alone.
-    sent_R     bytes of tokens and rows that this rank has sent to each other one, without the counts before them.
+    sent_R     bytes of tokens and rows that this rank's experts have sent to each other one, without the counts before.
     """
 
     rank: int = 0
@@ -50,6 +53,12 @@ class Ranks:
     @property
     def size(self) -> int:
         return len(self.hosts)
+
+    def sends(self, counts: Sequence[int], row_bytes: int) -> None:
+        """Count rows that go to each rank."""
+        for rank, count in enumerate(counts):
+            if rank != self.rank:
+                self.sent_R[rank] += count * row_bytes
 
     def share(self, count: int) -> slice:
         """This rank's part of so many things, as even as can be; it may be empty."""
@@ -86,6 +95,16 @@ class Ranks:
             dist.all_to_all_single(out, send, rows, [len(values_TX)] * self.size, group=self.group)
         return out
 
+    def first(self, value: T) -> T:
+        """What rank 0 says, on each."""
+        if self.group is None:
+            return value
+        told: list[Any] = [value]
+        with _lost():
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
+        found: T = told[0]
+        return found
+
     def counts(self, sent_RX: Tensor) -> Tensor:
         """A row of int64 for each rank, and theirs for this one."""
         if self.group is None:
@@ -98,9 +117,6 @@ class Ranks:
     def exchange(self, rows_NX: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
         """Send rows of bytes (N, X), the first `sent[0]` to rank 0 and so on. What is returned waits for what comes,
         rank 0's first."""
-        for rank, count in enumerate(sent):
-            if rank != self.rank:
-                self.sent_R[rank] += count * rows_NX.shape[1]
         if self.group is None:
             return lambda: rows_NX
         out_MX = rows_NX.new_empty(sum(received), rows_NX.shape[1])

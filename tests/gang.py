@@ -31,6 +31,10 @@ class Gang:
     """Up to four ranks, each a process with one thread."""
 
     def __init__(self) -> None:
+        self._start()
+        atexit.register(self.close)
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -41,7 +45,6 @@ class Gang:
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
-        atexit.register(self.close)
 
     def run(
         self,
@@ -55,8 +58,11 @@ class Gang:
         task = function, arguments, tuple(hosts or [0] * size), two_level
         for pipe in self._pipes[:size]:
             pipe.send(task)
-        answers = [pipe.recv() if pipe.poll(120) else (False, "no answer") for pipe in self._pipes[:size]]
+        answers = [pipe.recv() if pipe.poll(20) else (False, "no answer") for pipe in self._pipes[:size]]
         wrong = [f"rank {rank}: {value}" for rank, (fine, value) in enumerate(answers) if not fine]
+        if wrong:  # those that wait for the one that raised would wait for long
+            self.close()
+            self._start()
         assert not wrong, "\n".join(wrong)
         return [value for _, value in answers]
 

@@ -26,8 +26,8 @@ __all__ = ["BACKENDS", "Experts", "FeedForward", "Linear", "activate", "begin"]
 
 
 def begin(experts: nn.Module, x_TD: Tensor, routing: Routing) -> Callable[[], Tensor]:
-    """`experts(x_TD, routing)`, which what is returned gives. Experts that are elsewhere (they have a `begin`) are under
-    way until then; where somebody watches the module, it is called as ever."""
+    """What gives `experts(x_TD, routing)`. Tokens of experts that are elsewhere (those have a `begin`) are under way
+    until it is asked for; where somebody watches the module, it is called at once."""
     sends = getattr(experts, "begin", None)
     if sends is None or experts._forward_hooks or experts._forward_pre_hooks:
         y_TD: Tensor = experts(x_TD, routing)

@@ -127,7 +127,9 @@ class Hop:
     def start(self, *rows: Tensor) -> Callable[[], list[Tensor]]:
         """Send rows of several tensors, side by side; what is returned waits for those that come."""
         parts = [_as_bytes(part[self.from_N]) for part in rows]
-        wait = self.ranks.exchange(torch.cat(parts, 1), self.sent, self.received)
+        bytes_NX = torch.cat(parts, 1)
+        self.ranks.sends(self.sent, bytes_NX.shape[1])
+        wait = self.ranks.exchange(bytes_NX, self.sent, self.received)
 
         def arrived() -> list[Tensor]:
             came_MX = wait()
@@ -147,8 +149,9 @@ class Hop:
         """The gradient of `count` rows that these were taken from."""
         if self.order_M is not None:
             grad_MD = torch.empty_like(grad_MD).index_copy_(0, self.order_M, grad_MD)
-        wait = self.ranks.exchange(_as_bytes(grad_MD), self.received, self.sent)
-        grad_ND = _from_bytes(wait(), grad_MD)
+        bytes_MX = _as_bytes(grad_MD)
+        self.ranks.sends(self.received, bytes_MX.shape[1])
+        grad_ND = _from_bytes(self.ranks.exchange(bytes_MX, self.received, self.sent)(), grad_MD)
         return grad_ND.new_zeros(count, *grad_ND.shape[1:]).index_add_(0, self.from_N, grad_ND)
 
 
