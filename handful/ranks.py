@@ -7,8 +7,11 @@ Legend: R ranks · X bytes of a row
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +24,11 @@ from torch import Tensor
 
 from handful.errors import ConfigError, RankError, first_line
 
-__all__ = ["ALONE", "Ranks", "join", "under_torchrun"]
+__all__ = ["ALONE", "Ranks", "join", "start_ranks", "under_torchrun"]
 
 T = TypeVar("T")
 
+RESTARTS = 3
 PATIENCE = timedelta(minutes=10)  # of a collective: a rank may be writing, or reading its data
 
 
@@ -95,6 +99,15 @@ class Ranks:
             dist.all_to_all_single(out, send, rows, [len(values_TX)] * self.size, group=self.group)
         return out
 
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """On rank 0 before it begins on the others, who find what is done."""
+        if self.rank:
+            self.first(None)
+        yield
+        if not self.rank:
+            self.first(None)
+
     def first(self, value: T) -> T:
         """What rank 0 says, on each."""
         if self.group is None:
@@ -146,6 +159,40 @@ def _lost() -> Iterator[None]:
         raise RankError(f"another rank is gone: {first_line(error)[:200]}") from None
 
 
+def start_ranks(count: int) -> int:
+    """Run this command on so many ranks of this computer, as `torchrun --nproc-per-node` would, without --ranks. Returns
+    the exit status.
+
+    A rank that is lost ends all; they begin again, up to RESTARTS times. ConfigError for a number below 1.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if count < 1:
+        raise ConfigError(f"ranks = {count}: at least 1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=RESTARTS, monitor_interval=0.1,
+    )  # fmt: skip
+    given, left = sys.argv[1:], []
+    while given:
+        word = given.pop(0)
+        if word == "--ranks":
+            given.pop(0)
+        elif not word.startswith("--ranks="):
+            left.append(word)
+    try:
+        elastic_launch(config, sys.executable)("-m", "handful", *left)
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # the rank has said why
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
 def under_torchrun() -> bool:
     """Whether torchrun started this process, as one of several or of one."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
@@ -157,6 +204,8 @@ def join(*, two_level: bool = False) -> Iterator[Ranks]:
     if not under_torchrun():
         yield ALONE
         return
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's, whatever the computer has
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         names: list[str] = [""] * dist.get_world_size()

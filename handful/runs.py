@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from handful.spread import own_experts, read_into, read_part, whole, whole_name
 from handful.text import Tokenizer
 
 __all__ = [
-    "NOTE", "Run", "check_folder", "check_free", "go_on_from", "newest_run", "read_asked", "read_events", "save_with",
+    "NOTE", "Run", "check_folder", "check_free", "go_on_from", "is_of_this_job", "newest_run", "read_asked", "read_events", "save_with",
     "text_behind",
 ]  # fmt: skip
 
@@ -75,6 +76,16 @@ def read_asked(folder: Path) -> dict[str, Any]:
             if name not in asked[section]:
                 raise CheckpointError(f"{file}: damaged: {section}.{name} is missing")
     return asked
+
+
+def is_of_this_job(folder: Path) -> bool:
+    """Whether the run in a folder was begun by the torchrun that this process is of: it starts all ranks anew when one
+    is lost or another host has come, and they go on with it."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job is None or not (folder / "run.json").exists():
+        return False
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again or (job != "none" and read_asked(folder).get("job") == job)
 
 
 def newest_run(folder: Path) -> Path:
@@ -166,6 +177,7 @@ class Run:
             "handful": __version__,
             "only": only,
             "started": started,
+            "job": os.environ.get("TORCHELASTIC_RUN_ID"),
             "model": to_dict(config),
             "train": to_dict(settings),
             "data": {**data.summary(), "origin": data.origin, "fingerprint": data.fingerprint},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import functools
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from handful.cli import (
     verify,
 )
 from handful.cli.shared import open_screen
-from handful.errors import HandfulError
+from handful.errors import HandfulError, RankError
 
 __all__ = ["app", "main"]
 
@@ -84,7 +85,12 @@ def main() -> None:
     except HandfulError as error:
         if "--debug" in sys.argv:
             raise
-        open_screen().print(Text.assemble(("error", "red"), f" {error}"))
+        # What one of several ranks found, the others only see the end of.
+        rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+        if rank == "0" or not isinstance(error, RankError):
+            open_screen().print(
+                Text.assemble(("error", "red"), f" {error}" if rank == "0" else f" rank {rank}: {error}")
+            )
         sys.exit(1)
 
 

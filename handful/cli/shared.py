@@ -47,9 +47,9 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with what the next command does."""
 
 
-def open_screen() -> Console:
+def open_screen(*, quiet: bool = False) -> Console:
     """Where people look. Text is shown as it is: paths may hold brackets, and a line is not to be cut."""
-    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def command_line() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,10 @@ from handful.cli.shared import (
     print_json,
 )
 from handful.errors import ConfigError
+
+if TYPE_CHECKING:
+    from handful.ranks import Ranks
+    from handful.settings import Asked
 
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="A tokenizer.json or its folder. Default: trained on the data.")
@@ -55,21 +60,26 @@ def run(
     ] = None,
     only: Annotated[str | None, typer.Option(help="all, experts or routers: what is trained. Default: all.")] = None,
     device: DeviceOption = "cpu",
+    ranks: Annotated[int | None, typer.Option(help="Processes on this computer that train together.")] = None,
+    placement: Annotated[
+        Path | None,
+        typer.Option(help="Which rank has which experts, as handful place writes it. Default: dealt evenly."),
+    ] = None,
+    two_level: Annotated[
+        bool, typer.Option("--two-level", help="A token crosses to another host once, and is handed on there.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model; the run folder holds its events, checkpoints and report."""
-    from handful import report, runs
-    from handful.console import facts
-    from handful.monitor import tensorboard
-    from handful.progress import RunProgress
-    from handful.settings import resumed_settings, training_settings
-    from handful.train import train
-    from handful.units import duration
-    from handful.width import show
+    """Train a model; the run folder holds its events, checkpoints and report.
 
-    screen = open_screen()
+    Under torchrun, or with --ranks, several processes train it together, each with a share of the experts.
+    """
+    from handful import runs
+    from handful.ranks import join, start_ranks, under_torchrun
+    from handful.settings import resumed_settings, training_settings
+
     where = device_of(device)
     given: dict[str, dict[str, Any]] = {
         "data": {"source": data, "column": column, "tokenizer": tokenizer},
@@ -82,26 +92,60 @@ def run(
             "seed": seed,
         },
     }  # fmt: skip
-    if resume:
+    again = runs.is_of_this_job(out)  # torchrun starts all ranks anew when it has lost one
+    if resume and not again:
         extra = [name for group in given.values() for name, value in group.items() if value is not None]
         if extra or config or router or balance or start or only:
             raise ConfigError("resume: the run goes on with its own settings; give --out and --resume alone")
-        asked = resumed_settings(out)
-    else:
+    elif not again:
         runs.check_free(out)
-        asked = training_settings(config, router, balance, given, start=start, only=only)
+    resume = resume or again
+    asked = (
+        resumed_settings(out) if resume else training_settings(config, router, balance, given, start=start, only=only)
+    )
+    if ranks is not None and not under_torchrun():
+        raise typer.Exit(start_ranks(ranks))
+    with join(two_level=two_level) as together:
+        _train(asked, together, where, placement, out, resume, as_json)
+
+
+def _train(
+    asked: Asked, ranks: Ranks, device: str, placement: Path | None, out: Path, resume: bool, as_json: bool
+) -> None:
+    """On one rank. The first alone speaks, and keeps the run."""
+    from handful import report, runs
+    from handful.console import facts
+    from handful.monitor import tensorboard
+    from handful.progress import RunProgress
+    from handful.spread import layout_line, read_layouts
+    from handful.train import train
+    from handful.units import duration
+    from handful.width import show
+
+    screen = open_screen(quiet=bool(ranks.rank))
     begin = decoder_of(asked.start, dtype="float32") if asked.start is not None else None
-    text = asked.load_data(screen.print)
+    with ranks.one_first():  # who comes later finds its text and tokens made
+        text = asked.load_data(screen.print)
     model, settings = begin or asked.model(text.tokenizer.vocab_size), asked.train
+    config = model if begin is None else begin.config
+    layouts = read_layouts(placement, config, ranks) if placement is not None else None
+    if ranks.size > 1:
+        screen.print(layout_line(config, ranks, layouts))
     last: dict[str, Any] = {}
     again = f"handful train --resume --out {shlex.quote(str(out))}"
-    with RunProgress(screen) as progress, tensorboard(out) as sink:
+    with RunProgress(screen) as progress, tensorboard(out) if not ranks.rank else nullcontext() as sink:
         try:
-            for event in train(model, settings, text, out, only=asked.only, resume=resume, device=where, sinks=[sink]):
+            sinks = [] if sink is None else [sink]
+            for event in train(
+                model, settings, text, out, only=asked.only, resume=resume, device=device, sinks=sinks, ranks=ranks,
+                layouts=layouts,
+            ):  # fmt: skip
                 progress(out.name, event)
                 last = event
         except KeyboardInterrupt:  # a second Ctrl-C does not wait for the step
             raise Interrupted(f"this goes on from the last checkpoint: {again}" if out.exists() else "") from None
+    if ranks.rank:
+        return
     page = report.write(
         report.from_events(runs.read_events(out), title=str(out), command=command_line()), out / "report.html"
     )
@@ -110,6 +154,8 @@ def run(
     if as_json:
         print_json(document)
     elif not interrupted:
+        waited = last.get("waited_for_experts")
+        share = waited / max(last["seconds"], 1e-9) if waited is not None else 0.0
         show(
             facts(
                 str(out),
@@ -117,6 +163,11 @@ def run(
                     ("held-out loss", f"{last['loss']:.4f} nats a token"),
                     ("", f"{last['bits_per_byte']:.4f} bits a byte"),
                     ("time", f"{duration(last['seconds'])}, {last['tokens_per_second']:,.0f} tokens/s"),
+                    *(
+                        [("imbalance", f"{share:.1%} of the time: waiting for the slowest rank's experts")]
+                        if waited
+                        else []
+                    ),
                     ("model", str(out / "model")),
                     ("report", str(page)),
                 ],
