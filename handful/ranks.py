@@ -160,8 +160,8 @@ def _lost() -> Iterator[None]:
 
 
 def start_ranks(count: int) -> int:
-    """Run this command on so many ranks of this computer, as `torchrun --nproc-per-node` would, without --ranks. Returns
-    the exit status.
+    """Run this command without its --ranks on so many ranks of this computer, as `torchrun --nproc-per-node` would.
+    Returns the exit status.
 
     A rank that is lost ends all; they begin again, up to RESTARTS times. ConfigError for a number below 1.
     """
@@ -171,7 +171,8 @@ def start_ranks(count: int) -> int:
 
     if count < 1:
         raise ConfigError(f"ranks = {count}: at least 1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it says in pages what a rank says in a line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",

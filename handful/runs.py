@@ -39,8 +39,8 @@ from handful.spread import own_experts, read_into, read_part, whole, whole_name
 from handful.text import Tokenizer
 
 __all__ = [
-    "NOTE", "Run", "check_folder", "check_free", "go_on_from", "is_of_this_job", "newest_run", "read_asked", "read_events", "save_with",
-    "text_behind",
+    "NOTE", "Run", "check_folder", "check_free", "go_on_from", "is_of_this_job", "newest_run", "read_asked",
+    "read_events", "save_with", "text_behind",
 ]  # fmt: skip
 
 KEPT = 2

@@ -88,9 +88,8 @@ def main() -> None:
         # What one of several ranks found, the others only see the end of.
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
         if rank == "0" or not isinstance(error, RankError):
-            open_screen().print(
-                Text.assemble(("error", "red"), f" {error}" if rank == "0" else f" rank {rank}: {error}")
-            )
+            where = "" if rank == "0" else f" rank {rank}:"
+            open_screen().print(Text.assemble(("error", "red"), f"{where} {error}"))
         sys.exit(1)
 
 

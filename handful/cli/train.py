@@ -63,7 +63,7 @@ def run(
     ranks: Annotated[int | None, typer.Option(help="Processes on this computer that train together.")] = None,
     placement: Annotated[
         Path | None,
-        typer.Option(help="Which rank has which experts, as handful place writes it. Default: dealt evenly."),
+        typer.Option(help="Which rank has which experts, as handful place writes it. Default: all alike."),
     ] = None,
     two_level: Annotated[
         bool, typer.Option("--two-level", help="A token crosses to another host once, and is handed on there.")
@@ -126,8 +126,8 @@ def _train(
     begin = decoder_of(asked.start, dtype="float32") if asked.start is not None else None
     with ranks.one_first():  # who comes later finds its text and tokens made
         text = asked.load_data(screen.print)
-    model, settings = begin or asked.model(text.tokenizer.vocab_size), asked.train
-    config = model if begin is None else begin.config
+    config = asked.model(text.tokenizer.vocab_size) if begin is None else begin.config
+    model, settings = begin or config, asked.train
     layouts = read_layouts(placement, config, ranks) if placement is not None else None
     if ranks.size > 1:
         screen.print(layout_line(config, ranks, layouts))
@@ -154,8 +154,8 @@ def _train(
     if as_json:
         print_json(document)
     elif not interrupted:
-        waited = last.get("waited_for_experts")
-        share = waited / max(last["seconds"], 1e-9) if waited is not None else 0.0
+        waited = last.get("waited_for_experts", 0.0) / max(last["seconds"], 1e-9)
+        imbalance = ("imbalance", f"{waited:.1%} of the time: waiting for the slowest rank's experts")
         show(
             facts(
                 str(out),
@@ -163,11 +163,7 @@ def _train(
                     ("held-out loss", f"{last['loss']:.4f} nats a token"),
                     ("", f"{last['bits_per_byte']:.4f} bits a byte"),
                     ("time", f"{duration(last['seconds'])}, {last['tokens_per_second']:,.0f} tokens/s"),
-                    *(
-                        [("imbalance", f"{share:.1%} of the time: waiting for the slowest rank's experts")]
-                        if waited
-                        else []
-                    ),
+                    *([imbalance] if ranks.size > 1 else []),
                     ("model", str(out / "model")),
                     ("report", str(page)),
                 ],
