@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import rendezvous
 
 from handful.errors import ConfigError, RankError, first_line
 
@@ -199,6 +201,29 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
+def _generation(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the ranks which are alive now agree on. torchrun's store outlives ranks: under the same names as those
+    that were lost, new ones would find their addresses there, and wait for them."""
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"handful/asks/{rank}", own)
+        name = store.get(f"handful/answer/{own}").decode()  # waits
+        store.set(f"handful/{name}/{rank}", "knows")
+        return name
+    answered: dict[int, str] = {}
+    while True:
+        for other in range(1, size):
+            if not store.check([f"handful/asks/{other}"]):
+                continue
+            asks = store.get(f"handful/asks/{other}").decode()
+            if answered.get(other) != asks:  # a lost one's question may still be there, and is answered too
+                answered[other] = asks
+                store.set(f"handful/answer/{asks}", own)
+        if all(store.check([f"handful/{own}/{other}"]) for other in range(1, size)):
+            return own
+        time.sleep(0.01)
+
+
 @contextmanager
 def join(*, two_level: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun started, met by all of them; this process alone where it did not."""
@@ -207,7 +232,9 @@ def join(*, two_level: bool = False) -> Iterator[Ranks]:
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's, whatever the computer has
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_generation(store, rank, size), store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         names: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(names, f"{os.environ.get('GROUP_RANK', '0')} {socket.gethostname()}")
