@@ -12,13 +12,13 @@ from rich.text import Text
 from handful.cost import Cost
 from handful.finding import describe_balance, late_routing, mixtures_of, team_balance, team_experts
 from handful.presets import Preset
-from handful.units import duration, si, size
+from handful.units import duration, short_time, si, size
 
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
     from handful.cache_replay import Replay
     from handful.ceilings import Ceilings
     from handful.experts.selection import Timed
-    from handful.placement import Placed
+    from handful.placement import Placed, PlacedModel
     from handful.plan import Plan
     from handful.upcycle import Report
     from handful.verify import Verification
@@ -31,11 +31,13 @@ __all__ = [
     "facts",
     "inspection_table",
     "memory_line",
+    "move_lines",
     "placement_table",
     "plan_line",
     "plan_tables",
     "presets_table",
     "scores_table",
+    "traffic_table",
     "upcycle_table",
     "verification_table",
 ]
@@ -146,6 +148,48 @@ def placement_table(layers: Sequence[Placed]) -> Table:
         moved = [] if layer.moved is None else [f"{layer.moved}"]
         table.add_row(str(number), *cells, str(copies), *moved)
     return table
+
+
+def traffic_table(layers: Sequence[Placed], sizes: tuple[int, int, int] | None) -> Table:
+    """What a recorded token sends in the mean, a row per layer: experts as they come, placed by load alone, as placed.
+
+    sizes   a token's numbers, the bytes of one, experts per token: for the bytes; None: not known.
+    """
+    title = Text("sent by a token to others: experts as they come / by load alone / as placed")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ["layer", "devices", "nodes", *([] if sizes is None else ["bytes"])]:
+        table.add_column(heading, justify="right")
+    for number, layer in enumerate(layers):
+        if layer.crossings is None:
+            continue
+        cells = [[f"{one.devices:.2f}" for one in layer.crossings], [f"{one.nodes:.2f}" for one in layer.crossings]]
+        if sizes is not None:
+            cells.append([size(one.bytes(*sizes)[0]) for one in layer.crossings])
+        table.add_row(str(number), *(" / ".join(each) for each in cells))
+    return table
+
+
+def move_lines(made: PlacedModel) -> list[str]:
+    """What coming from another placement costs, and whether it pays; nothing if there was none."""
+    found = made.moves
+    if found is None:
+        return []
+    moved = f"{found.experts:,} experts move"
+    if found.bytes_DD is not None:
+        moved += f", {size(float(found.bytes_DD.sum()))}, of which {size(found.node_bytes or 0)} between nodes"
+    if found.seconds is not None:
+        moved += f", in {short_time(found.seconds)}"
+    lines = [moved]
+    if found.unheld:
+        lines.append(f"{found.unheld:,} of them no living device has: they come from the checkpoint")
+    kept = sum(layer.stays for layer in made.layers)
+    if kept:
+        lines.append(f"{kept} of {len(made.layers)} layers stay as they were: no placement found is less busy")
+    if made.pays is not None and made.pays.steps is None:
+        lines.append("moving never pays: a step would be no shorter")
+    elif made.pays is not None:
+        lines.append(f"a step is {short_time(made.pays.saved)} shorter: it has paid after {made.pays.steps:,} steps")
+    return lines
 
 
 def comparison_table(document: Mapping[str, Any]) -> Table:

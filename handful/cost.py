@@ -236,6 +236,13 @@ def held_bytes(weights: Weights, dtype: str) -> int:
     return weights.layers * weights.copies * (sum(each) + weights.vectors * number)
 
 
+def expert_bytes(model: Counted, dtype: str) -> int:
+    """Bytes of one routed expert, of the largest where layers differ; 0 without experts."""
+    routed = [weights for weights in model.weights if weights.part == "routed_experts"]
+    each = [dataclasses.replace(weights, layers=1, copies=1) for weights in routed]
+    return max((held_bytes(weights, dtype) for weights in each), default=0)
+
+
 def packed_row(inputs: int, dtype: str) -> int:
     """Bytes of one row of a matrix in our formats (quantize.py): whole blocks of 64 numbers, 16 bits beside each 32."""
     return ((64 if dtype == "int8" else 32) + 2 * 2) * -(-inputs // 64)

@@ -7,7 +7,7 @@ import re
 
 from handful.errors import ConfigError
 
-__all__ = ["PREFIXES", "duration", "parse_bytes", "si", "size"]
+__all__ = ["PREFIXES", "duration", "parse_bytes", "short_time", "si", "size"]
 
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) ?([KMGT]?)(I?)(B?)", re.ASCII)
@@ -62,3 +62,11 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def short_time(seconds: float) -> str:
+    """Seconds of something short, in three digits: 2.5 s, 12.3 ms, 40 µs."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= unit * 0.9995:
+            return si(seconds / unit, name, short=True)
+    return si(seconds / 1e-9, "ns", short=True)

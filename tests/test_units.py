@@ -7,7 +7,7 @@ import math
 import pytest
 
 from handful.errors import ConfigError
-from handful.units import parse_bytes, si, size
+from handful.units import parse_bytes, short_time, si, size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # As people write them.
@@ -113,3 +113,8 @@ def test_units() -> None:
 def test_sizes_in_tables_and_sentences(count: float, table: str, sentence: str) -> None:
     assert size(count) == table
     assert size(count, short=True) == sentence
+
+
+def test_short_times() -> None:
+    found = [short_time(seconds) for seconds in (2.5, 1, 0.99999, 0.0123, 40e-6, 999.7e-6, 3e-9, 0)]
+    assert found == ["2.5 s", "1 s", "1 s", "12.3 ms", "40 µs", "1 ms", "3 ns", "0 ns"]

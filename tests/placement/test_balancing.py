@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import Call, calling, mistake, routing_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handful.errors import ConfigError
-from handful.observe import Recorder
-from handful.placement import Placement, lower_bound, place, read_load, rebalance_experts, shares
+from handful.placement import Placement, lower_bound, place, rebalance_experts, shares
 
 # The example of https://github.com/deepseek-ai/EPLB.
 PUBLISHED = [
@@ -213,57 +209,3 @@ def test_refused(load: Any, slots: Sequence[int], said: str) -> None:
 def test_one_that_is_not_of_these_devices() -> None:
     with pytest.raises(ConfigError, match=r"^before: 1 devices; there are 2$"):
         place([1, 2], [1, 1], Placement(((0, 1),)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# `handful place`.
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    return calling(monkeypatch, capsys)
-
-
-def test_from_a_file_of_loads(call: Call, tmp_path: Path) -> None:
-    """Written, read again as what was before, with a device that is gone; the table has a row for each layer."""
-    (tmp_path / "load.json").write_text(json.dumps({"load": [KNOWN, [1] * 8]}))
-    out = tmp_path / "placement.json"
-    first = call("place", tmp_path / "load.json", "--devices", "8", "--slots", "2", "--out", out)
-    assert first.code == 0
-    assert "1.280" in first.out  # greedy 232 of 181.25
-    assert "1.085" in first.out  # ours, 196.67
-    written = json.loads(out.read_text())
-    assert [len(layer["experts"]) for layer in written["layers"]] == [8, 8]
-    again = ["--devices", "8", "--slots", "2", "--dead", "7", "--before", out, "--json"]
-    second = call("place", tmp_path / "load.json", *again)
-    found = json.loads(second.out)
-    assert found["slots"] == [2] * 7 + [0]
-    for layer in found["layers"]:
-        assert layer["experts"][7] == []
-        assert layer["published"] is None
-        assert 0 < layer["moved"] <= 10
-        assert layer["bound"] <= layer["equal"] * (1 + 1e-9)
-        assert 1 - 1e-9 <= layer["split"] <= layer["equal"] * (1 + 1e-9)
-
-
-def test_loads_of_a_routing_and_of_an_inspection(tmp_path: Path) -> None:
-    recorder = Recorder()
-    recorder.add([routing_of([[0, 2], [1, 2]], 3, torch.ones(2, 2)), routing_of([[0, 1], [1, 0]], 3, torch.ones(2, 2))])
-    recorder.recording().save(tmp_path / "routing.safetensors")
-    assert read_load(tmp_path / "routing.safetensors") == [[1, 1, 2], [2, 2, 0]]
-    layers = [{"experts": [{"load": 0.75}, {"load": 0.25}]}]
-    (tmp_path / "inspect.json").write_text(json.dumps({"sides": [{"layers": layers}]}))
-    assert read_load(tmp_path / "inspect.json") == [[0.75, 0.25]]
-
-
-def test_mistakes(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "load.json").write_text(json.dumps({"load": [[1, 2, 3]]}))
-    (tmp_path / "other.json").write_text("{}")
-    load = tmp_path / "load.json"
-    assert "devices; 3 experts do not fit" in mistake(call("place", load, "--devices", "2", "--slots", "1"))
-    assert "neither inspect.json" in mistake(call("place", tmp_path / "other.json", "--devices", "2", "--slots", "2"))
-    assert "dead = 2: a device from 0 to 1" in mistake(
-        call("place", load, "--devices", "2", "--slots", "3", "--dead", "2")
-    )
-    wrong = call("place", load, "--devices", "2", "--slots", "3", "--before", tmp_path / "other.json")
-    assert "no placement that handful place wrote" in mistake(wrong)
