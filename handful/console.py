@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -17,6 +17,7 @@ from handful.units import duration, short_time, si, size
 if TYPE_CHECKING:  # both need torch, which takes seconds, and most tables do not
     from handful.cache_replay import Replay
     from handful.ceilings import Ceilings
+    from handful.deployment import Deployed
     from handful.experts.selection import Timed
     from handful.placement import Placed, PlacedModel
     from handful.plan import Plan
@@ -28,6 +29,7 @@ __all__ = [
     "comparison_table",
     "cost_sentence",
     "cost_tables",
+    "deployment_table",
     "facts",
     "inspection_table",
     "memory_line",
@@ -360,14 +362,21 @@ def cost_tables(name: str, price: Cost) -> list[Table]:
     tables = [counts, work, held]
     if price.ranks > 1 and price.communication.moe_layers:
         traffic = price.communication
+        crossing = []
+        if traffic.between_hosts.layer:
+            both = f"{size(traffic.between_hosts.forward)}, {size(traffic.between_hosts.training)}"
+            crossing.append(("of that between hosts, forward and training", both))
         tables.append(
             facts(
                 f"sent between {price.ranks} ranks per token",
                 [
                     ("to every expert's rank, forward", size(traffic.per_assignment.forward)),
                     ("once to every rank, forward", size(traffic.per_rank.forward)),
+                    ("as Handful's ranks do it, forward", size(traffic.exchange.forward)),
                     ("to every expert's rank, training", size(traffic.per_assignment.training)),
                     ("once to every rank, training", size(traffic.per_rank.training)),
+                    ("as Handful's ranks do it, training", size(traffic.exchange.training)),
+                    *crossing,
                     ("ranks that a token's experts stand on", f"{traffic.ranks_per_token:.2f}"),
                 ],
             )
@@ -427,6 +436,33 @@ def plan_tables(name: str, machine: Ceilings, plans: Sequence[Plan], replays: Se
             add("  hits", [f"{100 * r.hit_rate:.0f} %" if r else "100 %" for r in replays])
             add("  hits at best", [f"{100 * r.best:.0f} %" if r else "100 %" for r in replays])
     return [facts("This machine", rates), table]
+
+
+def deployment_table(name: str, steps: Mapping[str, Deployed]) -> Table:
+    """A step on many devices, part by part; a column for each kind."""
+    first = next(iter(steps.values()))
+    table = Table(title=Text(f"{name} on {first.ranks:,} devices, {size(first.held)} of weights on each"))
+    table.title_justify = "left"
+    table.add_column("")
+    for when in steps:
+        table.add_column(when, justify="right")
+    parts = ("matrices", "attention", "experts", "waiting", "exchange", "overhead", "seconds")
+    words = {"waiting": "waiting for the busiest", "seconds": "a step", "matrices": "other matrices"}
+    for part in parts:
+        table.add_row(words.get(part, part), *(short_time(getattr(one, part)) for one in steps.values()))
+    table.add_section()
+    rows: dict[str, Callable[[Deployed], str]] = {
+        "tokens in a step": lambda one: f"{one.tokens:,}",
+        "busiest device beside the mean": lambda one: f"{one.busiest:.2f}",
+        "sent by a token": lambda one: size(one.sent),
+        "  between nodes": lambda one: size(one.crossing),
+        "tokens/s": lambda one: _rate(one.rate),
+        "  a device": lambda one: _rate(one.rate / one.ranks),
+        "  if exchanges were hidden": lambda one: _rate(one.tokens / one.overlapped),
+    }
+    for title, told in rows.items():
+        table.add_row(title, *map(told, steps.values()))
+    return table
 
 
 def _rate(tokens_per_second: float | None) -> str:

@@ -33,6 +33,7 @@ from handful.errors import ConfigError
 __all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Precision", "Traffic", "cost"]
 
 # Bytes of a number of the cache and of what is sent; and of a weight, but for those that a format packs.
+NUMBER, ANSWER = 4, 4  # bytes of an expert's number that is sent, and of a number of an expert's answer
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2, "mxfp4": 2, "fp8": 2}
 
 
@@ -289,6 +290,9 @@ class Communication:
     per_assignment     every assignment sends the token: K · D each way, times the remote share.
     per_rank           a rank is sent the token once and adds up its experts' outputs before it answers:
                        ranks_per_token · D each way, times the remote share.
+    exchange           what is the same to the bit as one process: a rank is sent the token once, with the numbers of
+                       its experts, and answers with a row in float32 for each assignment, to be added up at home.
+    between_hosts      of `exchange`, what crosses to other hosts if a token crosses to each host once.
     """
 
     moe_layers: int
@@ -296,6 +300,8 @@ class Communication:
     ranks_per_token: float
     per_assignment: Traffic
     per_rank: Traffic
+    exchange: Traffic
+    between_hosts: Traffic
 
 
 def ranks_per_token(router: RouterConfig, ranks: int) -> float:
@@ -329,15 +335,22 @@ def ranks_per_token(router: RouterConfig, ranks: int) -> float:
     return expected
 
 
-def communication(model: Counted, ranks: int, dtype: str) -> Communication:
+def communication(model: Counted, ranks: int, dtype: str, hosts: int = 1) -> Communication:
     layers = model.moe_layers
     remote = (ranks - 1) / ranks
-    reached = 0.0 if model.router is None else 1.0 if ranks == 1 else ranks_per_token(model.router, ranks)
+    reached = _reached(model.router, ranks)
     top_k = 0 if model.router is None else model.router.top_k
 
     def traffic(copies: float) -> Traffic:
         layer = 2 * copies * remote * model.sent * BYTES[dtype]  # 2: dispatch and combine
         return Traffic(layer=layer, forward=layers * layer, training=2 * layers * layer)
+
+    def exchanged(places: int) -> Traffic:
+        share, row = (places - 1) / places, model.sent * BYTES[dtype]
+        rows, answers = _reached(model.router, places) * share, top_k * share
+        backward = rows * row + answers * ANSWER * model.sent  # gradients of the same; experts are known by then
+        layer = backward + rows * NUMBER * top_k
+        return Traffic(layer=layer, forward=layers * layer, training=layers * (layer + backward))
 
     return Communication(
         moe_layers=layers,
@@ -345,7 +358,14 @@ def communication(model: Counted, ranks: int, dtype: str) -> Communication:
         ranks_per_token=reached,
         per_assignment=traffic(top_k),
         per_rank=traffic(reached),
+        exchange=exchanged(ranks),
+        between_hosts=exchanged(hosts),
     )
+
+
+def _reached(router: RouterConfig | None, places: int) -> float:
+    """Ranks, or hosts, that a token's experts stand on."""
+    return 0.0 if router is None else 1.0 if places == 1 else ranks_per_token(router, places)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,6 +415,7 @@ def cost(
     *,
     context: int | None = None,
     ranks: int = 1,
+    hosts: int = 1,
     dtype: str = "bfloat16",
     published: Precision | None = None,
 ) -> Cost:
@@ -403,13 +424,13 @@ def cost(
     model     a config, or what a family that has none was counted as (`families.count_from_hf`).
     context   tokens of a sequence, for attention's FLOPs and the cache; None: the model's own. Of an encoder-decoder,
               tokens of the source and of the target.
-    ranks     over how many devices the routed experts are spread.
+    ranks     over how many devices the routed experts are spread; hosts: on how many the ranks stand, as many on each.
     dtype     of weights, cache and traffic: "float32", "bfloat16" or "float16"; or how the weights are packed, "int8",
               "int4", "mxfp4" or "fp8" (see `Bytes`).
     published how its checkpoint stores the weights (`families.precision`), for the size of a download.
 
-    ConfigError for a context or a number of ranks below 1, more ranks than a layer has experts, no context where the
-    model has none, or another dtype.
+    ConfigError for a context or a number of ranks below 1, hosts that do not divide them, more ranks than a layer has
+    experts, no context where the model has none, or another dtype.
     """
     model = counted(model)
     context = model.context if context is None else context
@@ -426,6 +447,8 @@ def cost(
             if experts
             else f"ranks = {ranks}: 1 for a model without experts"
         )
+    if hosts < 1 or ranks % hosts:
+        raise ConfigError(f"hosts = {hosts}: a number that divides the {ranks} ranks")
     if dtype not in BYTES:
         raise ConfigError(f"dtype = {dtype!r}: one of {', '.join(BYTES)}")
     return Cost(
@@ -437,5 +460,5 @@ def cost(
         active_parameters=parameters(model, active=True),
         flops=flops(model, context),
         bytes=byte_counts(model, context, dtype, published),
-        communication=communication(model, ranks, dtype),
+        communication=communication(model, ranks, dtype, hosts),
     )

@@ -77,6 +77,7 @@ TIERS = [
         "plan",
         "cache_replay",
         "placement",
+        "deployment",
         "finding",
         "terms",
         "picture",

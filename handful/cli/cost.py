@@ -16,6 +16,7 @@ def run(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, a run or checkpoint folder, or org/name.")],
     context: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence. Default: the model's own.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Devices that the experts are spread over.")] = 1,
+    hosts: Annotated[int, typer.Option(min=1, help="That these stand on, as many on each.")] = 1,
     dtype: Annotated[
         str, typer.Option(help="Of weights, cache and what is sent; int8, int4, mxfp4 and fp8 are of weights alone.")
     ] = "bfloat16",
@@ -29,7 +30,7 @@ def run(
 
     config, notes = config_of(model)
     published, unknown = precision_of(model)
-    result = price(config, context=context, ranks=ranks, dtype=dtype, published=published)
+    result = price(config, context=context, ranks=ranks, hosts=hosts, dtype=dtype, published=published)
     notes += unknown
     for note in notes:
         open_screen().print(note, style="dim")

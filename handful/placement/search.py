@@ -150,16 +150,26 @@ class _Search:
         best, result = now, None
         for expert in np.flatnonzero(self.has_DE[busiest]).tolist():
             for change in (*self._exchanges(load_D, busiest, expert), *self._copied(busiest, expert)):
-                self._apply(change)
-                load = self.load_D
+                load = self._after(load_D, change)
                 value = (float(load.max()), float((load**2).sum()))
-                self._apply([(device, e, not there) for device, e, there in change])
                 if value[0] < best[0] * (1 - 1e-12) or (value[0] <= best[0] and value[1] < best[1] * (1 - 1e-9)):
                     best, result = value, change
         if result is None:
             return False
         self._apply(result)
         return True
+
+    def _after(self, load_D: Floats, change: Sequence[tuple[int, int, bool]]) -> Floats:
+        """What devices would have: only those of the experts that change are looked at."""
+        found = load_D.copy()
+        for expert in {expert for _, expert, _ in change}:
+            mine = [(device, there) for device, other, there in change if other == expert]
+            copies = self.copies[expert] + sum(1 if there else -1 for _, there in mine)
+            each = self.load_E[expert] / max(1, int(copies))
+            found += self.has_DE[:, expert] * (each - self.load_E[expert] / max(1, int(self.copies[expert])))
+            for device, there in mine:
+                found[device] += each if there else -each
+        return found
 
     def _apply(self, change: Sequence[tuple[int, int, bool]]) -> None:
         for device, expert, there in change:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from handful.cost import ANSWER, NUMBER
 from handful.placement.placement import Floats, Ints
 from handful.placement.topology import Topology
 
-__all__ = ["ANSWER", "NUMBER", "Crossings", "Exchange", "crossings", "exchange"]
-
-NUMBER, ANSWER = 4, 4  # bytes of an expert's number, and of a number of an answer
+__all__ = ["Crossings", "Exchange", "crossings", "exchange"]
 
 
 @dataclass(frozen=True, eq=False)

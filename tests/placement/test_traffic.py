@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from builders import moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handful.cost import cost
 from handful.placement import Placement, Routes, Topology, crossings, exchange, homes, place, shares
 from handful.placement.placement import Ints
 from handful.placement.topology import shares_of_nodes
@@ -137,3 +139,26 @@ def test_counted_as_token_by_token(seed: int, levels: int) -> None:
     else:
         crossed = found.by_node(found.rows_DD, topology)
         assert mean.nodes == pytest.approx((crossed.sum() - crossed.trace()) / 50)
+
+
+def test_the_expectation_is_what_even_routings_send_in_the_mean() -> None:
+    """`cost` from a config alone beside 20,000 tokens, counted: in one level, between nodes, forward and backward."""
+    config = moe({"experts": 16, "top_k": 3}, layers=1)
+    priced = cost(config, ranks=8, hosts=2).communication
+    topology = Topology.even(8, 2, slots=2)
+    draw = np.random.default_rng(0)
+    experts_TK = np.argsort(draw.random((20_000, 16)), 1)[:, :3]
+    home_T = homes(len(experts_TK), topology)
+    placement = Placement(tuple((2 * device, 2 * device + 1) for device in range(8)))
+    device_TK = Routes(placement, topology).devices_of(experts_TK, home_T)
+    found = exchange(device_TK, home_T, topology)
+    forward, backward = (way(config.width, 2).sum() / len(home_T) for way in (found.forward, found.backward))
+    assert forward == pytest.approx(priced.exchange.layer, rel=0.01)
+    assert forward + backward == pytest.approx(priced.exchange.training, rel=0.01)
+    two = exchange(device_TK, home_T, topology, levels=2)
+    for way, expected in (
+        (two.forward, priced.between_hosts.layer),
+        (two.backward, priced.between_hosts.training - priced.between_hosts.layer),
+    ):
+        between = two.by_node(way(config.width, 2), topology)
+        assert (between.sum() - between.trace()) / len(home_T) == pytest.approx(expected, rel=0.01)
