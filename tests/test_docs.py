@@ -21,6 +21,7 @@ from handful.compare import compare, teams
 from handful.config import RouterConfig
 from handful.config_io import to_dict
 from handful.data import load_data
+from handful.placement import read_topology
 from handful.presets import small_training
 from handful.settings import training_settings
 from handful.train import train
@@ -100,6 +101,9 @@ def test_python_runs_and_prints_what_the_page_shows(page: Path, home: Path, monk
 def test_toml_is_accepted(page: Path, tmp_path: Path) -> None:
     for content in blocks(page, "toml"):
         (tmp_path / "page.toml").write_text(content, encoding="utf-8")
+        if "[[nodes]]" in content:
+            assert read_topology(tmp_path / "page.toml").devices == 12
+            continue
         asked = training_settings(tmp_path / "page.toml", None, None, {})
         assert asked.model(2048).vocab == 2048
 

@@ -148,8 +148,12 @@ class _Search:
         """The best single change for the busiest device; whether there was one that helps."""
         now = (float(load_D.max()), float((load_D**2).sum()))
         best, result = now, None
+        held = np.nonzero(self.has_DE)
         for expert in np.flatnonzero(self.has_DE[busiest]).tolist():
-            for change in (*self._exchanges(load_D, busiest, expert), *self._copied(busiest, expert)):
+            for change in (
+                *self._exchanges(load_D, busiest, expert, held),
+                *self._copied(load_D, busiest, expert, held),
+            ):
                 load = self._after(load_D, change)
                 value = (float(load.max()), float((load**2).sum()))
                 if value[0] < best[0] * (1 - 1e-12) or (value[0] <= best[0] and value[1] < best[1] * (1 - 1e-9)):
@@ -176,8 +180,10 @@ class _Search:
             self.has_DE[device, expert] = there
             self.copies[expert] += 1 if there else -1
 
-    def _exchanges(self, load_D: Floats, busiest: int, expert: int) -> list[list[tuple[int, int, bool]]]:
-        """Its copy goes to another device, alone or for one of that device's."""
+    def _exchanges(
+        self, load_D: Floats, busiest: int, expert: int, held: tuple[Ints, ...]
+    ) -> list[list[tuple[int, int, bool]]]:
+        """Its copy goes to another device, alone or for one of that device's. held: devices, and experts on them."""
         each_E = self.each_E
         others = np.flatnonzero(~self.has_DE[:, expert])
         found = []
@@ -185,8 +191,9 @@ class _Search:
         if len(free):
             least = int(free[np.argmin(load_D[free])])
             found.append([(busiest, expert, False), (least, expert, True)])
-        devices, experts = np.nonzero(self.has_DE[others] & ~self.has_DE[busiest])
-        devices = others[devices]
+        devices, experts = held
+        these = ~self.has_DE[devices, expert] & ~self.has_DE[busiest, experts]
+        devices, experts = devices[these], experts[these]
         lighter = each_E[expert] - each_E[experts]
         after = np.maximum(load_D[busiest] - lighter, load_D[devices] + lighter)
         for i in np.argsort(np.where(lighter > 0, after, np.inf), kind="stable")[:4].tolist():
@@ -197,18 +204,22 @@ class _Search:
                 )
         return found
 
-    def _copied(self, busiest: int, expert: int) -> list[list[tuple[int, int, bool]]]:
+    def _copied(
+        self, load_D: Floats, busiest: int, expert: int, held: tuple[Ints, ...]
+    ) -> list[list[tuple[int, int, bool]]]:
         """It has a copy more, in a free slot or in that of an expert that has several; or the busiest device does
         without it."""
         found = []
         others = np.flatnonzero(~self.has_DE[:, expert])
         free = others[self.has_DE[others].sum(1) < self.room[others]]
         if len(free):
-            found.append([(int(free[np.argmin(self.load_D[free])]), expert, True)])
-        devices, experts = np.nonzero(self.has_DE[others] & (self.copies > 1))
+            found.append([(int(free[np.argmin(load_D[free])]), expert, True)])
+        devices, experts = held
+        these = ~self.has_DE[devices, expert] & (self.copies[experts] > 1)
+        devices, experts = devices[these], experts[these]
         after = self.load_E[experts] / (self.copies[experts] - 1)
         for i in np.argsort(after, kind="stable")[:CHOICES].tolist():
-            device, other = int(others[devices[i]]), int(experts[i])
+            device, other = int(devices[i]), int(experts[i])
             found.append([(device, other, False), (device, expert, True)])
         if self.copies[expert] > 1:
             found.append([(busiest, expert, False)])

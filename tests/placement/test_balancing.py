@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from handful.errors import ConfigError
 from handful.placement import Placement, lower_bound, place, rebalance_experts, shares
+from handful.placement.search import _Search
 
 # The example of https://github.com/deepseek-ai/EPLB.
 PUBLISHED = [
@@ -143,6 +144,29 @@ def test_no_worse_than_the_published_one() -> None:
         ratios.append(place(load, [5] * 8).loads(load).max() / eplb(load, 8, 5))
     assert max(ratios) <= 1 + 1e-6  # it computes in float32
     assert np.median(ratios) < 0.999
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**30))
+def test_what_a_change_would_make_is_what_it_makes(seed: int) -> None:
+    """A copy more, a copy less, an exchange: by the experts that change alone, and by all."""
+    draw = np.random.default_rng(seed)
+    load_E, room = draw.exponential(10, 6), np.full(4, 4)
+    search = _Search(load_E, room, draw.integers(1, 3, 6))
+    pairs = itertools.product(draw.permutation(4)[:2].tolist(), set(draw.integers(0, 6, 2).tolist()))
+    change = [(device, expert, not search.has_DE[device, expert]) for device, expert in pairs]
+    found = search._after(search.load_D, change)
+    search._apply(change)
+    assume((search.copies > 0).all())  # a change after which an expert is nowhere is never thought of
+    assert found == pytest.approx(search.load_D)
+
+
+def test_a_large_deployment_is_near_the_bound() -> None:
+    """256 experts, 1,024 devices of two."""
+    load = 1 / np.arange(1, 257) ** 0.8
+    found = place(load, [2] * 1024)
+    held_to(found, load.tolist(), [2] * 1024)
+    assert found.loads(load).max() <= 1.04 * lower_bound(load, [2] * 1024)
 
 
 def test_dead_devices_get_nothing() -> None:
