@@ -173,10 +173,14 @@ def deploy(
         raise ConfigError("ranks: a model without experts has nothing to be spread over them")
     if topology.link is None:
         raise ConfigError("link: what a device sends a second, such as 50GB/s,10us")
+    if dtype not in BYTES:
+        raise ConfigError(f"dtype = {dtype!r}: one of {', '.join(BYTES)}")
     for name, value in (("tokens", tokens), ("context", context), ("draws", draws)):
         if value < 1:
             raise ConfigError(f"{name} = {value}: at least 1")
     experts = model.router.experts
+    if loads is None and recorded is None and placements is not None:
+        loads = [[1.0] * experts] * len(placements)
     loads = _loads(experts, loads, recorded)
     slots = topology.room()
     if placements is None:
@@ -186,6 +190,8 @@ def deploy(
     draw = np.random.default_rng(seed)
     drawn = []
     for layer, (load, placement) in enumerate(zip(loads, placements, strict=True)):
+        if len(placement.experts) != topology.devices:
+            raise ConfigError(f"placement: of {len(placement.experts)} devices; there are {topology.devices}")
         routes = Routes(placement, topology)
         if len(routes.devices) != experts or any(not len(own) for own in routes.devices):
             raise ConfigError(f"placement: of {len(routes.devices)} experts; the model has {experts} in each layer")

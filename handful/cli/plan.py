@@ -166,12 +166,12 @@ def _deployments(
     # As many as there are, dealt out; a device that has one less has a slot that stays empty.
     slots = -(-experts // ranks) + copies
     topology = Topology.even(ranks, nodes, slots=slots, link=link, node_link=node_link)
+    made = None if placement is None else read_placements(placement, "placement")
     loads, tokens = None, None
     if load is not None and load.startswith("zipf:"):
-        loads = zipf(experts, _number(load.removeprefix("zipf:"), load))
+        loads = zipf(experts, _number(load.removeprefix("zipf:"), load), layers=1 if made is None else len(made))
     elif load is not None:
         loads, tokens = read_load(load), read_tokens(load)
-    made = None if placement is None else read_placements(placement, "placement")
     context = min(found.context or CONTEXT, CONTEXT) if context is None else context
     device = _device(rates, dtype, measure)
 
