@@ -345,11 +345,11 @@ def communication(model: Counted, ranks: int, dtype: str, hosts: int = 1) -> Com
         layer = 2 * copies * remote * model.sent * BYTES[dtype]  # 2: dispatch and combine
         return Traffic(layer=layer, forward=layers * layer, training=2 * layers * layer)
 
-    def exchanged(places: int) -> Traffic:
+    def exchanged(places: int, numbers: int) -> Traffic:
         share, row = (places - 1) / places, model.sent * BYTES[dtype]
         rows, answers = _reached(model.router, places) * share, top_k * share
         backward = rows * row + answers * ANSWER * model.sent  # gradients of the same; experts are known by then
-        layer = backward + rows * NUMBER * top_k
+        layer = backward + rows * NUMBER * numbers
         return Traffic(layer=layer, forward=layers * layer, training=layers * (layer + backward))
 
     return Communication(
@@ -358,8 +358,8 @@ def communication(model: Counted, ranks: int, dtype: str, hosts: int = 1) -> Com
         ranks_per_token=reached,
         per_assignment=traffic(top_k),
         per_rank=traffic(reached),
-        exchange=exchanged(ranks),
-        between_hosts=exchanged(hosts),
+        exchange=exchanged(ranks, top_k),
+        between_hosts=exchanged(hosts, top_k + 1),  # with the number of its home
     )
 
 

@@ -318,8 +318,8 @@ def _layer(
 def _bytes(moved: Exchange, width: int, itemsize: int, scale: float) -> tuple[Floats, Floats]:
     """Of rows on their way out, and of answers on theirs back."""
     none = np.zeros_like(moved.rows_DD)
-    rows = Exchange(moved.rows_DD, none, moved.top_k).forward(width, itemsize)
-    answers = Exchange(none, moved.answers_DD, moved.top_k).forward(width, itemsize)
+    rows = Exchange(moved.rows_DD, none, moved.numbers).forward(width, itemsize)
+    answers = Exchange(none, moved.answers_DD, moved.numbers).forward(width, itemsize)
     return rows.astype(np.float64) * scale, answers.astype(np.float64) * scale
 
 

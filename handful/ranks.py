@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import rendezvous
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from handful.errors import ConfigError, RankError, first_line
 
@@ -201,9 +202,9 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
-def _generation(store: dist.Store, rank: int, size: int) -> str:
-    """A name that the ranks which are alive now agree on. torchrun's store outlives ranks: under the same names as those
-    that were lost, new ones would find their addresses there, and wait for them."""
+def _generation(store: Store, rank: int, size: int) -> str:
+    """A name that ranks which are alive now agree on. torchrun's store outlives ranks: under the names of lost ones,
+    new ones would find their addresses there, and wait for them."""
     own = uuid.uuid4().hex
     if rank:
         store.set(f"handful/asks/{rank}", own)
@@ -233,7 +234,7 @@ def join(*, two_level: bool = False) -> Iterator[Ranks]:
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's, whatever the computer has
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(_generation(store, rank, size), store)
+    store = PrefixStore(_generation(store, rank, size), store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         names: list[str] = [""] * dist.get_world_size()

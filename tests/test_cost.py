@@ -412,13 +412,14 @@ def test_traffic_by_hand() -> None:
 
 def test_the_exchange_by_hand() -> None:
     """2 of 4 experts, on 4 ranks and 2 hosts: a row of 8 numbers in 2 bytes and 2 experts' numbers to each of 2 ranks,
-    3 of 4 of which are another; two answers of 8 numbers in float32. A host is missed by 1 of 6 pairs."""
+    3 of 4 of which are another; two answers of 8 numbers in float32. A host is missed by 1 of 6 pairs, and is told a
+    row's home as well."""
     router = RouterConfig(experts=4, top_k=2)
     found = cost(dataclasses.replace(SMALL, router=router), ranks=4, hosts=2).communication
     forward, backward = 2 * 0.75 * (16 + 8) + 2 * 0.75 * 32, 2 * 0.75 * 16 + 2 * 0.75 * 32
     assert dataclasses.astuple(found.exchange) == pytest.approx((forward, 2 * forward, 2 * (forward + backward)))
     rows = 2 * (1 - 1 / 6) / 2
-    forward, backward = rows * (16 + 8) + 32, rows * 16 + 32
+    forward, backward = rows * (16 + 8 + 4) + 32, rows * 16 + 32
     assert dataclasses.astuple(found.between_hosts) == pytest.approx((forward, 2 * forward, 2 * (forward + backward)))
     with pytest.raises(ConfigError, match=r"^hosts = 3: a number that divides the 4 ranks$"):
         cost(SMALL, ranks=4, hosts=3)

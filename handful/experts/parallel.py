@@ -361,14 +361,19 @@ class _Way:
         if self.two_level:
             to_TR = self._by_gateway(to_TR)
         self.first, self.tokens = self._hop(to_TR, routing.tokens)
-        homes_T1 = torch.full((routing.tokens, 1), ranks.rank, dtype=torch.int32)
-        self.arrived = self.first.start(x_TD, torch.cat([self.place_TK, homes_T1], 1))
+        where_TK = self.place_TK
+        if self.two_level:
+            where_TK = torch.cat([where_TK, torch.full((routing.tokens, 1), ranks.rank, dtype=torch.int32)], 1)
+        self.arrived = self.first.start(x_TD, where_TK)
         self.hops: list[tuple[Hop, Tensor]] = []
 
     def there(self, x_TD: Tensor, clock: Clock) -> tuple[Tensor, Routing]:
         """The tokens that came to this rank, and which of its experts each is for."""
         came = self.arrived()
         x_MD, where_M = _moved(x_TD, self.first, came, clock, inner=False), came[1]
+        if not self.two_level:  # they come from their homes
+            homes_M = torch.arange(self.ranks.size).repeat_interleave(torch.tensor(self.first.received))
+            where_M = torch.cat([where_M, homes_M.int().unsqueeze(1)], 1)
         self.hops.append((self.first, where_M))
         if self.two_level:
             to_MR = self._goes_to(where_M[:, :-1])

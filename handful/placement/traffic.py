@@ -2,8 +2,8 @@
 
 Every device has tokens of its own. A token's row goes once to each other device that computes for it, with its experts'
 numbers; back comes one row in float32 for every assignment, to be summed at home in the order of the router's choice.
-In two levels a row goes once to each other node, to the device there that stands where its own does in its node, and is
-handed on inside. What stays on a device does not travel.
+In two levels a row goes once to each other node, with its home's number, to the device there that stands where its own
+does in its node, and is handed on inside; answers come by the same way. What stays on a device does not travel.
 
 Legend: T tokens · K experts per token · D devices (ranks) · M nodes (hosts)
 """
@@ -28,15 +28,16 @@ class Exchange:
 
     rows_DD      tokens' rows.
     answers_DD   assignments whose rows come back.
+    numbers      that go with a token's row.
     """
 
     rows_DD: Ints
     answers_DD: Ints
-    top_k: int
+    numbers: int
 
     def forward(self, width: int, itemsize: int) -> Ints:
         """Bytes from device to device; of tokens of `width` numbers of so many bytes."""
-        row, answer = width * itemsize + NUMBER * self.top_k, ANSWER * width
+        row, answer = width * itemsize + NUMBER * self.numbers, ANSWER * width
         return row * self.rows_DD + answer * self.answers_DD
 
     def backward(self, width: int, itemsize: int) -> Ints:
@@ -78,7 +79,9 @@ def exchange(
     door_N = np.where(away, _doors(topology)[from_N, node_D[to_N]], from_N)
     crossing = np.unique(token_N[away] * D + door_N[away])
     rows_DD = _counted(home_T[crossing // D], crossing % D, D) + _counted(door_N, to_N, D)
-    return Exchange(rows_DD, answers_DD, K)
+    from_N, home_N = device_TK[kept_TK], home_T[np.nonzero(kept_TK)[0]]
+    door_N = np.where(node_D[from_N] != node_D[home_N], _doors(topology)[home_N, node_D[from_N]], home_N)
+    return Exchange(rows_DD, _counted(from_N, door_N, D) + _counted(door_N, home_N, D), K + 1)
 
 
 def _counted(from_N: Ints, to_N: Ints, devices: int) -> Ints:
@@ -110,9 +113,10 @@ class Crossings:
     node_answers: float
 
     def bytes(self, width: int, itemsize: int, top_k: int) -> tuple[float, float]:
-        """That one token sends and is sent in one layer, forward: to other devices, and of these to other nodes."""
+        """That one token sends and is sent in one layer, forward: to other devices, and to other nodes in two levels."""
         row, answer = width * itemsize + NUMBER * top_k, ANSWER * width
-        return row * self.devices + answer * self.device_answers, row * self.nodes + answer * self.node_answers
+        straight = row * self.devices + answer * self.device_answers
+        return straight, (row + NUMBER) * self.nodes + answer * self.node_answers
 
 
 def crossings(device_TK: ArrayLike, home_T: ArrayLike, topology: Topology) -> Crossings:

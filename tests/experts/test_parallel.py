@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from handful.experts import Experts
 from handful.experts.parallel import Layout, ParallelExperts, dealt
 from handful.experts.quantized import QuantizedExperts
 from handful.kernels.extension import available
+from handful.placement import Topology, exchange
 from handful.ranks import ALONE, Ranks
 
 needs_kernels = pytest.mark.skipif(not available(), reason="no kernels here")
@@ -187,7 +189,7 @@ def test_bytes_by_hand(gang: Gang) -> None:
     of.routing = replace(of.routing, experts_TK=torch.tensor([[1, 2], [0, 1]]))
     args = (of, twin(of, "reference", F64), [0, 2, 2], [[0], [1, 2]], None, F64, False)
     (_, _, there), (_, _, back) = gang.run(layer, *args, size=2)
-    assert there == [0, 2 * (4 * 8 + (2 + 1) * 4)]  # each token once: its numbers, its experts' places and its home
+    assert there == [0, 2 * (4 * 8 + 2 * 4)]  # each token once: its numbers, and its experts' places
     assert back == [3 * 4 * 8, 0]  # a row for each assignment
 
 
@@ -195,13 +197,35 @@ def test_a_token_crosses_to_a_host_once(gang: Gang) -> None:
     """Four experts on the two ranks of another host: one crossing, where without two levels there are two."""
     of = case(6, 4, 4, 5, 3)
     args = (of, twin(of, "reference", F64), [0, 6, 6, 6, 6], [[], [], [0, 1], [2, 3]], None, F64, False)
-    row = 5 * 8 + (4 + 1) * 4
     straight = gang.run(layer, *args, size=4, hosts=[0, 0, 1, 1])
+    row = 5 * 8 + 4 * 4
     assert straight[0][2] == [0, 0, 6 * row, 6 * row]
+    row += 4  # where it is from
     handed = gang.run(layer, *args, size=4, hosts=[0, 0, 1, 1], two_level=True)
     assert handed[0][2] == [0, 0, 6 * row, 0]
     assert handed[2][2][3] == 6 * row  # on to the other rank of its host
     assert torch.equal(handed[0][0], straight[0][0])
+
+
+@settings(max_examples=25)
+@given(spread(), st.booleans())
+def test_what_travels_is_what_is_counted_before(gang: Gang, spread: dict[str, Any], learn: bool) -> None:
+    """`handful.placement.exchange`, link by link, to the byte; forward and backward."""
+    of, size = spread["of"], spread["size"]
+    found = run(gang, spread, twin(of, "reference", torch.float32), torch.float32, learn)
+    layout = Layout(of.routing.experts, spread["held"], spread["shares"])
+    parts = [of.routing.rows(first, end) for first, end in itertools.pairwise(spread["cuts"])]
+    rank_TK = torch.cat([layout.rank_S[layout.places(part).long().clamp_min(0)] for part in parts])
+    home_T = torch.arange(size).repeat_interleave(torch.tensor(spread["cuts"]).diff())
+    hosts = [sorted(set(spread["hosts"])).index(host) for host in spread["hosts"]]
+    levels = 2 if spread["two_level"] and len(set(hosts)) > 1 else 1
+    counted = exchange(
+        rank_TK, home_T, Topology(nodes=tuple(hosts), slots=(1,) * size), levels=levels,
+        dropped_TK=~of.routing.computed_TK,
+    )  # fmt: skip
+    D = of.x_TD.shape[1]
+    want = counted.forward(D, 4) + (counted.backward(D, 4) if learn else 0)
+    assert [sent for _, _, sent in found] == want.tolist()
 
 
 def test_shares_decide_which_copy_computes() -> None:
