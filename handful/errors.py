@@ -6,6 +6,7 @@ HandfulError                 everything below; the command line prints it as one
 ├── CheckpointError          a checkpoint is incomplete, malformed or of a family we do not have
 ├── TrainingError            training cannot go on (a loss or gradient is not finite)
 ├── RoutingError             a routing does not fit its experts (an index out of range, a wrong shape)
+├── RankLostError            a rank went while it computed; the same pass can be made again without it
 └── MissingExtraError        an optional package is needed: its name and how to install it
 """
 
@@ -17,6 +18,7 @@ __all__ = [
     "DataError",
     "HandfulError",
     "MissingExtraError",
+    "RankLostError",
     "RoutingError",
     "TrainingError",
     "first_line",
@@ -51,6 +53,10 @@ class TrainingError(HandfulError):
 
 class RoutingError(HandfulError, ValueError):
     """A routing does not fit the experts that it is given to."""
+
+
+class RankLostError(HandfulError):
+    """A rank that holds experts has gone in the middle of a pass, which can be made again with those that are left."""
 
 
 class MissingExtraError(HandfulError, ImportError):
