@@ -284,17 +284,17 @@ class Engine:
             end += count
             if _records(job.request):
                 _record(job, routings, end - count, end)
-            lacks = missing is not None and not (job._plan is not None and job._plan.whole)
-            if lacks and (job._missing is None or job._missing.count <= missing.count):
-                job._missing = missing
+            lacks = None if job._plan is not None and job._plan.whole else missing
+            if lacks is not None and (job._missing is None or job._missing.count <= lacks.count):
+                job._missing = lacks
             if not job.made:
                 if job.request.prompt_logprobs is not None:
                     self._score(job, x_1TD[0, end - count : end])
-                if steady and not lacks and job._shareable == job._read:
+                if steady and lacks is None and job._shareable == job._read:
                     job._shareable += count
                 job._read += count
                 self._prompt_tokens += count
-            elif self._steady is None and not lacks and job._shareable == job._read + len(job.made) - 1:
+            elif self._steady is None and lacks is None and job._shareable == job._read + len(job.made) - 1:
                 job._shareable += count
             if job._read < len(job.request.prompt):
                 continue

@@ -180,7 +180,7 @@ def told(
 ) -> list[Told | None] | None:
     """What each of the MoE layers is told of a batch; None: nothing is.
 
-    parts    of each sequence what it asks (None: nothing), how many of its tokens passed before, and how many are in it.
+    parts    of each sequence what it asks (None: nothing), how many of its tokens passed before, how many are in it.
     missing  the experts that are not to be had.
     """
     if missing is None and all(plan is None for plan, _, _ in parts):

@@ -96,7 +96,7 @@ class Ranks:
     """What all of a model's layers share: the map, which is only exchanged between two passes, and a number for each
     call."""
 
-    map: RanksMap
+    map: RanksMap | None = None  # before the first pass
     calls: int = 0
     turns: dict[int, int] = field(default_factory=dict)
 
@@ -163,6 +163,8 @@ class RemoteExperts(nn.Module):
                 "experts on ranks give no gradient: run the model under torch.no_grad() or torch.inference_mode()"
             )
         ranks, current = self.ranks, self.ranks.map
+        if current is None:
+            raise RankLostError("ranks: none is there yet")
         ranks.calls += 1
         number, plan, T, D = ranks.calls, routing.plan(), *x_TD.shape
         # A row of our kernels has the same bits whatever rows are beside it; of torch's products it has not.

@@ -170,6 +170,7 @@ def test_a_rank_that_goes_ends_the_wait(tmp_path: Path) -> None:
         with pytest.raises(RankLostError, match="link: "):
             remote(x_TD, routing)
         assert 0.1 < time.monotonic() - began < 5
+        assert remote.ranks.map is not None
         assert remote.ranks.map.gone
         assert silent.waited > 0.1
         with pytest.raises(RankLostError):  # at once
@@ -195,6 +196,7 @@ def test_what_a_rank_cannot_do_is_told(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(HandfulError, match=r"the store of these experts is closed"):
                 remote(x_TD, routing)
+        assert remote.ranks.map is not None
         assert not remote.ranks.map.gone
         remote.ranks.map = RanksMap(tuple(links), (Owners([[0]] * 6),))
         assert torch.equal(remote(x_TD, routing), whole(x_TD, routing))
