@@ -60,6 +60,9 @@ def run(
     replace_every: Annotated[
         float, typer.Option(help="With --ranks: place experts anew by their load, every so many seconds; 0: never.")
     ] = 0,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="With --ranks: measure the loss without a rank's experts.")
+    ] = True,
     rank_port: Annotated[
         int | None, typer.Option(help="With --ranks: where `handful join` of other computers reaches this one.")
     ] = None,
@@ -127,6 +130,7 @@ def run(
                 token=rank_token,
                 on_loss=on_loss.value,
                 replace_every=replace_every,
+                measure=measure,
                 debug="--debug" in sys.argv,
                 told=screen.print,
                 on_ready=lambda: ready(decoder.config.context),

@@ -43,7 +43,7 @@ MOVING = 30.0  # seconds after which a rank that does not say that it holds what
 
 @dataclass
 class Member:
-    """A rank that is there. has: the experts of each layer that it said it holds."""
+    """A rank that is there. has: the experts of each layer that it computes, and holds if it has room."""
 
     number: int
     index: int
@@ -99,6 +99,7 @@ class Keeper:
         self.outages: list[Outage] = []
         self.lost = 0  # outages so far
         self.replacements = 0
+        self.mapped = time.monotonic()  # when there was another one
         self.begun = threading.Event()  # there was a map
         self._members: dict[int, Member] = {}  # by number
         self._links: dict[int, Link] = {}  # of numbers that the supervisor may not have told of yet
@@ -344,7 +345,9 @@ class Keeper:
             self.told(f"rank {member.index} could not read all its experts: {message.get('error', 'its disk fails')}")
             return
         member.ready = True
-        member.has = [set(own) for own in member.asked]
+        if not self._settled:
+            # What had to give way is still its own, and read when it is needed, until all others have their part.
+            member.has = [there | set(own) for there, own in zip(member.has, member.asked, strict=True)]
         self._arrived()
 
     def _arrived(self) -> None:
@@ -419,6 +422,7 @@ class Keeper:
         with self._changed:
             self._map = RanksMap(links, tuple(layers), masked)
             self.maps += 1
+            self.mapped = time.monotonic()
             self._changed.notify_all()
         self.begun.set()
         self._note()

@@ -77,6 +77,7 @@ def serve_on_ranks(
     token: str | None = None,
     on_loss: OnLoss = "mask",
     replace_every: float = 0.0,
+    measure: bool = True,
     debug: bool = False,
     told: Callable[[str], None] = lambda line: None,
     on_ready: Callable[[], None] = lambda: None,
@@ -119,6 +120,7 @@ def serve_on_ranks(
             "ranks": ranks,
             "on_loss": on_loss,
             "replace_every": replace_every,
+            "measure": measure,
             "fds": [http.fileno(), links.fileno()],
             "debug": debug,
         }

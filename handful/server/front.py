@@ -83,9 +83,9 @@ def run(options: dict) -> None:  # type: ignore[type-arg]
     threading.Thread(target=hear, name="handful-control", daemon=True).start()
     keeper.begun.wait()
     with contextlib.ExitStack() as stack:
-        measure = Measure(server.worker, keeper, model, options["model"])
-        stack.callback(measure.close)
         stack.callback(keeper.close)
+        if options["measure"]:
+            stack.callback(Measure(server.worker, keeper, model, options["model"]).close)
         if options["replace_every"]:
             threading.Thread(target=_replace, args=(keeper, options["replace_every"]), daemon=True).start()
         control.say({"ready": True})

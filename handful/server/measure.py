@@ -24,8 +24,8 @@ __all__ = ["Measure", "held_out_tokens"]
 TOKENS, WINDOW = 2048, 256  # of the text, and of it in one request
 LOOK = 0.5  # seconds between two looks at what there is to measure
 PATIENCE = 60.0  # seconds that one request may take
-BUSY = 2  # requests of others beside which none of ours is begun ...
-WAITED = 20.0  # ... for so many seconds
+WAITED = 20.0  # seconds that one of ours waits while others ask
+CALM = 5.0  # seconds since the last other placement, before what is not missing is measured
 
 
 def held_out_tokens(model: Decoder, name: str) -> list[tuple[int, ...]]:
@@ -72,7 +72,9 @@ class Measure:
 
     def _next(self) -> Mapping[int, tuple[int, ...]] | None:
         current = self.keeper.missing
-        for lost in ([current.experts] if current is not None else []) + self.keeper.would_lack():
+        calm = time.monotonic() - self.keeper.mapped > CALM
+        wanted = [] if current is None else [current.experts]
+        for lost in wanted + (self.keeper.would_lack() if calm else []):
             if lost and self._possible(lost) and lacking(lost) not in self.keeper.losses:
                 return lost
         return None
@@ -92,9 +94,9 @@ class Measure:
         return total / sum(len(text) - 1 for text in texts)
 
     def _quiet(self) -> None:
-        """Wait until few others ask for something, but not for ever."""
+        """Wait until nobody else asks for something, but not for ever."""
         end = time.monotonic() + WAITED
-        while self.worker.open > BUSY and time.monotonic() < end and not self._closed.wait(LOOK / 5):
+        while self.worker.open and time.monotonic() < end and not self._closed.wait(LOOK / 5):
             pass
 
     def _made(self, request: Request) -> Future[Any]:
