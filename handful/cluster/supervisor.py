@@ -32,6 +32,7 @@ UNAVAILABLE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 )
+QUIET = 10.0  # seconds in which it is told once that somebody was not let in
 HOPELESS = 3  # deaths of a process that never joined, one soon after the other
 
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._answering = False  # the front answers HTTP
         self._was_ready = False
         self._signals = 0
+        self._refused = -QUIET  # when that was last told
         self._status: int | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -189,7 +191,9 @@ class Supervisor:
             accept(sock)
             sock.setblocking(False)
         except (LinkError, OSError) as error:
-            self.told(f"somebody was not let in: {error}")
+            if time.monotonic() - self._refused > QUIET:
+                self._refused = time.monotonic()
+                self.told(f"somebody was not let in: {error}")
             sock.close()
             return
         self._let_in.put((sock, number))

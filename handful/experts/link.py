@@ -28,7 +28,7 @@ from torch import Tensor
 
 from handful.errors import HandfulError
 
-__all__ = ["Call", "Header", "Link", "LinkError", "accept", "greet", "welcome"]
+__all__ = ["Call", "Header", "Link", "LinkError", "RefusedError", "accept", "greet", "welcome"]
 
 MAGIC = b"HfL1"
 CALL, ROWS, FAILED = 1, 2, 3
@@ -36,11 +36,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST = 1 << 32  # bytes of a frame: more is no frame of ours
 NONCE, DIGEST = 32, 32
 GREETING = struct.Struct("<4sQ")  # who it is, by its number
+LET_IN, REFUSED = b"\x01", b"\x00"
 HELLO_SECONDS = 5.0
 
 
 class LinkError(HandfulError):
     """The other side has gone, or does not keep to the form."""
+
+
+class RefusedError(HandfulError):
+    """The other side does not let us in."""
 
 
 class Header(NamedTuple):
@@ -226,12 +231,12 @@ def _tensor(body: memoryview, dtype: torch.dtype, shape: tuple[int, int]) -> Ten
 
 
 def greet(sock: socket.socket, secret: bytes, who: int) -> None:
-    """Say who we are to one that `welcome`s us, and show that we know the secret. LinkError if it does not want us."""
+    """Say who we are to one that `welcome`s us, and show that we know the secret. RefusedError if we do not."""
     nonce = _exactly(sock, NONCE)
     who_bytes = GREETING.pack(MAGIC, who)
     sock.sendall(who_bytes + hmac.digest(secret, nonce + who_bytes, "sha256"))
-    if _exactly(sock, 1) != b"\x01":
-        raise LinkError("link: refused")
+    if _exactly(sock, 1) != LET_IN:
+        raise RefusedError("token: not the secret that the other side was started with")
 
 
 def welcome(sock: socket.socket, secret: bytes) -> int:
@@ -245,6 +250,7 @@ def welcome(sock: socket.socket, secret: bytes) -> int:
         digest = _exactly(sock, DIGEST)
         magic, who = GREETING.unpack(said)
         if magic != MAGIC or not hmac.compare_digest(digest, hmac.digest(secret, nonce + said, "sha256")):
+            sock.sendall(REFUSED)
             raise LinkError("link: whoever connected does not know the secret")
         sock.settimeout(before)
     except OSError as error:
@@ -255,7 +261,7 @@ def welcome(sock: socket.socket, secret: bytes) -> int:
 def accept(sock: socket.socket) -> None:
     """Let in one that was `welcome`."""
     try:
-        sock.sendall(b"\x01")
+        sock.sendall(LET_IN)
     except OSError as error:
         raise LinkError(f"link: {error}") from None
 

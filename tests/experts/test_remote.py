@@ -24,7 +24,7 @@ from torch import nn
 from handful.errors import ConfigError, HandfulError, RankLostError, RoutingError
 from handful.experts import Experts
 from handful.experts.expert_file import PackFile
-from handful.experts.link import Link, LinkError, accept, greet, welcome
+from handful.experts.link import Link, LinkError, RefusedError, accept, greet, welcome
 from handful.experts.quantized import QuantizedExperts
 from handful.experts.remote import Owners, Ranks, RanksMap, RemoteExperts
 from handful.experts.store import Store
@@ -239,7 +239,7 @@ def test_who_does_not_know_the_secret_is_refused() -> None:
             try:
                 greet(theirs, secret, 7)
                 there.append("in")
-            except LinkError as error:
+            except RefusedError as error:
                 there.append(str(error))
 
         thread = threading.Thread(target=connect)
@@ -256,9 +256,9 @@ def test_who_does_not_know_the_secret_is_refused() -> None:
         return here, there
 
     assert meet(b"right") == ([7], ["in"])
-    assert meet(b"wrong") == (
-        ["link: whoever connected does not know the secret"], ["link: the other side has gone"],
-    )  # fmt: skip
+    here, there = meet(b"wrong")
+    assert here == ["link: whoever connected does not know the secret"]
+    assert there == ["token: not the secret that the other side was started with"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
