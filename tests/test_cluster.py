@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handful.cluster.control import LineError, address_of, connect, lines_of
-from handful.cluster.keeper import Keeper, lacking
+from handful.cluster.keeper import Keeper
+from handful.cluster.members import lacking
 from handful.cluster.plans import aim, first, mend, room_of
 from handful.cluster.supervisor import Supervisor
 from handful.errors import ConfigError

@@ -11,62 +11,34 @@ Legend: E experts of a layer · L MoE layers · a rank's index stays, its number
 
 from __future__ import annotations
 
+import importlib.util
 import queue
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from handful.cluster.control import Message
+from handful.cluster.members import Lacking, Member, Outage, lacking, owners, split
 from handful.cluster.plans import aim, first, room_of
 from handful.config import ModelConfig
-from handful.errors import HandfulError
+from handful.errors import HandfulError, MissingExtraError
 from handful.experts.link import Link, LinkError, accept, welcome
 from handful.experts.remote import Owners, Ranks, RanksMap
-from handful.placement import Placement, shares
+from handful.placement import Placement
 from handful.routing_options import Missing, MissingLoss
 
-__all__ = ["Keeper", "Lacking", "OnLoss", "Outage", "lacking"]
+__all__ = ["Keeper", "OnLoss"]
 
-Lacking = tuple[tuple[int, tuple[int, ...]], ...]  # of layers by their number, in order, the experts that they lack
 OnLoss = Literal["mask", "wait"]
 PATIENCE = 60.0  # seconds that a pass waits for a rank where there is none at all
 OUTAGES = 16  # of which something is told
 MOVING = 30.0  # seconds after which a rank that does not say that it holds what it is to hold is asked again
-
-
-@dataclass
-class Member:
-    """A rank that is there. has: the experts of each layer that it computes, and holds if it has room."""
-
-    number: int
-    index: int
-    about: Message
-    link: Link | None = None
-    has: list[set[int]] = field(default_factory=list)
-    asked: list[list[int]] = field(default_factory=list)
-    ready: bool = False  # it holds what it was last asked to
-
-
-@dataclass
-class Outage:
-    """A time in which a rank was not there.
-
-    missing      experts that nobody had at its beginning.
-    whole, back  seconds until all experts were to be had again, and until the rank was back; None: not yet.
-    """
-
-    index: int
-    at: float
-    missing: int = 0
-    whole: float | None = None
-    back: float | None = None
 
 
 class Keeper:
@@ -147,7 +119,10 @@ class Keeper:
             self._events.put(lambda: self._told_held(message))
 
     def replace(self, seconds: float = 60.0) -> dict[str, Any]:
-        """Another placement by the load of late, near the one that there is; what was moved, once it is so."""
+        """Another placement by the load of late, near the one that there is; what was moved, once it is so, or when so
+        many seconds are over. HandfulError where none was found until then."""
+        if importlib.util.find_spec("scipy") is None:
+            raise MissingExtraError("scipy", "placing experts anew", extra="placement")
         done: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._events.put(lambda: done.put(self._replace()))
         try:
@@ -264,7 +239,7 @@ class Keeper:
 
     def _alive(self) -> dict[int, Member]:
         """The ranks that can be asked, by index."""
-        there = (member for member in tuple(self._members.values()) if member.link is not None and not member.link.gone)
+        there = (member for member in tuple(self._members.values()) if member.linked)
         return {member.index: member for member in sorted(there, key=lambda member: member.index)}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -371,23 +346,7 @@ class Keeper:
     # The map.
 
     def _owners(self, alive: Sequence[Member], layer: int) -> tuple[list[list[int]], list[int]]:
-        """Of each expert the places of the ranks that have it among those alive, and which are missing: of these the
-        rank that would read them."""
-        copies: list[list[int]] = [[] for _ in range(self.experts)]
-        for place, member in enumerate(alive):
-            for expert in member.has[layer]:
-                copies[expert].append(place)
-        missing = [expert for expert, own in enumerate(copies) if not own]
-        for expert in missing:
-            aimed = [
-                place
-                for place, member in enumerate(alive)
-                if self._target
-                and member.index < len(self._target[layer].experts)
-                and expert in self._target[layer].experts[member.index]
-            ]
-            copies[expert] = aimed[:1] or [expert % len(alive)]
-        return copies, missing
+        return owners(alive, layer, self.experts, self._target[layer] if self._target else None)
 
     def _without_owner(self) -> int:
         alive = list(self._alive().values())
@@ -409,7 +368,7 @@ class Keeper:
             copies, missing = self._owners(alive, layer)
             parts = None
             if loads is not None and not missing:
-                parts = _split(loads[layer], copies, len(alive))
+                parts = split(loads[layer], copies, len(alive))
             layers.append(Owners(copies, parts))
             # What no rank has room for is nobody's loss, and read whenever it is needed.
             lost = self._meant(layer).intersection(missing)
@@ -484,56 +443,16 @@ class Keeper:
     def state(self) -> dict[str, Any]:
         """Who is there and has what, for people and programs."""
         members = tuple(self._members.values())  # which another thread may change meanwhile
-        now = time.monotonic()
-        ranks = []
-        for member in sorted(members, key=lambda member: member.index):
-            link = member.link
-            ranks.append(
-                {
-                    "rank": member.index,
-                    "host": member.about.get("host"),
-                    "pid": member.about.get("pid"),
-                    "linked": link is not None and not link.gone,
-                    "experts": {
-                        str(layer): sorted(own) for layer, own in zip(self.config.moe_layers, member.has, strict=True)
-                    },
-                    "holdable": member.about.get("holdable"),
-                    "assignments": 0 if link is None else link.assignments,
-                    "bytes_sent": 0 if link is None else link.sent,
-                    "bytes_received": 0 if link is None else link.received,
-                    "waited_seconds": 0.0 if link is None else round(link.waited, 6),
-                    "computed_seconds": 0.0 if link is None else round(link.computed, 6),
-                }
-            )
-        present = {member.index for member in members if member.link is not None and not member.link.gone}
+        present = {member.index for member in members if member.linked}
         return {
             "epoch": self.epoch,
             "maps": self.maps,
             "settled": self._settled,
             "on_loss": self.on_loss,
             "replacements": self.replacements,
-            "ranks": ranks,
-            "gone": [index for index in range(len(self._holdable)) if index not in present],
-            "outages": [
-                {
-                    "rank": outage.index,
-                    "seconds_ago": round(now - outage.at, 3),
-                    "missing": outage.missing,
-                    "whole_seconds": None if outage.whole is None else round(outage.whole, 3),
-                    "back_seconds": None if outage.back is None else round(outage.back, 3),
-                }
-                for outage in self.outages
+            "ranks": [
+                member.told(self.config.moe_layers) for member in sorted(members, key=lambda member: member.index)
             ],
+            "gone": [index for index in range(len(self._holdable)) if index not in present],
+            "outages": [outage.told() for outage in self.outages],
         }
-
-
-def lacking(experts: Mapping[int, Sequence[int]]) -> Lacking:
-    return tuple((layer, tuple(own)) for layer, own in sorted(experts.items()) if own)
-
-
-def _split(load: Any, copies: Sequence[Sequence[int]], ranks: int) -> list[list[float]]:
-    """Of each expert's copies the shares by which the busiest rank has least."""
-    experts = [[expert for expert, own in enumerate(copies) if rank in own] for rank in range(ranks)]
-    made = shares(load, Placement(tuple(map(tuple, experts))))
-    of = [dict(zip(own, part, strict=True)) for own, part in zip(experts, made, strict=True)]
-    return [[of[rank][expert] for rank in own] for expert, own in enumerate(copies)]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from handful.errors import MissingExtraError
 from handful.placement import Placement, place
 
 __all__ = ["aim", "first", "mend", "room_of"]
@@ -32,8 +33,15 @@ def first(
             nothing = Placement(((),) * len(slots))
             found.append(mend(load_E, slots, nothing if was is None else was))
         else:
-            found.append(place(load_E, slots, was, quick=True))
+            found.append(_placed(load_E, slots, was))
     return found
+
+
+def _placed(load_E: NDArray[np.float64], slots: Sequence[int], before: Placement | None) -> Placement:
+    try:
+        return place(load_E, slots, before, quick=True)
+    except MissingExtraError:  # a new one that is near another is found with scipy; that more moves changes no answer
+        return place(load_E, slots, quick=True)
 
 
 def aim(

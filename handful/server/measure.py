@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from handful.cluster.keeper import Keeper, lacking
+from handful.cluster.keeper import Keeper
+from handful.cluster.members import lacking
 from handful.engine import Request
 from handful.errors import HandfulError
 from handful.families.io import find_folder
