@@ -155,8 +155,8 @@ void run_experts(const ExpertsCall& call, const ExpertSort& sorted, const std::v
   }
 }
 
-// Tokens `first` up to `end`; `kept` null: nothing is kept.
-void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, void* kept) {
+// Tokens `first` up to `end`, to y of a type; `kept` null: nothing is kept.
+void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, Type type, void* kept) {
   ExpertsCall call = all;
   call.first_token = first;
   const ExpertSort sorted = sort_by_expert(call.assignments, first, end, call.experts);
@@ -169,8 +169,8 @@ void run(const ExpertsCall& all, int64_t first, int64_t end, char* y, void* kept
   } else {
     run_gemm(call, sorted, all_of_them, out_ND, kept);  // the backward pass reads tiles
   }
-  char* to = y + first * call.width * bytes_of(call.type());
-  sum_rows(call.width, sorted, out_ND, call.weights + first * sorted.top_k, to, call.type());
+  char* to = y + first * call.width * bytes_of(type);
+  sum_rows(call.width, sorted, out_ND, call.weights + first * sorted.top_k, to, type);
 }
 
 void check_rows(const Tensor& rows, int64_t assignments, int64_t width) {
@@ -196,7 +196,7 @@ Tensor experts(const Tensor& x, const Assignments& assignments, const ExpertsWei
   const int64_t tokens = x.size(0), step = experts_step(tokens, call.experts, assignments.experts.size(1));
   Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16));
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, nullptr);
+  for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, call.type(), nullptr);
   return y;
 }
 
@@ -208,18 +208,20 @@ Tensor experts_op(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, 
                  float_weights(gate_up, down, gate_up_bias, down_bias, activation), bf16);
 }
 
-// `experts`, and the hidden values before their activation, (panels, G, 32), which the backward pass needs.
+// `experts`, and the hidden values before their activation, (panels, G, 32), which the backward pass needs. `whole`: y is
+// the float32 that it is summed in, whatever products are of.
 std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor chosen, Tensor weights, MaybeTensor dropped, Tensor gate_up,
                                            Tensor down, MaybeTensor gate_up_bias, MaybeTensor down_bias,
-                                           std::string activation, bool bf16) {
+                                           std::string activation, bool bf16, bool whole) {
   const Assignments assignments = {chosen, weights, dropped};
   const ExpertsWeights given = float_weights(gate_up, down, gate_up_bias, down_bias, activation);
   const ExpertsCall call = make_call(x, assignments, given, bf16);
   const int64_t tokens = x.size(0), panels = most_panels(chosen.size(0) * chosen.size(1), call.experts);
-  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16));
+  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16 && !whole));
   Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type_of(bf16));
   use_huge_pages(kept.mutable_data_ptr(), kept.numel() * bytes_of(call.type()));
-  run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), kept.mutable_data_ptr());
+  const Type type = whole ? Type::kFloat32 : call.type();
+  run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), type, kept.mutable_data_ptr());
   return {y, kept};
 }
 
@@ -288,7 +290,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
       "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> Tensor");
   m.def(
       "experts_forward(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, Tensor down, "
-      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16) -> (Tensor, Tensor)");
+      "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool bf16, bool whole=False) -> (Tensor, Tensor)");
   m.def(
       "experts_quantized(Tensor x, Tensor experts, Tensor weights, Tensor? dropped, Tensor gate_up, "
       "Tensor gate_up_scales, Tensor down, Tensor down_scales, Tensor? gate_up_bias, Tensor? down_bias, "

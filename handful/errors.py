@@ -5,6 +5,7 @@ HandfulError                 everything below; the command line prints it as one
 ├── DataError                text or tokens are missing, empty, unreadable or too few
 ├── CheckpointError          a checkpoint is incomplete, malformed or of a family we do not have
 ├── TrainingError            training cannot go on (a loss or gradient is not finite)
+├── RankError                another rank is gone, or does not do as this one does
 ├── RoutingError             a routing does not fit its experts (an index out of range, a wrong shape)
 ├── RankLostError            a rank went while it computed; the same pass can be made again without it
 └── MissingExtraError        an optional package is needed: its name and how to install it
@@ -18,6 +19,7 @@ __all__ = [
     "DataError",
     "HandfulError",
     "MissingExtraError",
+    "RankError",
     "RankLostError",
     "RoutingError",
     "TrainingError",
@@ -49,6 +51,10 @@ class CheckpointError(HandfulError):
 
 class TrainingError(HandfulError):
     """Training cannot go on; the last good checkpoint is kept and named."""
+
+
+class RankError(HandfulError):
+    """Another rank is gone, or does not do as this one does."""
 
 
 class RoutingError(HandfulError, ValueError):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from handful.loss import linear_cross_entropy
 from handful.model import Decoder
+from handful.ranks import ALONE, Ranks
 from handful.routing import Routing
 
 __all__ = ["autocast", "batch_loss", "evaluate"]
@@ -35,21 +36,24 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     dtype: str = "float32",
     first: Callable[[list[Routing]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean loss in nats per token over held-out batches, the model in evaluation mode.
 
     dtype   "bfloat16" is autocast's; with "float32" a model computes in the dtype of its weights.
-    first   hears the routings of the first batch.
+    first   hears the routings of the first batch, of this rank's tokens.
+    ranks   that share each batch.
     """
     was_training = model.training
     model.eval()
     device = model.embed.weight.device
-    total, tokens = 0.0, 0
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
     for inputs_BS, targets_BS in batches:
-        loss, routings = batch_loss(model, inputs_BS.to(device), targets_BS.to(device), dtype)
+        mine = ranks.share(len(inputs_BS))
+        loss, routings = batch_loss(model, inputs_BS[mine].to(device), targets_BS[mine].to(device), dtype)
         if first is not None and not tokens:
             first(routings)
-        total += float(loss) * targets_BS.numel()
+        total += float(loss) * targets_BS[mine].numel()
         tokens += targets_BS.numel()
     model.train(was_training)
-    return total / tokens
+    return float(ranks.sum(total)) / tokens

@@ -46,8 +46,8 @@ class _LinearCrossEntropy(Function):
                     grad_w_VD += diff_cV.mT @ x_cD
         ctx.save_for_backward(grad_x_TD, grad_w_VD)
         ctx.w_dtype = w_VD.dtype
-        ctx.tokens = T
-        return total / T
+        ctx.tokens = max(1, T)
+        return total / max(1, T)
 
     @staticmethod
     @once_differentiable
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(Function):
 
 
 def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """cross_entropy(x @ wᵀ, targets), the mean over tokens: a float32 scalar (float64 for float64).
+    """cross_entropy(x @ wᵀ, targets), the mean over tokens: a float32 scalar (float64 for float64), 0 of none.
 
     Products run in x's dtype, or autocast's; softmax, and sums over tokens, in float32 at least. The gradient is
     available once (no double backward).

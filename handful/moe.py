@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from handful import kernels
 from handful.config import Activation, RouterConfig
 from handful.errors import ConfigError, RoutingError
-from handful.experts import Experts, FeedForward
+from handful.experts import Experts, FeedForward, begin
 from handful.kernels import with_kernel
 from handful.routing import Choice, Limits, Piecewise, Routing, Told
 
@@ -347,10 +347,13 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, width)
         real_T = None if mask is None else mask.reshape(-1)
         routing = self.router(x_TD, x.shape[-2] if x.dim() > 1 else None, choice=choice, real_T=real_T)
-        y_TD = self.experts(x_TD, routing)
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
-            y_TD = y_TD + shared_TD
+        experts_TD = begin(self.experts, x_TD, routing)  # tokens of experts that are elsewhere travel meanwhile
+        shared_TD = self._shared(x_TD)
+        y_TD = experts_TD() if shared_TD is None else experts_TD() + shared_TD
         return y_TD.view(x.shape), routing
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared_TD: Tensor = self.shared(x_TD)
+        return shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid()

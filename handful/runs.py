@@ -17,7 +17,7 @@ import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,18 @@ from handful.config import ModelConfig, TrainConfig
 from handful.config_io import to_dict
 from handful.data import Data
 from handful.errors import CheckpointError, ConfigError
-from handful.families.io import checkpoint_files, read_into
+from handful.families.io import checkpoint_files
+from handful.lazy_tensors import Tensors
 from handful.model import Decoder
 from handful.origin import read_origin
+from handful.ranks import ALONE, Ranks
+from handful.spread import own_experts, read_into, read_part, whole, whole_name
 from handful.text import Tokenizer
 
-__all__ = ["NOTE", "Run", "check_folder", "check_free", "newest_run", "read_asked", "read_events", "text_behind"]
+__all__ = [
+    "NOTE", "Run", "check_folder", "check_free", "go_on_from", "newest_run", "read_asked", "read_events", "save_with",
+    "text_behind",
+]  # fmt: skip
 
 KEPT = 2
 NOTE = "handful.json"  # in a checkpoint that no run made: where it is from
@@ -204,15 +210,26 @@ class Run:
         return read_events(self.folder)
 
     def save(
-        self, step: int, seconds: float, model: Decoder, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer
+        self,
+        step: int,
+        seconds: float,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        ranks: Ranks = ALONE,
     ) -> Path:
-        """Write a checkpoint, point RUN/model at it, remove all but the last two. Returns its folder."""
+        """Write a checkpoint, point RUN/model at it, remove all but the last two. Returns its folder.
+
+        ranks   that a model is spread over, of which this is the first; the others call `save_with`.
+        """
         path = self._step(step)
-        held = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
-        state = {f"{m}.{name}": values[m] for name, values in held.items() for m in MOMENTS if m in values}
-        files = checkpoint_files(model, tokenizer)
-        trainer = {"handful": __version__, "step": step, "seconds": seconds}
-        checkpoint.write_folder(path, {**files, "trainer.safetensors": state, "trainer.json": trainer})
+        with whole(model, ranks, _moments(model, optimizer)) as found:
+            assert found is not None
+            weights, moments = found
+            state = {f"{m}.{name}": of.entry(name) for m, of in moments.items() for name in of}
+            files = checkpoint_files(model, tokenizer, state=weights)
+            trainer = {"handful": __version__, "step": step, "seconds": seconds}
+            checkpoint.write_folder(path, {**files, "trainer.safetensors": Tensors(state), "trainer.json": trainer})
         self._point(path)
         for old in _checkpoints(self.folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
@@ -226,19 +243,7 @@ class Run:
         path = self.last()
         if path is None:
             raise CheckpointError(f"{self.folder}: there is no checkpoint to resume from")
-        trainer = checkpoint.read_json(path / "trainer.json")
-        read_into(model, path)
-        model.origin = read_origin(path, checkpoint.read_json(path / "config.json"))
-        state = checkpoint.read_tensors(path / "trainer.safetensors")
-        # A run that went on from a model has made no step at its checkpoint of step 0.
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad} if trainer["step"] else {}
-        expected = {f"{m}.{n}": tuple(p.shape) for n, p in trained.items() for m in MOMENTS}
-        checkpoint.check_tensors(expected, state)
-        for name, parameter in trained.items():
-            at = parameter.device
-            moments = {m: state[f"{m}.{name}"].to(at, copy=True) for m in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(trainer["step"]), device=at), **moments}
-        step = int(trainer["step"])
+        step, seconds = go_on_from(path, model, optimizer)
         after = ("interrupted", "end")
         kept = [e for e in self.events() if e.get("step", 0) <= step and e["event"] not in after]
         self._has_start = any(e["event"] == "start" for e in kept)
@@ -246,13 +251,51 @@ class Run:
             kept.append({"event": "checkpoint", "step": step, "path": str(path)})
         checkpoint.write_file(self._events, "".join(json.dumps(e) + "\n" for e in kept))
         self._point(path)
-        return step, float(trainer["seconds"])
+        return step, seconds
 
     def _step(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:06d}"
 
     def _point(self, path: Path) -> None:
         checkpoint.point(self.folder / "model", Path("checkpoints") / path.name)
+
+
+def _moments(model: Decoder, optimizer: torch.optim.Optimizer) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What the optimizer holds of each parameter, by its name."""
+    parameters = dict(model.named_parameters())
+
+    def of(name: str) -> dict[str, torch.Tensor]:
+        held = optimizer.state.get(parameters[name], {}) if name in parameters else {}
+        return {moment: held[moment] for moment in MOMENTS if moment in held}
+
+    return of
+
+
+def save_with(model: Decoder, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Give rank 0 what its `Run.save` writes of this rank's. CheckpointError if it cannot be written."""
+    with whole(model, ranks, _moments(model, optimizer)):
+        pass
+
+
+def go_on_from(path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Load a run's checkpoint into model and optimizer; of experts that are spread those of this rank. Returns (step,
+    seconds)."""
+    trainer = checkpoint.read_json(path / "trainer.json")
+    read_into(model, path)
+    model.origin = read_origin(path, checkpoint.read_json(path / "config.json"))
+    state = checkpoint.read_tensors(path / "trainer.safetensors")
+    # A run that went on from a model has made no step at its checkpoint of step 0.
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} if trainer["step"] else {}
+    own = own_experts(model)
+    shapes = {n: (own[n].layout.experts, *p.shape[1:]) if n in own else tuple(p.shape) for n, p in trained.items()}
+    checkpoint.check_tensors({f"{m}.{whole_name(n)}": shape for n, shape in shapes.items() for m in MOMENTS}, state)
+    for name, parameter in trained.items():
+        moments = {m: torch.empty_like(parameter) for m in MOMENTS}
+        for moment, out in moments.items():
+            read_part(state.entry(f"{moment}.{whole_name(name)}"), own.get(name), out)
+        step = torch.tensor(float(trainer["step"]), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **moments}
+    return int(trainer["step"]), float(trainer["seconds"])
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ CHUNK = 1 << 22
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """A safetensors file, one tensor in memory at a time, or one part of it where it is made for this."""
+    """A safetensors file, one tensor in memory at a time, or one matrix of a stack that is made for this."""
     # Wide dtypes first: then every tensor begins at a multiple of its item's size.
     order = sorted(tensors, key=lambda name: (-tensors.entry(name).dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
@@ -54,7 +54,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             entry = tensors.entry(name)
-            parts = range(entry.shape[0]) if entry.held is None and len(entry.shape) > 1 else [None]
+            parts = range(entry.shape[0]) if entry.held is None and len(entry.shape) > 2 else [None]
             for part in parts:
                 file.write(_bytes(entry.read(part).cpu().contiguous()))
 

@@ -6,6 +6,9 @@ stores them is the caller's choice; with a run folder they are kept in RUN/event
 Everything random in step n is a function of (seed, n): the batch, and the routers' noise. So a resumed run needs the
 weights, the optimizer's moments and a step number, and gives the same losses as one that was never interrupted.
 
+Several ranks make one training: all call `train`, each has a share of every batch and some of the experts, and the
+first keeps the run. A checkpoint knows nothing of them, so that as many others, or one alone, go on from it.
+
 Legend: B sequences · S tokens in one · L MoE layers · E experts
 """
 
@@ -15,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +34,16 @@ from handful.cost import cost
 from handful.data import Batches, Data, bits_per_byte, heldout_batches
 from handful.errors import ConfigError, TrainingError
 from handful.evaluate import batch_loss, evaluate
+from handful.experts.parallel import Layout
 from handful.families.weights import shapes
 from handful.model import Decoder
 from handful.monitor import CollapseMonitor, Event, Sink, choices, routing_event
-from handful.runs import Run
+from handful.ranks import ALONE, Ranks
+from handful.routing import Routing
+from handful.runs import Run, go_on_from, save_with
 from handful.settings import TrainOnly, check_training
+from handful.spread import spread
+from handful.train_ranks import check_ranks
 from handful.train_step import Stepper, make_optimizer, seed
 
 __all__ = ["Event", "interrupts", "pick_dtype", "train"]
@@ -90,6 +98,8 @@ def train(
     backend: str = "auto",
     stop: Callable[[], bool] | None = None,
     sinks: Iterable[Sink] = (),
+    ranks: Ranks = ALONE,
+    layouts: Sequence[Layout] | None = None,
 ) -> Iterator[Event]:
     """Train a model; yields events until the end.
 
@@ -102,6 +112,9 @@ def train(
     resume   go on from the run's last checkpoint; config, settings and `only` must be the run's own.
     backend  who multiplies the experts of a new model.
     stop     asked after every step, in place of Ctrl-C.
+    ranks    that share this training (`handful.ranks.join`). Each calls this, and the first alone has the run folder,
+             which all read a checkpoint from.
+    layouts  who has which experts of each MoE layer; None: they are dealt evenly.
 
     Ctrl-C finishes the step, saves a checkpoint and ends the stream with an "interrupted" event. TrainingError when a
     loss or gradient is not finite: the last checkpoint stays as it was.
@@ -109,22 +122,27 @@ def train(
     config = model.config if isinstance(model, Decoder) else model
     start = model if isinstance(model, Decoder) and not resume else None
     _check(config, settings, data, only, start, resume)
+    check_ranks(config, ranks)
     # These two refuse a text that is too short, so they stand before anything is written or timed.
     batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
     heldout_bytes = data.evaluated_bytes_per_token(settings.context, settings.eval_tokens)
-    run = Run.open(Path(out), resume=resume) if out is not None else None
+    run = Run.open(Path(out), resume=resume) if out is not None and not ranks.rank else None
     with run.locked() if run is not None else nullcontext():
         if start is not None:
             start = start.float().to(device)
             _train_only(start, only)
+        found: tuple[Dtype, str] | None = None
         if run is not None and resume:
-            dtype, reason = cast(Dtype, run.check(config, settings, data, only)), "as the run began"
-        else:
-            dtype, reason = pick_dtype(config, settings, backend, device, start)
+            found = cast(Dtype, run.check(config, settings, data, only)), "as the run began"
+        elif not ranks.rank:
+            found = pick_dtype(config, settings, backend, device, start)
+        found = ranks.first(found)
+        assert found is not None
+        dtype, reason = found
         job = _Job(
             config=config, settings=replace(settings, dtype=dtype), data=data, batches=batches,
             heldout_bytes=heldout_bytes, dtype_reason=reason, device=device, backend=backend, start=start, only=only,
-            run=run, stop=stop,
+            run=run, stop=stop, keeps=out is not None, ranks=ranks, layouts=layouts,
         )  # fmt: skip
         try:
             for event in _events(job):
@@ -179,21 +197,29 @@ class _Job:
     only: TrainOnly
     run: Run | None
     stop: Callable[[], bool] | None
+    keeps: bool  # some rank has a run
+    ranks: Ranks
+    layouts: Sequence[Layout] | None
 
 
 def _events(job: _Job) -> Iterator[Event]:
-    config, settings, data, run = job.config, job.settings, job.data, job.run
+    config, settings, data, run, ranks = job.config, job.settings, job.data, job.run, job.ranks
     seed(settings.seed)
     model = job.start
     if model is None:
         model = Decoder(config, backend=job.backend).to(job.device)
         _train_only(model, job.only)
+    if ranks.size > 1:
+        spread(model, ranks, job.layouts)
     model.activation_checkpoint = settings.activation_checkpoint
     optimizer = make_optimizer(model, settings)
     step, seconds = 0, 0.0
     before: list[Event] = []  # what a resumed run did
     monitor = CollapseMonitor(config, settings)
-    if run is not None and run.resumed:
+    resumed = ranks.first(run.last() if run is not None and run.resumed else None)
+    if run is None and resumed is not None:
+        step, seconds = go_on_from(resumed, model, optimizer)
+    elif run is not None and run.resumed:
         step, seconds = run.restore(model, optimizer)
         before = run.events()
         for event in before:
@@ -202,8 +228,11 @@ def _events(job: _Job) -> Iterator[Event]:
     elif run is not None:
         if job.start is not None:
             # Before run.json: from then on the folder alone is enough to go on.
-            run.save(0, 0.0, model, optimizer, data.tokenizer)
+            run.save(0, 0.0, model, optimizer, data.tokenizer, ranks)
         run.begin(config, settings, data, job.only, started=job.start is not None)
+    elif job.keeps and job.start is not None:
+        save_with(model, optimizer, ranks)
+    before = ranks.first(before)
     price = cost(config, context=settings.context)
     yield {
         "event": "start",
@@ -216,17 +245,21 @@ def _events(job: _Job) -> Iterator[Event]:
         "dtype": settings.dtype,
         "dtype_reason": job.dtype_reason,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size,
         "device": job.device,
         "step": step,
     }
-    stepper = Stepper(config, settings, model, optimizer, job.device)
+    stepper = Stepper(config, settings, model, optimizer, job.device, ranks)
     evaluation: Event | None = None
     window: list[tuple[Tensor, list[float]]] = []
+    waited = 0.0
 
     def held_out() -> Event:
         parts = heldout_batches(data.heldout, settings.batch, settings.context, settings.eval_tokens)
         chosen: list[list[list[int]]] = []
-        loss = evaluate(model, parts, settings.dtype, lambda routings: chosen.extend(choices(routings)))
+        loss = evaluate(
+            model, parts, settings.dtype, lambda routings: chosen.extend(choices(_of_all(routings, ranks))), ranks
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: the held-out loss is {loss}")
         return {
@@ -246,6 +279,7 @@ def _events(job: _Job) -> Iterator[Event]:
             began = time.perf_counter()
             done = stepper.step(step, *job.batches.at(step))
             seconds += time.perf_counter() - began
+            waited += done.waited
             step += 1
             tokens = step * settings.tokens_per_step
             yield {
@@ -256,7 +290,7 @@ def _events(job: _Job) -> Iterator[Event]:
                 "tokens_per_second": tokens / seconds,
                 **done.plain,
             }
-            stopped, last = interrupted(), step == settings.steps
+            stopped, last = ranks.any(interrupted()), step == settings.steps
             save = stopped or last or _every(settings.checkpoint_every, step)
             if done.load_LE is not None:
                 window.append((done.load_LE, done.dropped_L))
@@ -270,8 +304,10 @@ def _events(job: _Job) -> Iterator[Event]:
                 evaluation = held_out()
                 yield evaluation
             if run is not None and save:
-                path = run.save(step, seconds, model, optimizer, data.tokenizer)
+                path = run.save(step, seconds, model, optimizer, data.tokenizer, ranks)
                 yield {"event": "checkpoint", "step": step, "path": str(path)}
+            elif job.keeps and save:
+                save_with(model, optimizer, ranks)
             if stopped and not last:
                 yield {"event": "interrupted", "step": step, "seconds": seconds}
                 return
@@ -284,7 +320,20 @@ def _events(job: _Job) -> Iterator[Event]:
         "bits_per_byte": evaluation["bits_per_byte"],
         "seconds": seconds,
         "tokens_per_second": step * settings.tokens_per_step / max(seconds, 1e-9),
+        **({"waited_for_experts": waited} if ranks.size > 1 else {}),
     }
+
+
+def _of_all(routings: list[Routing], ranks: Ranks) -> list[Routing]:
+    """What all ranks chose of their shares of a batch, without the scores that they chose by."""
+    if ranks.size == 1:
+        return routings
+    found = []
+    for routing in routings:
+        experts_TK, kept_TK = ranks.gathered(routing.experts_TK), ranks.gathered(routing.computed_TK.byte())
+        scores = torch.zeros(()).expand(len(experts_TK), routing.experts)
+        found.append(Routing(scores, scores, experts_TK, torch.ones(experts_TK.shape), kept_TK == 0))
+    return found
 
 
 def _every(period: int, step: int) -> bool:

@@ -26,6 +26,7 @@ TIERS = [
     ["errors", "units", "config", "config_io", "presets", "machine", "verdict"],
     [
         "routing",
+        "ranks",
         "meta_device",
         "loss",
         "count",

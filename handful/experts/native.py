@@ -23,7 +23,8 @@ from handful.machine import native_error
 from handful.routing import Routing
 
 __all__ = [
-    "native", "native_in_parts", "native_in_slots", "native_rows", "native_sum", "needs_gradients", "supports",
+    "native", "native_in_parts", "native_in_slots", "native_rows", "native_rows_with_gradients", "native_sum",
+    "needs_gradients", "supports",
 ]  # fmt: skip
 
 
@@ -60,9 +61,17 @@ def native(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     if weights.bits or not needs_gradients(x_TD, routing, weights):
         return _apply(*tokens, weights)
     y_TD, _ = _call(
-        torch.ops.handful.experts_forward, *tokens, *_floats(weights), compute_dtype(x_TD) == torch.bfloat16
+        torch.ops.handful.experts_forward, *tokens, *_floats(weights), compute_dtype(x_TD) == torch.bfloat16, False
     )
     return y_TD  # type: ignore[no-any-return]
+
+
+def native_rows_with_gradients(x_ND: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """What `native` gives for rows that each go to one expert with weight 1, in the float32 that it is summed in."""
+    tokens, weights = _tokens(x_ND, routing), weights.contiguous()
+    bf16 = compute_dtype(x_ND) == torch.bfloat16
+    rows_ND, _ = _call(torch.ops.handful.experts_forward, *tokens, *_floats(weights), bf16, True)
+    return rows_ND  # type: ignore[no-any-return]
 
 
 def native_in_slots(x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor, slots: ExpertWeights) -> Tensor:

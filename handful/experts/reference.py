@@ -55,7 +55,8 @@ def reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fet
 
     fetch   where the weights are not those of all experts, or not all there at once.
     """
-    return reference_sum(reference_rows(x_TD, routing, weights, fetch), routing)
+    rows_ND = reference_rows(x_TD, routing, weights, fetch)
+    return reference_sum(rows_ND, routing, compute_dtype(x_TD) if weights.bits else x_TD.dtype)
 
 
 def reference_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fetch = _all_there) -> Tensor:
@@ -84,8 +85,8 @@ def _rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights, fetch: Fetch) 
     return torch.cat([rows[e] for e in sorted(rows)]) if rows else x_TD.new_empty(0, x_TD.shape[1])
 
 
-def reference_sum(rows_ND: Tensor, routing: Routing) -> Tensor:
-    """The rows of `reference_rows`, weighted and summed: (T, D) in their dtype."""
+def reference_sum(rows_ND: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """The rows of `reference_rows`, weighted and summed in the experts' order: (T, D) in a dtype."""
     accumulate = torch.promote_types(rows_ND.dtype, torch.float32)
     plan = routing.plan()
     weights_N = routing.weights_TK.flatten()[plan.order_N]
@@ -95,4 +96,4 @@ def reference_sum(rows_ND: Tensor, routing: Routing) -> Tensor:
     for rows_nD, weights_n, token_n in parts:
         if len(token_n) or not len(rows_ND):  # gradients of nothing are zeros, not none
             y_TD = y_TD.index_add(0, token_n, (rows_nD * weights_n.unsqueeze(1)).to(accumulate))
-    return y_TD.to(rows_ND.dtype)
+    return y_TD.to(dtype)

@@ -204,7 +204,7 @@ class RemoteExperts(nn.Module):
         dtype = compute_dtype(x_TD)
         if self._uses_kernels(x_TD.dtype, dtype):
             return native_sum(rows_ND.float(), routing, dtype)
-        return reference_sum(rows_ND.to(dtype), routing)
+        return reference_sum(rows_ND, routing, dtype)
 
     def _uses_kernels(self, *dtypes: torch.dtype) -> bool:
         """As the ranks decide it."""

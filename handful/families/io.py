@@ -39,7 +39,7 @@ __all__ = [
     "load",
     "load_decoder",
     "open_checkpoint",
-    "read_into",
+    "read_state",
     "save",
 ]
 
@@ -200,15 +200,21 @@ def save(model: Decoder | EncoderDecoder, path: str | Path, *, max_shard_bytes: 
 
 
 def checkpoint_files(
-    model: Decoder | EncoderDecoder, tokenizer: Tokenizer | None, max_shard_bytes: int = checkpoint.SHARD
+    model: Decoder | EncoderDecoder,
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int = checkpoint.SHARD,
+    state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """File name -> content of the checkpoint folder of a model: tensors as views, or made when they are written.
+
+    state   the model's tensors, where they are not all its own.
 
     What the model's own checkpoint said, and what its tokenizer was read from, is handed on unchanged.
     """
     if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise CheckpointError("a quantized model cannot be saved: save it before, and load it with quantize = 4 or 8")
-    state = {name: t.detach() for name, t in model.state_dict().items()}
+    if state is None:
+        state = {name: t.detach() for name, t in model.state_dict().items()}
     tensors: Mapping[str, Tensor]
     if isinstance(model, EncoderDecoder):
         config = switch_transformers.config_to_hf(model.config)
@@ -227,9 +233,6 @@ def checkpoint_files(
     return {"config.json": config, **weights, **beside}
 
 
-def read_into(model: Decoder, folder: Path) -> None:
-    """Read a checkpoint folder's weights into a decoder of the same shape, one tensor at a time."""
-    state = Tensors.of(tensors_from_hf(model.config, checkpoint.read_tensors(folder)))
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            state.entry(name).fill(tensor, None)
+def read_state(config: ModelConfig, folder: Path) -> Tensors:
+    """A checkpoint folder's tensors by our names, none of them read yet. CheckpointError as in `load`."""
+    return Tensors.of(tensors_from_hf(config, checkpoint.read_tensors(folder)))

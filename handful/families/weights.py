@@ -204,10 +204,31 @@ def to_public(config: ModelConfig, names: Names, state: Mapping[str, Tensor]) ->
     """Our tensors under a family's names: views where they lie as ours, else made when they are asked for."""
     check_tensors(shapes(config), state, source="the model")
     entries: dict[str, Entry] = {}
-    for ours, tensor in state.items():
-        for part in parts(ours, names[split(ours)[1]], tuple(tensor.shape)):
-            entries |= _entries(part, tensor.detach())
+    found = Tensors.of(state)
+    for ours in found:
+        entry = found.entry(ours)
+        for part in parts(ours, names[split(ours)[1]], entry.shape):
+            entries |= _later(part, entry) if entry.held is None else _entries(part, entry.held)
     return Tensors(entries)
+
+
+def _later(part: TensorPart, ours: Entry) -> dict[str, Entry]:
+    """The same of one of ours that is not in memory: its experts are asked for one after another."""
+    assert not part.stored.mxfp4, "such a table is read and never written"
+
+    def fill(out: Tensor, expert: int | None) -> None:
+        if expert is None and part.experts is not None:
+            for e, matrix in enumerate(out):
+                fill(matrix, e)
+            return
+        matrix = ours.read(expert)
+        out.copy_(part.turned(matrix[part.rows] if matrix.dim() else matrix))
+
+    def of(expert: int) -> Callable[[Tensor, int | None], None]:
+        return lambda out, _: fill(out, expert)
+
+    tensors = enumerate(part.tensors())
+    return {name: Entry(ours.dtype, shape, of(i) if part.apart else fill) for i, (name, shape) in tensors}
 
 
 def _entries(part: TensorPart, tensor: Tensor) -> dict[str, Entry]:

@@ -17,7 +17,7 @@ __all__ = ["register"]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, ctx.bf16 = inputs
+    *tensors, ctx.activation, ctx.bf16, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
@@ -25,7 +25,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 @once_differentiable
 def _backward(ctx: Any, grad_y: Tensor | None, grad_kept: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return (None,) * 10
+        return (None,) * 11
     *tensors, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
     for_parameters = any(needs[4:8])
@@ -37,7 +37,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_kept: None) -> tuple[Tensor 
         return grad.to(tensors[index].dtype) if needs[index] else None
 
     found = of(x, 0), None, of(weights, 2), None, of(gate_up, 4), of(down, 5), of(gate_up_bias, 6), of(down_bias, 7)
-    return *found, None, None
+    return *found, None, None, None
 
 
 def _fake_experts(x: Tensor, *others: Any) -> Tensor:
@@ -50,8 +50,9 @@ def _fake_forward(
     assignments, (count, rows, _) = experts.numel(), gate_up.shape
     # Each expert may leave its last panel unfilled, as long as there are assignments enough.
     panels = assignments // panel + torch.sym_min(assignments, count)
-    y = _fake_experts(x, *others)
-    return y, y.new_empty((panels, rows, panel))
+    *_, bf16, whole = others
+    y = x.new_empty(x.shape, dtype=torch.bfloat16 if bf16 and not whole else torch.float32)
+    return y, y.new_empty((panels, rows, panel), dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
 def _fake_backward(

@@ -26,10 +26,11 @@ from handful.config import BalanceConfig, ModelConfig, TrainConfig
 from handful.data import Data
 from handful.errors import CheckpointError, DataError
 from handful.families.convert import why_not_public
-from handful.families.io import find_config, find_folder, load, load_decoder, read_into, save
+from handful.families.io import find_config, find_folder, load, load_decoder, save
 from handful.hub import TOKENIZER_FILES
 from handful.model import Decoder
 from handful.presets import PRESETS, small_model
+from handful.spread import read_into
 from handful.text import END_OF_TEXT
 from handful.train import train
 from handful.train_step import make_optimizer

@@ -1,0 +1,129 @@
+"""What ranks share in a training step: gradients, their norm, and the time that they wait for each other.
+
+Parameters that every rank has are DistributedDataParallel's: their gradients are added while the backward pass goes on.
+FSDP would hold them in parts and gather them for every layer; over gloo that takes longer (docs/ranks.md has figures),
+and they are the small part of such a model. Experts that a rank alone has get their gradients from all tokens by the
+way that these came (`experts/parallel.py`); those of copies are added here.
+
+Legend: E experts · L MoE layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from handful.config import ModelConfig
+from handful.errors import ConfigError
+from handful.evaluate import batch_loss
+from handful.experts.parallel import ParallelExperts
+from handful.model import Decoder
+from handful.ranks import Ranks
+from handful.routing import Routing
+from handful.spread import own_experts
+
+__all__ = ["Shared", "check_ranks"]
+
+
+def check_ranks(config: ModelConfig, ranks: Ranks) -> None:
+    """ConfigError for a model that ranks cannot share a batch of."""
+    router = config.router
+    if ranks.size == 1 or router is None:
+        return
+    if router.capacity_factor or router.eval_capacity_factor or router.choice == "expert":
+        what = "choice = 'expert'" if router.choice == "expert" else "capacity_factor"
+        raise ConfigError(
+            f"model.router.{what}: on several ranks tokens of one would compete with those of others; "
+            "none, or sequence_capacity"
+        )
+
+
+class Shared:
+    """A model's training step, shared by ranks. One process alone shares it with nobody."""
+
+    def __init__(self, model: Decoder, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.loss: nn.Module = _Loss(model)
+        self.experts = [moe.experts for moe in model.moe_layers if isinstance(moe.experts, ParallelExperts)]
+        own = own_experts(model)
+        self._own = {name: own[name] for name, _ in model.named_parameters() if name in own}
+        self._parameters = {name: dict(model.named_parameters())[name] for name in self._own}
+        everybodys = [p for name, p in model.named_parameters() if name not in own and p.requires_grad]
+        if ranks.group is not None and everybodys:
+            apart = [f"model.{name}" for name in [*own, *dict(model.named_buffers())]]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, apart)
+            self.loss = DistributedDataParallel(self.loss, process_group=ranks.group, gradient_as_bucket_view=True)
+            self.loss.register_comm_hook(ranks.group, _added)
+
+    def batch_loss(
+        self, inputs_BS: Tensor, targets_BS: Tensor, dtype: str, *, last: bool
+    ) -> tuple[Tensor, list[Routing]]:
+        """`evaluate.batch_loss` of this rank's tokens. Gradients of the last micro-batch bring those before along."""
+        waits = isinstance(self.loss, DistributedDataParallel) and not last
+        with self.loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            found: tuple[Tensor, list[Routing]] = self.loss(inputs_BS, targets_BS, dtype)
+            return found
+
+    def complete_gradients(self) -> None:
+        """Experts that nobody's token went to have a gradient of 0, as in one process; copies that of all of them."""
+        for name, parameter in self._parameters.items():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            copied = (self._own[name].layout.copies_E > 1).nonzero().flatten().tolist()
+            if not copied:
+                continue
+            whole = parameter.new_zeros(len(copied), *parameter.shape[1:])
+            places = [(copied.index(e), place) for place, e in enumerate(self._own[name].numbers) if e in copied]
+            for at, place in places:
+                whole[at] = parameter.grad[place]
+            self.ranks.sum(whole)
+            for at, place in places:
+                parameter.grad[place] = whole[at]
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The norm of the whole model's gradient; each expert counts once."""
+        norm = nn.utils.get_total_norm([g for name, g in gradients.items() if name not in self._own])
+        if not self._own:
+            return norm
+        square = torch.zeros((), dtype=torch.float64)
+        for name, experts in self._own.items():
+            if name in gradients:
+                first = [experts.layout.primary[e] == self.ranks.rank for e in experts.numbers]
+                square += gradients[name][torch.tensor(first, dtype=torch.bool)].double().square().sum()
+        found: Tensor = (norm.double().square() + self.ranks.sum(square)).sqrt().to(norm.dtype)
+        return found
+
+    def waited(self) -> float:
+        """Seconds, on average, that ranks waited since the last time for the experts of each layer's slowest."""
+        if not self.experts or self.ranks.size == 1:
+            return 0.0
+        seconds_L = torch.tensor([experts.clock.seconds for experts in self.experts], dtype=torch.float64)
+        for experts in self.experts:
+            experts.clock.seconds = 0.0
+        mean_L = self.ranks.sum(seconds_L.clone()) / self.ranks.size
+        return float((self.ranks.max(seconds_L) - mean_L).sum())
+
+
+class _Loss(nn.Module):
+    """What is differentiated, as one module."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> tuple[Tensor, list[Routing]]:
+        return batch_loss(self.model, inputs_BS, targets_BS, dtype)
+
+
+def _added(group: dist.ProcessGroup, bucket):  # type: ignore[no-untyped-def]  # torch would look at them
+    """Gradients are added: ranks weigh their losses themselves."""
+    work: Any = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
