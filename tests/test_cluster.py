@@ -318,8 +318,10 @@ def test_a_loss_is_masked_until_others_have_it() -> None:
     told.there[4] = {"number": 4, "index": 1, "holdable": 8}
     told.link(4)
     told.members()
+    assert not keeper.state()["settled"]  # it has nothing yet
     told.hold()
     assert keeper.state()["gone"] == []
+    assert keeper.state()["settled"]
     assert keeper.ranks.map is not before
     told.close()
 

@@ -192,6 +192,7 @@ class Keeper:
         for number, about in there.items():
             if number not in self._members:
                 empty = [set[int]() for _ in range(self.layers)]
+                self._settled = self._settled and number not in self._links
                 self._members[number] = Member(number, about["index"], about, self._links.get(number), empty)
         self._drop(gone)
         self._consider()
@@ -200,7 +201,9 @@ class Keeper:
         """A link is there; in the place of another one, the rank has all that it had."""
         self._links[number] = link
         if number in self._members:
-            self._members[number].link = link
+            member = self._members[number]
+            self._settled = False  # until it says again that it has its part
+            member.link, member.asked, member.ready = link, [], False
             self._publish()
             self._consider()
 
