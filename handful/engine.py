@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handful.errors import ConfigError, HandfulError
+from handful.errors import ConfigError, HandfulError, RankLostError
 from handful.kernels import steady_tokens
 from handful.model import Decoder
 from handful.observe import Recorder, Recording
@@ -29,7 +29,7 @@ from handful.positions import KVCache, KVCaches
 from handful.prefix_cache import WORTH, Prefix, PrefixCache, common
 from handful.request import Delta, Finish, Job, Request, StopText
 from handful.routing import Routing
-from handful.routing_options import told
+from handful.routing_options import Missing, told
 from handful.sampling import Logprobs, Sampler, logprobs
 
 __all__ = ["CHUNK", "Delta", "Engine", "EngineStats", "Finish", "Job", "Request", "StopText", "check_prompt"]
@@ -68,6 +68,8 @@ class Engine:
                     model's context.
     chunk           tokens of prompts that a step reads at most.
     on_routing      told of every forward pass: the jobs in it, how many tokens of each, and the routings.
+    before_pass     called before every forward pass, and again where a rank was lost in it, which is then made again:
+                    says which experts are not to be had. What is computed without them begins no other prompt.
 
     A prompt that begins as one in memory does is not computed again as far as they are alike. Nor does that change a
     bit: our kernels give a token the same ones in every pass of at least so many tokens (`kernels.steady_tokens`), so
@@ -88,6 +90,7 @@ class Engine:
         cache_tokens: int | None = None,
         chunk: int = CHUNK,
         on_routing: Callable[[Sequence[Job], Sequence[int], list[Routing]], None] | None = None,
+        before_pass: Callable[[], Missing | None] | None = None,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens), ("chunk", chunk)):
             if value is not None and value < 1:
@@ -97,6 +100,7 @@ class Engine:
         self.cache_tokens = 8 * model.config.context if cache_tokens is None else cache_tokens
         self.chunk = chunk
         self.on_routing = on_routing
+        self.before_pass = before_pass
         router = model.config.router
         self._apart = router is not None and not router.independent
         self._steady = _steady_tokens(model)
@@ -267,7 +271,7 @@ class Engine:
         cache = caches[0] if len(caches) == 1 else KVCaches(caches, new)
         parts = [(job._plan, own.length, count) for job, own, count in zip(jobs, caches, new, strict=True)]
         try:
-            x_1TD, routings = self.model.hidden_states(tokens_1T, cache, routing=told(parts, self._moe_layers))
+            missing, x_1TD, routings = self._pass(tokens_1T, cache, parts)
         except Exception as error:  # such as a disk that is gone: no cache has advanced
             if len(batch) == 1:
                 return [self._end(jobs[0], "failed", error=error)]
@@ -280,14 +284,17 @@ class Engine:
             end += count
             if _records(job.request):
                 _record(job, routings, end - count, end)
+            lacks = None if job._plan is not None and job._plan.whole else missing
+            if lacks is not None and (job._missing is None or job._missing.count <= lacks.count):
+                job._missing = lacks
             if not job.made:
                 if job.request.prompt_logprobs is not None:
                     self._score(job, x_1TD[0, end - count : end])
-                if steady and job._shareable == job._read:
+                if steady and lacks is None and job._shareable == job._read:
                     job._shareable += count
                 job._read += count
                 self._prompt_tokens += count
-            elif self._steady is None:
+            elif self._steady is None and lacks is None and job._shareable == job._read + len(job.made) - 1:
                 job._shareable += count
             if job._read < len(job.request.prompt):
                 continue
@@ -300,6 +307,19 @@ class Engine:
             return deltas
         logits_TV = self.model.logits(x_1TD[0] if len(last) == x_1TD.shape[1] else x_1TD[0, last])
         return deltas + [self._token(job, logits_V) for job, logits_V in zip(ready, logits_TV, strict=True)]
+
+    def _pass(
+        self, tokens_1T: Tensor, cache: Any, parts: Sequence[tuple[Any, int, int]]
+    ) -> tuple[Missing | None, Tensor, list[Routing]]:
+        """What the experts that there are make of some tokens. No cache has advanced where it fails."""
+        while True:
+            missing = None if self.before_pass is None else self.before_pass()
+            try:
+                told_layers = told(parts, self._moe_layers, missing)
+                return missing, *self.model.hidden_states(tokens_1T, cache, routing=told_layers)
+            except RankLostError:
+                if self.before_pass is None:
+                    raise
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts that begin alike.
@@ -439,11 +459,12 @@ def _record(job: Job, routings: Sequence[Routing], start: int, end: int) -> None
 
 def _news(job: Job) -> dict[str, Any]:
     """What a delta tells of the routing since the delta before."""
+    missing, job._missing = job._missing, None
     if job._told == len(job._routed):
-        return {}
+        return {"missing": missing}
     routed = Recording.joined(job._routed[job._told :])
     job._told = len(job._routed)
-    return {"routed": routed, "routings": job._routings}
+    return {"missing": missing, "routed": routed, "routings": job._routings}
 
 
 def check_prompt(prompt: Sequence[int], max_tokens: int, vocab: int, least: int = 1) -> None:

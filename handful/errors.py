@@ -5,8 +5,8 @@ HandfulError                 everything below; the command line prints it as one
 ├── DataError                text or tokens are missing, empty, unreadable or too few
 ├── CheckpointError          a checkpoint is incomplete, malformed or of a family we do not have
 ├── TrainingError            training cannot go on (a loss or gradient is not finite)
-├── RankError                another rank is gone, or does not do as this one does
 ├── RoutingError             a routing does not fit its experts (an index out of range, a wrong shape)
+├── RankLostError            another rank is gone: a pass can be made again without it, a training goes on anew
 └── MissingExtraError        an optional package is needed: its name and how to install it
 """
 
@@ -18,7 +18,7 @@ __all__ = [
     "DataError",
     "HandfulError",
     "MissingExtraError",
-    "RankError",
+    "RankLostError",
     "RoutingError",
     "TrainingError",
     "first_line",
@@ -51,12 +51,12 @@ class TrainingError(HandfulError):
     """Training cannot go on; the last good checkpoint is kept and named."""
 
 
-class RankError(HandfulError):
-    """Another rank is gone, or does not do as this one does."""
-
-
 class RoutingError(HandfulError, ValueError):
     """A routing does not fit the experts that it is given to."""
+
+
+class RankLostError(HandfulError):
+    """Another rank is gone. A pass of a served model can be made again with those that are left."""
 
 
 class MissingExtraError(HandfulError, ImportError):

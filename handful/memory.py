@@ -3,15 +3,17 @@
     pack(folder, file)             its experts, in one file that they can be read from one by one
     load(folder, bytes)            a model and the store of its experts; packs them first if that is not done
     attach(model, file, bytes)     the same for a model that is loaded already, whose experts leave memory
+    load_without(folder, make)     a model whose experts are elsewhere, as `make` has them
 
 What is in memory is `handful.experts.store`; what is on disk, `handful.experts.expert_file`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from handful.model import Decoder
 from handful.moe import MoE
 from handful.quantize import pack as quantized
 
-__all__ = ["attach", "load", "pack", "resident_bytes"]
+__all__ = ["attach", "load", "load_without", "open_pack", "pack", "resident_bytes"]
 
 Model = Decoder | EncoderDecoder
 
@@ -114,9 +116,63 @@ def load(
 
     Close the store when the model is done with. Errors as those of `handful.load`, `pack` and `attach`.
     """
-    model, state, folder = open_checkpoint(path_or_repo, backend)
+    model, opened = _without_experts(path_or_repo, file, quantize, group, dtype, backend, progress)
+    try:
+        return model, _exchange(model, opened, memory_bytes, policy, read_ahead)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def load_without(
+    path_or_repo: str | Path,
+    make: Callable[[int, Experts, Layout], nn.Module],
+    *,
+    file: str | Path | None = None,
+    quantize: int | None = None,
+    group: int = 32,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Model, Layout]:
+    """A model in evaluation mode whose experts are not in this process, and how they are packed.
+
+    make   (number of the MoE layer, its experts without memory, the pack's layout) -> what stands in their place.
+
+    The rest as in `load`.
+    """
+    model, opened = _without_experts(path_or_repo, file, quantize, group, dtype, backend, progress)
+    with contextlib.closing(opened):
+        for layer, (name, experts) in enumerate(_modules(model).items()):
+            model.set_submodule(name, make(layer, experts, opened.layout).train(experts.training))
+        return model, opened.layout
+
+
+def open_pack(
+    path_or_repo: str | Path,
+    *,
+    file: str | Path | None = None,
+    quantize: int | None = None,
+    group: int = 32,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> tuple[Model, PackFile]:
+    """A checkpoint's model without memory, and the pack of its experts, which is made if need be; as in `load`."""
+    model, state, folder = open_checkpoint(path_or_repo)
+    return model, _pack_of(model, state, folder, file, quantize, group, dtype, progress)
+
+
+def _pack_of(
+    model: Model,
+    state: Tensors,
+    folder: Path,
+    file: str | Path | None,
+    quantize: int | None,
+    group: int,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+) -> PackFile:
     layout = _layout(model, state, folder, quantize, group, dtype)
-    tokenizer = find_tokenizer(folder, model)
     path = Path(file) if file is not None else _beside(folder) / f"experts-{layout.format.replace('/', '-')}.pack"
     opened = _fitting(path, layout, state)
     if opened is None:
@@ -125,6 +181,22 @@ def load(
             if opened is None:
                 _write(path, layout, state, progress)
                 opened = PackFile(path)
+    return opened
+
+
+def _without_experts(
+    path_or_repo: str | Path,
+    file: str | Path | None,
+    quantize: int | None,
+    group: int,
+    dtype: torch.dtype | None,
+    backend: str,
+    progress: Progress | None,
+) -> tuple[Model, PackFile]:
+    """A model whose experts have no memory, and the pack that they are in."""
+    model, state, folder = open_checkpoint(path_or_repo, backend)
+    tokenizer = find_tokenizer(folder, model)
+    opened = _pack_of(model, state, folder, file, quantize, group, dtype, progress)
     try:
         modules = _modules(model)
         for name in modules:
@@ -133,13 +205,11 @@ def load(
         materialize(model, Tensors(kept), dtype=dtype, quantize=quantize, group=group)
         for name, module in modules.items():
             model.set_submodule(name, module)
-        store = _exchange(model, opened, memory_bytes, policy, read_ahead)
     except BaseException:
         opened.close()
         raise
     model.tokenizer = tokenizer
-    model.eval()
-    return model, store
+    return model.eval(), opened
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from handful.errors import ConfigError, RankError, first_line
+from handful.errors import ConfigError, RankLostError, first_line
 
 __all__ = ["ALONE", "Ranks", "join", "start_ranks", "under_torchrun"]
 
@@ -159,7 +159,7 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(f"another rank is gone: {first_line(error)[:200]}") from None
+        raise RankLostError(f"another rank is gone: {first_line(error)[:200]}") from None
 
 
 def start_ranks(count: int) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 from handful.observe import Recording
 from handful.positions import KVCache
 from handful.routing import Routing
-from handful.routing_options import RoutingOptions, RoutingPlan
+from handful.routing_options import Missing, RoutingOptions, RoutingPlan
 from handful.sampling import Logprobs, Sampler, Sampling
 from handful.text import Stream
 
@@ -69,6 +69,8 @@ class Delta:
     routed      where its routing is recorded: that of the tokens that passed since the delta before, in every MoE
                 layer; first the prompt's, then of one token each. The last token that is made passes no more.
     routings    likewise the whole routings of the last of these tokens, one row each.
+    missing     the experts that it was computed without since the delta before, as they were not to be had; None: with
+                all.
     """
 
     job: Job
@@ -80,6 +82,7 @@ class Delta:
     error: Exception | None = None
     routed: Recording | None = None
     routings: Sequence[Routing] = ()
+    missing: Missing | None = None
 
 
 class Job:
@@ -113,6 +116,7 @@ class Job:
         self._plan: RoutingPlan | None = None
         self._routed: list[Recording] = []  # of all tokens that passed, where it is recorded
         self._routings: list[Routing] = []  # of the last of them
+        self._missing: Missing | None = None  # what it was computed without, and was not told of
         self._told = 0  # of `_routed`, how many were told in deltas
 
     def __repr__(self) -> str:

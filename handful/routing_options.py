@@ -9,13 +9,56 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from handful.config import ModelConfig
 from handful.errors import ConfigError
 from handful.observe import Recording
 from handful.routing import Choice, Limits, Piecewise, Told
 
-__all__ = ["RoutingOptions", "RoutingPlan", "told"]
+__all__ = ["Missing", "MissingLoss", "RoutingOptions", "RoutingPlan", "told"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingLoss:
+    """Nats per token of a text that was held out, without the experts that are missing and with them, and of how many
+    tokens."""
+
+    without: float
+    whole: float
+    tokens: int
+
+
+@dataclass(eq=False)
+class Missing:
+    """Experts that are not to be had for now, such as those of a rank that has gone: the routers choose among the
+    others.
+
+    experts   of each MoE layer that lacks some, by its number, which: sorted.
+    off       of each MoE layer, in order, True for those, (E,); None: the layer has all.
+    of        experts of all layers together.
+    loss      what it costs, once it was measured.
+    """
+
+    experts: Mapping[int, tuple[int, ...]]
+    off: Sequence[Tensor | None]
+    of: int
+    loss: MissingLoss | None = None
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.experts.values()))
+
+    @staticmethod
+    def among(config: ModelConfig, experts: Mapping[int, Sequence[int]]) -> Missing:
+        assert config.router is not None
+        off = []
+        for layer in config.moe_layers:
+            off_E = torch.zeros(config.router.experts, dtype=torch.bool)
+            off_E[list(experts.get(layer, ()))] = True
+            off.append(off_E if experts.get(layer) else None)
+        named = {layer: tuple(sorted(some)) for layer, some in experts.items() if some}
+        return Missing(named, off, config.router.experts * len(config.moe_layers))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,17 +70,19 @@ class RoutingOptions:
                  bits where the model, the tokens and the passes are the same. It has `top_k` experts a token.
     experts_off  experts that it is to do without, by the number of their layer.
     top_k        experts a token; None: K, which is also the most.
+    whole        computed with all experts, also with those that are `Missing`, however long that takes.
     """
 
     record: bool = False
     replay: Recording | None = None
     experts_off: Mapping[int, Sequence[int]] = field(default_factory=dict)
     top_k: int | None = None
+    whole: bool = False
 
     @property
     def changes(self) -> bool:
         """Whether the model may compute something else than it would unasked."""
-        return self.replay is not None or any(self.experts_off.values()) or self.top_k is not None
+        return self.replay is not None or any(self.experts_off.values()) or self.top_k is not None or self.whole
 
     def plan(self, config: ModelConfig) -> RoutingPlan:
         """What each MoE layer is to be told. ConfigError for what this model cannot do."""
@@ -61,7 +106,7 @@ class RoutingOptions:
         if self.replay is not None:
             _check_replay(self.replay, len(moe_layers), E, top_k)
         limits = [self._limits(self.experts_off.get(layer, ()), E) for layer in moe_layers]
-        return RoutingPlan(top_k, self.replay, limits)
+        return RoutingPlan(top_k, self.replay, limits, self.whole)
 
     def _limits(self, off: Sequence[int], experts: int) -> Limits | None:
         if not off:
@@ -106,32 +151,49 @@ class RoutingPlan:
     top_k: int
     replay: Recording | None
     limits: Sequence[Limits | None]
+    whole: bool = False
 
-    def pieces(self, layer: int, start: int, count: int) -> list[tuple[int, Choice | Limits | None]]:
-        """What the MoE layer of this place is told of tokens start up to start + count of the request's sequence."""
+    def pieces(
+        self, layer: int, start: int, count: int, off_E: Tensor | None = None
+    ) -> list[tuple[int, Choice | Limits | None]]:
+        """What the MoE layer of this place is told of tokens start up to start + count of the request's sequence, where
+        some experts are missing. What is replayed, and a token that would be left with too few, has them."""
         again = 0 if self.replay is None else min(max(0, self.replay.tokens - start), count)
         pieces: list[tuple[int, Choice | Limits | None]] = []
         if self.replay is not None and again:
             pieces.append((again, self.replay.part(start, start + again)[layer]))
         if again < count:
-            pieces.append((count - again, self.limits[layer]))
+            pieces.append((count - again, self._without(self.limits[layer], off_E)))
         return pieces
 
+    def _without(self, limits: Limits | None, off_E: Tensor | None) -> Limits | None:
+        if off_E is None or self.whole:
+            return limits
+        own_E = None if limits is None else limits.off_TE
+        both_E = off_E if own_E is None else off_E | own_E
+        top_k = None if limits is None else limits.top_k
+        return limits if int((~both_E).sum()) < self.top_k else Limits(both_E, top_k)
 
-def told(parts: Sequence[tuple[RoutingPlan | None, int, int]], layers: int) -> list[Told | None] | None:
+
+def told(
+    parts: Sequence[tuple[RoutingPlan | None, int, int]], layers: int, missing: Missing | None = None
+) -> list[Told | None] | None:
     """What each of the MoE layers is told of a batch; None: nothing is.
 
-    parts   of each sequence what it asks (None: nothing), how many of its tokens passed before, and how many are in it.
+    parts    of each sequence what it asks (None: nothing), how many of its tokens passed before, how many are in it.
+    missing  the experts that are not to be had.
     """
-    if all(plan is None for plan, _, _ in parts):
+    if missing is None and all(plan is None for plan, _, _ in parts):
         return None
     found: list[Told | None] = []
     for layer in range(layers):
+        off_E = None if missing is None else missing.off[layer]
+        unasked = None if off_E is None else Limits(off_E)
         pieces: list[tuple[int, Choice | Limits | None]] = []
         for plan, start, count in parts:
-            for length, what in [(count, None)] if plan is None else plan.pieces(layer, start, count):
-                if what is None and pieces and pieces[-1][1] is None:
-                    pieces[-1] = pieces[-1][0] + length, None
+            for length, what in [(count, unasked)] if plan is None else plan.pieces(layer, start, count, off_E):
+                if what is unasked and pieces and pieces[-1][1] is unasked:
+                    pieces[-1] = pieces[-1][0] + length, unasked
                 else:
                     pieces.append((length, what))
         found.append(pieces[0][1] if len(pieces) == 1 else Piecewise(tuple(pieces)))

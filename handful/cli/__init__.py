@@ -27,6 +27,7 @@ from handful.cli import (
     eval,
     generate,
     inspect,
+    join,
     place,
     plan,
     presets,
@@ -36,7 +37,7 @@ from handful.cli import (
     verify,
 )
 from handful.cli.shared import open_screen
-from handful.errors import HandfulError, RankError
+from handful.errors import HandfulError, RankLostError
 
 __all__ = ["app", "main"]
 
@@ -62,6 +63,7 @@ VERBS = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "join": join,
     "eval": eval,
     "inspect": inspect,
     "place": place,
@@ -87,7 +89,7 @@ def main() -> None:
             raise
         # What one of several ranks found, the others only see the end of.
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-        if rank == "0" or not isinstance(error, RankError):
+        if rank == "0" or not isinstance(error, RankLostError):
             where = "" if rank == "0" else f" rank {rank}:"
             open_screen().print(Text.assemble(("error", "red"), f"{where} {error}"))
         sys.exit(1)

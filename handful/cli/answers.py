@@ -14,9 +14,11 @@ from handful.cli.shared import open_screen
 from handful.errors import ConfigError
 
 if TYPE_CHECKING:
+    from handful.cluster.start import Held
     from handful.encoder_decoder import EncoderDecoder
     from handful.experts.store import Store
     from handful.model import Decoder
+    from handful.progress import LoadProgress
     from handful.sampling import Sampling
 
 ModelArgument = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, org/name or org/name@revision.")]
@@ -55,6 +57,17 @@ PackOption = Annotated[
         "--pack", help="With --memory: where its experts are packed. Default: beside the model, or in the cache folder."
     ),
 ]
+RankMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="What the experts of each rank may take. Default: as much as the loss of any one rank asks of the others.",
+    ),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option("--rank-token", envvar="HANDFUL_RANK_TOKEN", help="The secret of ranks of several computers."),
+]
 SystemOption = Annotated[str | None, typer.Option(help="The system message, before all others.")]
 VariableOption = Annotated[
     list[str] | None,
@@ -68,18 +81,39 @@ def open_model(
     """The model that a name means, and with a memory budget the store of its experts, to be closed."""
     from handful.families.io import load
     from handful.memory import load as load_within
-    from handful.progress import LoadProgress
     from handful.units import parse_bytes
 
+    bits = _bits(quant)
+    if pack is not None and memory is None:
+        raise ConfigError("pack: needs --memory, without which nothing is packed")
+    with progress() as shown:
+        if memory is None:
+            return load(model, quantize=bits, progress=shown), None
+        return load_within(model, parse_bytes(memory), file=pack, quantize=bits, progress=shown)
+
+
+def held_by_ranks(model: str, quant: str | None, memory: str | None, pack: Path | None) -> Held:
+    """What the options ask of ranks."""
+    from handful.cluster.start import Held
+    from handful.units import parse_bytes
+
+    return Held(
+        model=model, bits=_bits(quant), pack=pack, memory=None if memory is None else parse_bytes(memory, "memory")
+    )
+
+
+def progress() -> LoadProgress:
+    """Of what is read or packed, on the screen."""
+    from handful.progress import LoadProgress
+
+    return LoadProgress(open_screen())
+
+
+def _bits(quant: str | None) -> int | None:
     bits = {None: None, "int8": 8, "int4": 4}
     if quant not in bits:
         raise ConfigError(f"quant = {quant!r}: int8 or int4")
-    if pack is not None and memory is None:
-        raise ConfigError("pack: needs --memory, without which nothing is packed")
-    with LoadProgress(open_screen()) as progress:
-        if memory is None:
-            return load(model, quantize=bits[quant], progress=progress), None
-        return load_within(model, parse_bytes(memory), file=pack, quantize=bits[quant], progress=progress)
+    return bits[quant]
 
 
 def given_settings(

@@ -5,14 +5,21 @@ from __future__ import annotations
 import sys
 import threading
 import webbrowser
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from handful.cli import answers
+from handful.cli import answers, join
 from handful.cli.shared import Json, open_screen, print_json
 from handful.errors import ConfigError
+
+
+class OnLoss(StrEnum):
+    mask = "mask"
+    wait = "wait"
+
 
 EXAMPLE = "handful serve runs/demo/moe/seed-0 --port 8000"
 
@@ -44,9 +51,26 @@ def run(
     quant: answers.QuantOption = None,
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
+    ranks: Annotated[
+        int, typer.Option(help="Processes that the experts are spread over; --memory is then of each. 0: one has all.")
+    ] = 0,
+    on_loss: Annotated[
+        OnLoss, typer.Option(help="While experts of a lost rank are read again: answer without them, or wait for them.")
+    ] = OnLoss.mask,
+    replace_every: Annotated[
+        float, typer.Option(help="With --ranks: place experts anew by their load, every so many seconds; 0: never.")
+    ] = 0,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="With --ranks: measure the loss without a rank's experts.")
+    ] = True,
+    rank_port: Annotated[
+        int | None, typer.Option(help="With --ranks: where `handful join` of other computers reaches this one.")
+    ] = None,
+    rank_token: answers.TokenOption = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP to the clients of OpenAI's API."""
+    from handful.cluster import start
     from handful.encoder_decoder import EncoderDecoder
     from handful.runs import newest_run
     from handful.server.app import Server
@@ -68,22 +92,56 @@ def run(
         max_output=max_tokens,
     )
     model = model or str(newest_run(Path("runs")))
+    of_torchrun = start.of_torchrun()
+    if of_torchrun is not None and ranks:
+        number, host_of_first, port_of_first = of_torchrun
+        if number:
+            join.run(f"{host_of_first}:{port_of_first}", model, ranks, quant, memory, pack, rank_token)
+            return
+        rank_port = rank_port or port_of_first
     sock = listen(host, port)  # before the model, which may take minutes
     with sock:
-        found, store = answers.open_model(model, quant, memory, pack)
-        try:
-            if isinstance(found, EncoderDecoder):
-                raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
-            server = Server(found, settings, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
+
+        def ready(context: int) -> None:
             url = url_of(sock)
             screen.print(f"serving {settings.name} at {url}")
             screen.print(f"the page {url} shows what its routers do; API {url}/v1, metrics {url}/metrics", style="dim")
             screen.print("Ctrl-C ends", style="dim")
             if as_json:
-                print_json({"model": settings.name, "url": url, "context": found.config.context})
+                print_json({"model": settings.name, "url": url, "context": context})
                 sys.stdout.flush()
             if show:
                 open_page(url)
+
+        if ranks:
+            held = answers.held_by_ranks(model, quant, memory, pack)
+            with answers.progress() as progress:
+                decoder, layout = start.opened(held, progress)
+            status = start.serve_on_ranks(
+                held,
+                decoder,
+                layout,
+                settings,
+                sock,
+                ranks=ranks,
+                max_sequences=max_sequences,
+                cache_tokens=cache_tokens,
+                rank_port=rank_port,
+                token=rank_token,
+                on_loss=on_loss.value,
+                replace_every=replace_every,
+                measure=measure,
+                debug="--debug" in sys.argv,
+                told=screen.print,
+                on_ready=lambda: ready(decoder.config.context),
+            )
+            raise typer.Exit(status)
+        found, store = answers.open_model(model, quant, memory, pack)
+        try:
+            if isinstance(found, EncoderDecoder):
+                raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
+            server = Server(found, settings, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
+            ready(found.config.context)
             serve(server, sock, say=screen.print)
         finally:
             if store is not None:

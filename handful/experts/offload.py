@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from handful.config import GATED
 from handful.errors import HandfulError
 from handful.experts.backends import check_backend
-from handful.experts.native import check_supports, native_in_parts, native_in_slots, supports
+from handful.experts.native import check_supports, native_in_parts, native_in_slots, native_rows, supports
 from handful.experts.no_compile import no_compile
-from handful.experts.reference import reference
+from handful.experts.reference import reference, reference_rows
 from handful.experts.store import Store
 from handful.experts.weights import ExpertWeights, check_fits, compute_dtype
 from handful.kernels.extension import available, gemv_max_tokens
@@ -65,12 +65,25 @@ class OffloadedExperts(nn.Module):
             raise HandfulError(f"offloaded experts compute on the cpu: they were given x on {x_TD.device.type}")
         with self.store.busy:
             slots = self.slots
-            if self.backend == "native":
-                check_supports(x_TD, slots)
-            if self.backend == "native" or (self.backend == "auto" and available() and supports(x_TD, slots)):
+            if self._uses_kernels(x_TD, slots):
                 y_TD = self._from_slots(x_TD, routing, slots)
                 return native_in_parts(x_TD, routing, slots, self._fetch) if y_TD is None else y_TD
             return reference(x_TD, routing, slots, self._fetch)
+
+    def rows(self, x_TD: Tensor, routing: Routing, tokens: int) -> Tensor:
+        """The experts' outputs alone, neither weighted nor summed, as `native_rows` gives them, or where the plain loop
+        runs `reference_rows`: of a call of so many tokens, some of which these are."""
+        check_fits(x_TD, routing, self.count, self.width)
+        with self.store.busy:
+            slots = self.slots
+            if self._uses_kernels(x_TD, slots):
+                return native_rows(x_TD, routing, slots, self._fetch, tokens)
+            return reference_rows(x_TD, routing, slots, self._fetch)
+
+    def _uses_kernels(self, x_TD: Tensor, slots: ExpertWeights) -> bool:
+        if self.backend == "native":
+            check_supports(x_TD, slots)
+        return self.backend == "native" or (self.backend == "auto" and available() and supports(x_TD, slots))
 
     @property
     def slots(self) -> ExpertWeights:

@@ -3,6 +3,7 @@
 A Store is slots of one expert each, shared by all layers, and who is in which. `experts/offload.py` multiplies from
 them.
 
+    held ───── in slots, as long as they are held
     needed ─┬─ in a slot ─► ready
             └─ not ─► read into another's slot ─► ready then
                guessed by the next layer's router ─► read ahead, into slots kept for that
@@ -128,8 +129,11 @@ class Store:
         room = self.slots - top_k if self.slots < total else 0
         self._spare = min(GUESSES * top_k, room // 2) if read_ahead else 0
         self.capacity = self.slots - self._spare
+        # Beside those that are held there is room for the experts of a token, or for all.
+        self.holdable = self.slots if self.slots == total else max(0, self.capacity - top_k)
         self.policy = policy
-        self._policy = POLICIES[policy](self.capacity)
+        self._policy = POLICIES[policy](self.capacity)  # of those that are not held
+        self._held: frozenset[ExpertId] = frozenset()
         self._routers: dict[int, Callable[[Tensor], Routing]] = {}
         memory = mmap.mmap(-1, self.slots * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # Reads that go on and on are quicker into large pages; where all fit, each is read once, and to find large
@@ -178,7 +182,7 @@ class Store:
             with self._changing():
                 used = sorted(set(keys))
                 for key in used:
-                    self._policy.use(key)
+                    self._use(key)
                 self._counts[layer].hits += len(used)
                 self._forget_guesses(layer)
             return [self._slot[key] for key in keys]
@@ -197,7 +201,7 @@ class Store:
             here, missing = [], []
             for key in keys:
                 if key in self._slot:
-                    self._policy.use(key)
+                    self._use(key)
                     counts.hits += 1
                     here.append(key)
                 elif self._take_guess(key, wanted):
@@ -207,6 +211,8 @@ class Store:
                     missing.append(key)
             self._forget_guesses(layer)
             on_the_way = {key: self._reads[key] for key in here if key in self._reads} if self._reads else {}
+            for read in on_the_way.values():
+                self._reader.hurry(read)  # one that is to be held would be read after all others
             ready = [key for key in here if key not in on_the_way] if on_the_way else here
             missing.reverse()
             self._start(missing, on_the_way, wanted)
@@ -242,12 +248,22 @@ class Store:
                 break
             began = True
             key = missing.pop()
-            self._slot[key] = slot
-            self._policy.add(key)
             pinned.add(key)
-            on_the_way[key] = self._reads[key] = Read(key, slot, self._arrived)
-            self._reader.submit(on_the_way[key])
+            on_the_way[key] = self._read(key, slot)
         return began
+
+    def _read(self, key: ExpertId, slot: int, *, later: bool = False) -> Read:
+        """Begin to read into a slot; later: after all that is needed."""
+        self._slot[key] = slot
+        if key not in self._held:
+            self._policy.add(key)
+        self._reads[key] = Read(key, slot, self._arrived)
+        self._reader.submit(self._reads[key], guess=later)
+        return self._reads[key]
+
+    def _use(self, key: ExpertId) -> None:
+        if key not in self._held:
+            self._policy.use(key)
 
     def _room(self, pinned: set[ExpertId]) -> int | None:
         """A slot for one more that is needed, if one is free or another can give way. While the disk fails, those that
@@ -268,7 +284,8 @@ class Store:
         if self._reads.get(read.key) is read:
             del self._reads[read.key]
             if read.error is not None:
-                self._policy.remove(read.key)
+                if read.key not in self._held:
+                    self._policy.remove(read.key)
                 self._free.append(self._slot.pop(read.key))
         elif self._guess.get(read.key) is not read:
             self._free.append(read.slot)  # it was a guess, and dropped meanwhile
@@ -292,7 +309,46 @@ class Store:
             self._guess.clear()
             self._free = list(range(self.slots - 1, -1, -1))
             self._policy = POLICIES[self.policy](self.capacity)
+            self._held = frozenset()
             self._whole = True
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Experts that stay.
+
+    def hold(self, experts: Sequence[ExpertId]) -> None:
+        """From now on keep these experts, (layer, expert), and no others of those that were held: those that are not
+        there are read in this order, after what calls need. Does not wait for them: `wait_held`.
+
+        ConfigError for more than `holdable`.
+        """
+        wanted = dict.fromkeys(experts)
+        if len(wanted) > self.holdable:
+            raise ConfigError(f"hold: {len(wanted):,} experts; there is room for {self.holdable:,}")
+        with self.busy:
+            if not self._whole:
+                self._empty()
+            with self._changing():
+                for key in self._held - wanted.keys():
+                    if key in self._slot:
+                        self._policy.add(key)
+                for key in wanted.keys() - self._held:
+                    if key in self._slot:
+                        self._policy.remove(key)
+                self._held = frozenset(wanted)
+                self._forget_all_guesses()
+                missing = [key for key in wanted if key not in self._slot]
+            while missing:
+                with self._changing():
+                    while missing and (slot := self._room(set())) is not None:
+                        self._read(missing.pop(0), slot, later=True)
+                if missing:  # what a call that failed left on its way takes the room
+                    self._reader.wait(lambda: not self._reads)
+
+    def wait_held(self, seconds: float | None = None) -> bool:
+        """Wait until no expert that is held is on its way; whether all are there."""
+        with self._reader.cond:
+            self._reader.cond.wait_for(lambda: self._reads.keys().isdisjoint(self._held), seconds)
+            return self._held <= self._slot.keys() and self._reads.keys().isdisjoint(self._held)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Guesses.
@@ -332,7 +388,8 @@ class Store:
             self._free.append(self._slot.pop(victim))  # type: ignore[call-overload]
         del self._guess[key]
         self._slot[key] = read.slot
-        self._policy.add(key)
+        if key not in self._held:
+            self._policy.add(key)
         self._trust += (1 - self._trust) / LATELY
         counts = self._counts[key[0]]
         counts.misses += 1
@@ -341,6 +398,10 @@ class Store:
             self._reads[key] = read
             self._reader.hurry(read)
         return True
+
+    def _forget_all_guesses(self) -> None:
+        for layer in {key[0] for key in self._guess}:
+            self._forget_guesses(layer)
 
     def _forget_guesses(self, layer: int) -> None:
         """Those of a layer that did not come true."""

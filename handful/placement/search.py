@@ -21,13 +21,14 @@ NEAR = 0.02  # more than the best that was found, for a placement that moves lit
 CHOICES = 48  # copies that are thought of giving way, in each change
 
 
-def place(load: ArrayLike, slots: Sequence[int], before: Placement | None = None) -> Placement:
+def place(load: ArrayLike, slots: Sequence[int], before: Placement | None = None, *, quick: bool = False) -> Placement:
     """A placement of a layer's experts.
 
     load     of every expert, (E,).
     slots    of every device, the experts that it has room for; 0: it is dead, or takes part in nothing.
     before   a placement to stay near: it is mended and changed while that helps, and kept if its busiest device has at
              most 2 % more than a new one's; of a new one each device gets the set that it has the most of already.
+    quick    search from one beginning alone, where time is worth more than a percent of evenness.
 
     Slots may stay empty. The search is greedy, then by single changes while the busiest device's load falls, for small
     layers from many beginnings: the same result every time. ConfigError where the experts do not fit.
@@ -41,7 +42,7 @@ def place(load: ArrayLike, slots: Sequence[int], before: Placement | None = None
         found.improve()
         if best is None or found.worst < best.worst * (1 - 1e-12):
             best = found
-        if best.worst <= bound * (1 + 1e-12):
+        if quick or best.worst <= bound * (1 + 1e-12):
             break
     assert best is not None
     if before is not None:

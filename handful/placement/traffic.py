@@ -113,7 +113,7 @@ class Crossings:
     node_answers: float
 
     def bytes(self, width: int, itemsize: int, top_k: int) -> tuple[float, float]:
-        """That one token sends and is sent in one layer, forward: to other devices, and to other nodes in two levels."""
+        """That a token sends and is sent in one layer, forward: to other devices; and to other nodes, in two levels."""
         row, answer = width * itemsize + NUMBER * top_k, ANSWER * width
         straight = row * self.devices + answer * self.device_answers
         return straight, (row + NUMBER) * self.nodes + answer * self.node_answers

@@ -5,6 +5,7 @@ A chunk has what a whole answer has, of fewer tokens: so both are made of `Piece
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 from handful.engine import Delta, Finish
 from handful.model import Decoder
 from handful.observe import Recording
+from handful.routing_options import Missing
 from handful.sampling import Logprobs
 from handful.server.requests import Asked
 from handful.server.routed import experts_npy, weights_npy
 from handful.server.schema import DrawnBody
 from handful.text import Tokenizer
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece", "Tells"]
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece", "Tells", "degraded"]
 
 
 class Entry(NamedTuple):
@@ -41,6 +43,7 @@ class Piece:
     prompt: Sequence[int] | None = None  # in the first, where tokens are to be told
     tokens: list[int] = field(default_factory=list)
     routed: list[Recording] = field(default_factory=list)
+    missing: Missing | None = None  # of several the one with most experts
 
     def __bool__(self) -> bool:
         """There is something to show."""
@@ -58,6 +61,7 @@ class _Choice:
         self._tells = tells
         self._length = 0  # of the text so far
         self._skip = tells.routed_from
+        self._missing: Missing | None = None  # of what was not shown yet
 
     def take(self, delta: Delta, tokenizer: Tokenizer | None) -> Piece:
         request, piece = self.asked.request, Piece(finish=delta.finish)
@@ -84,7 +88,35 @@ class _Choice:
             piece.entries.append(Entry(token, self._length + len(piece.text), delta.logprobs))
         piece.text += delta.text
         self._length += len(piece.text)
+        self._missing = _most(self._missing, delta.missing)
+        if piece:
+            piece.missing, self._missing = self._missing, None
         return piece
+
+
+def _most(one: Missing | None, other: Missing | None) -> Missing | None:
+    if one is None or other is None:
+        return one or other
+    return one if one.count > other.count else other
+
+
+def degraded(missing: Missing) -> dict[str, Any]:
+    """What is told of experts that an answer was made without: of each layer which, how many of all, and what that
+    costs in nats per token of a text that was held out; null where it is not known yet."""
+    loss = missing.loss
+    return {
+        "layers": {str(layer): list(experts) for layer, experts in missing.experts.items()},
+        "experts": missing.count,
+        "of": missing.of,
+        "loss": None
+        if loss is None
+        else {
+            "without": round(loss.without, 6),
+            "whole": round(loss.whole, 6),
+            "more": round(loss.without - loss.whole, 6),
+            "tokens": loss.tokens,
+        },
+    }
 
 
 def _offsets(prompt: Sequence[int], echo: str, tokenizer: Tokenizer | None) -> list[int]:
@@ -159,11 +191,15 @@ class Answer:
         """The whole answer, of each choice's pieces."""
         whole = [_joined(found) for found in pieces]
         choices = [self.choice(index, piece, whole=True) for index, piece in enumerate(whole)]
-        return {**self.head, "object": self.whole, "choices": choices, **self.once(whole[0]), "usage": self.usage()}
+        head = {**self.head, "object": self.whole, "choices": choices}
+        missing = functools.reduce(_most, (piece.missing for piece in whole))
+        return {**head, **self.once(whole[0]), **_lack(missing), "usage": self.usage()}
 
     def chunks(self, index: int, piece: Piece, first: bool) -> list[dict[str, Any]]:
         """What a stream tells of a piece; first: nothing was told of this choice yet."""
-        return [self.chunk_of([self.choice(index, piece, whole=False)]) | self.once(piece)] if piece else []
+        if not piece:
+            return []
+        return [self.chunk_of([self.choice(index, piece, whole=False)]) | self.once(piece) | _lack(piece.missing)]
 
     def once(self, piece: Piece) -> dict[str, Any]:
         """What is told beside the choices, of the first piece of one."""
@@ -195,6 +231,10 @@ class Answer:
         return found
 
 
+def _lack(missing: Missing | None) -> dict[str, Any]:
+    return {} if missing is None else {"degraded": degraded(missing)}
+
+
 def _joined(pieces: Iterable[Piece]) -> Piece:
     whole = Piece()
     for piece in pieces:
@@ -204,6 +244,7 @@ def _joined(pieces: Iterable[Piece]) -> Piece:
         whole.prompt = piece.prompt if whole.prompt is None else whole.prompt
         whole.tokens += piece.tokens
         whole.routed += piece.routed
+        whole.missing = _most(whole.missing, piece.missing)
     return whole
 
 

@@ -18,11 +18,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from handful.cluster.keeper import Keeper
 from handful.engine import Engine
+from handful.errors import HandfulError
+from handful.experts.expert_file import Layout
 from handful.experts.store import Store
 from handful.model import Decoder
-from handful.server.answers import Answer, ChatAnswer, CompletionAnswer, Piece, Tells
-from handful.server.errors import RETRY, ApiError, invalid, of_engine
+from handful.server.answers import Answer, ChatAnswer, CompletionAnswer, Piece, Tells, degraded
+from handful.server.errors import RETRY, ApiError, busy, invalid, of_engine
 from handful.server.guard import Guard, error_response, read_body
 from handful.server.inside import experts_now, model_facts, path_of, path_request
 from handful.server.load import LoadWatch
@@ -37,6 +40,7 @@ from handful.server.schema import (
     DetokenizeBody,
     DrawnBody,
     PathBody,
+    ReplaceBody,
     TokenizeBody,
     parse,
 )
@@ -57,7 +61,8 @@ SMALL = 1 << 15  # bytes of a body that is read on the event loop: it takes less
 class Server:
     """An ASGI application around a model, and the engine's thread, which `close` ends.
 
-    store   of the model's experts, under a memory budget: for its metrics. It stays the caller's.
+    store            of the model's experts, under a memory budget: for its metrics. It stays the caller's.
+    keeper, layout   where ranks hold the experts: who knows them, and how they are packed.
     """
 
     def __init__(
@@ -68,12 +73,22 @@ class Server:
         max_sequences: int = 16,
         cache_tokens: int | None = None,
         store: Store | None = None,
+        keeper: Keeper | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.model, self.settings = model, settings
-        self._load, self._store = LoadWatch(model.config), store
-        self._model_facts = model_facts(settings.name, model, store)
-        engine = Engine(model, max_sequences=max_sequences, cache_tokens=cache_tokens, on_routing=self._load)
-        self.metrics = Metrics(settings.name, engine, self._load, store)
+        self._load, self._store, self._keeper = LoadWatch(model.config), store, keeper
+        self._model_facts = model_facts(settings.name, model, store, layout)
+        if keeper is not None:
+            keeper.load = lambda: list(self._load.counts().values())
+        engine = Engine(
+            model,
+            max_sequences=max_sequences,
+            cache_tokens=cache_tokens,
+            on_routing=self._load,
+            before_pass=None if keeper is None else keeper.before_pass,
+        )
+        self.metrics = Metrics(settings.name, engine, self._load, store, keeper)
         self.worker = Worker(engine, queue=settings.queue, told=self.metrics.told)
         self._created = int(time.time())
         self._described = json.dumps(describe()).encode()
@@ -125,6 +140,8 @@ class Server:
             Route("/routing/model", self._facts, methods=["GET"]),
             Route("/routing/experts", self._experts, methods=["GET"]),
             Route("/routing/path", self._path, methods=["POST"]),
+            Route("/ranks", self._ranks, methods=["GET"]),
+            Route("/ranks/replace", self._replace, methods=["POST"]),
             *page_routes(),
         ]
 
@@ -238,7 +255,8 @@ class Server:
         return JSONResponse(self._model_facts)
 
     async def _experts(self, request: Request) -> Response:
-        return JSONResponse(await asyncio.to_thread(experts_now, self.model.config, self._load, self._store))
+        held = self._store, self._keeper
+        return JSONResponse(await asyncio.to_thread(experts_now, self.model.config, self._load, *held))
 
     async def _path(self, request: Request) -> Response:
         asked = await self._read(request, lambda content: path_request(self._parse(PathBody, content), self.model))
@@ -250,6 +268,21 @@ class Server:
         if made[0].delta.error is not None:
             raise of_engine(made[0].delta.error)
         return JSONResponse(path_of(made[0].delta, self.model))
+
+    async def _ranks(self, request: Request) -> Response:
+        if self._keeper is None:
+            return JSONResponse({"ranks": []})
+        state, missing = self._keeper.state(), self._keeper.missing
+        return JSONResponse({**state, "degraded": None if missing is None else degraded(missing)})
+
+    async def _replace(self, request: Request) -> Response:
+        body = await self._read(request, lambda content: self._parse(ReplaceBody, content))
+        if self._keeper is None:
+            raise invalid(None, "the experts are not on ranks: start the server with --ranks")
+        try:
+            return JSONResponse(await asyncio.to_thread(self._keeper.replace, body.seconds or 0.0))
+        except HandfulError as error:
+            raise busy(str(error), 503) from None
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from handful.cluster.keeper import Keeper
 from handful.config import ModelConfig
 from handful.cost import parameters
 from handful.count import counted
 from handful.engine import Delta, Request
+from handful.experts.expert_file import Layout
 from handful.experts.store import Store
 from handful.model import Decoder
 from handful.routing_options import RoutingOptions
@@ -30,8 +32,8 @@ NEXT = 10  # of the most probable tokens that follow
 GREEDY = Sampling(temperature=0)
 
 
-def model_facts(name: str, model: Decoder, store: Store | None) -> dict[str, Any]:
-    """Its layers, experts, parameters and bytes."""
+def model_facts(name: str, model: Decoder, store: Store | None, layout: Layout | None = None) -> dict[str, Any]:
+    """Its layers, experts, parameters and bytes; layout: of its experts, where they are not in the model."""
     config, router, whole = model.config, model.config.router, counted(model.config)
     return {
         "model": name,
@@ -47,19 +49,19 @@ def model_facts(name: str, model: Decoder, store: Store | None) -> dict[str, Any
             "total": parameters(whole).incl_all_embeddings,
             "active": parameters(whole, active=True).incl_all_embeddings,
         },
-        "bytes": weight_bytes(model, store),
+        "bytes": weight_bytes(model, layout if store is None else store.layout),
         "memory": None if store is None else {"slots": store.slots, "experts": store.layout.records},
     }
 
 
-def weight_bytes(model: Decoder, store: Store | None = None) -> dict[str, int]:
-    """Of all weights as they are held, in memory or in a store's pack, and of those that one token is multiplied by."""
+def weight_bytes(model: Decoder, layout: Layout | None = None) -> dict[str, int]:
+    """Of all weights as they are held, in memory or in a pack, and of those that one token is multiplied by."""
     router, total, token = model.config.router, _nbytes(model), 0.0
     if model.head is not None:
         token -= _nbytes(model.embed)  # of which a token has a row
     experts = sum(_nbytes(layer.experts) for layer in model.moe_layers)
-    if store is not None:
-        experts = store.layout.records * store.layout.record_bytes
+    if layout is not None:
+        experts = layout.records * layout.record_bytes
         total += experts
     token += total - experts
     if router is not None:
@@ -71,11 +73,15 @@ def _nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {*module.parameters(), *module.buffers()})
 
 
-def experts_now(config: ModelConfig, load: LoadWatch, store: Store | None) -> dict[str, Any]:
+def experts_now(
+    config: ModelConfig, load: LoadWatch, store: Store | None, keeper: Keeper | None = None
+) -> dict[str, Any]:
     """Of every MoE layer, by its number: each expert's share of the last some ten thousand tokens' assignments, all 0
-    where nothing was computed yet; of how many these are, older ones counting less; and with a store a letter for each,
-    as `Store.places` has them."""
-    places: Sequence[str | None] = [None] * len(load.layers) if store is None else store.places()
+    where nothing was computed yet; of how many these are, older ones counting less; and with a store or ranks a letter
+    for each, as `Store.places` has them."""
+    places: Sequence[str | None] = [None] * len(load.layers)
+    if store is not None or keeper is not None:
+        places = (store or keeper).places()  # type: ignore[union-attr]
     layers = {}
     for (layer, counts_E), where in zip(load.counts().items(), places, strict=True):
         assignments = float(counts_E.sum())

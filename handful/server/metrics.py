@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
+from handful.cluster.keeper import Keeper
 from handful.engine import Engine
 from handful.experts.store import Store
 from handful.observe import dead, entropy, max_vio
@@ -36,8 +37,10 @@ ENOUGH = 100  # assignments an expert, on average, before one that has less than
 class Metrics:
     """Counts what is made, and asks engine, load and store when it is read."""
 
-    def __init__(self, name: str, engine: Engine, load: LoadWatch, store: Store | None) -> None:
-        self.name, self.engine, self.load, self.store = name, engine, load, store
+    def __init__(
+        self, name: str, engine: Engine, load: LoadWatch, store: Store | None, keeper: Keeper | None = None
+    ) -> None:
+        self.name, self.engine, self.load, self.store, self.keeper = name, engine, load, store, keeper
         self._registry = CollectorRegistry()
         self._registry.register(self)
         finished = Counter(
@@ -91,6 +94,8 @@ class Metrics:
         yield from self._of_load()
         if self.store is not None:
             yield from self._of_store(self.store)
+        if self.keeper is not None:
+            yield from self._of_ranks(self.keeper)
 
     def _of_load(self) -> Iterator[Metric]:
         recent = "over the last some ten thousand tokens"
@@ -121,6 +126,30 @@ class Metrics:
             found = CounterMetricFamily(f"{PREFIX}{name}", what, labels=[*LABEL, "layer"])
             for layer, counts in zip(self.load.layers, stats.layers.values(), strict=True):
                 found.add_metric([self.name, str(layer)], float(getattr(counts, field)))
+            yield found
+
+    def _of_ranks(self, keeper: Keeper) -> Iterator[Metric]:
+        state, missing = keeper.state(), keeper.missing
+        linked = [rank for rank in state["ranks"] if rank["linked"]]
+        yield self._gauge("ranks_alive", "Ranks that compute experts.", len(linked))
+        lacks = 0 if missing is None else missing.count
+        yield self._gauge("experts_missing", "Experts that answers are made without.", lacks)
+        yield self._counter("rank_outages", "Times that a rank was lost.", keeper.lost)
+        yield self._counter("placements", "Times that experts were placed anew by their load.", keeper.replacements)
+        last = state["outages"][-1]["whole_seconds"] if state["outages"] else None
+        if last is not None:
+            what = "Of the last one, from the loss until all experts were to be had again."
+            yield self._gauge("rank_outage_seconds", what, last)
+        for field, name, what in (
+            ("assignments", "rank_assignments", "Assignments that the rank computed."),
+            ("bytes_sent", "rank_sent_bytes", "Bytes sent to the rank."),
+            ("bytes_received", "rank_received_bytes", "Bytes received from the rank."),
+            ("waited_seconds", "rank_wait_seconds", "Seconds that the front stood still for the rank's rows."),
+            ("computed_seconds", "rank_compute_seconds", "Seconds that the rank computed."),
+        ):
+            found = CounterMetricFamily(f"{PREFIX}{name}", what, labels=[*LABEL, "rank"])
+            for rank in linked:
+                found.add_metric([self.name, str(rank["rank"])], float(rank[field]))
             yield found
 
     def _gauge(self, name: str, what: str, value: float) -> Metric:

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from handful import __version__
-from handful.server.schema import Body, ChatBody, CompletionBody, DetokenizeBody, PathBody, TokenizeBody
+from handful.server.schema import Body, ChatBody, CompletionBody, DetokenizeBody, PathBody, ReplaceBody, TokenizeBody
 
 __all__ = ["describe"]
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, DetokenizeBody, PathBody, TokenizeBody)
+BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, DetokenizeBody, PathBody, ReplaceBody, TokenizeBody)
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
 REFUSED = {
     "400": "A field is wrong or not supported; `param` names it.",
@@ -60,6 +60,16 @@ ROWS = _object({"content": _list(_object({**SEEN, "top_logprobs": _list(_object(
 HEAD = {"id": TEXT, "object": TEXT, "created": INTEGER, "model": TEXT}
 MODEL = _object({"id": TEXT, "object": TEXT, "created": INTEGER, "owned_by": TEXT}, max_model_len=INTEGER)
 
+# What experts an answer was made without, of which no rank was there.
+DEGRADED = _object(
+    {
+        "layers": {"type": "object", "additionalProperties": _list(INTEGER)},
+        "experts": INTEGER,
+        "of": INTEGER,
+        "loss": _or_null(_object({"without": NUMBER, "whole": NUMBER, "more": NUMBER, "tokens": INTEGER})),
+    }
+)
+
 ERROR = _object({"message": TEXT, "type": TEXT, "param": _or_null(TEXT), "code": _or_null(TEXT)})
 
 SCHEMAS: dict[str, Any] = {
@@ -75,7 +85,8 @@ SCHEMAS: dict[str, Any] = {
                 )
             ),
             "usage": USAGE,
-        }
+        },
+        degraded=DEGRADED,
     ),
     "ChatCompletion": _object(
         {
@@ -94,6 +105,7 @@ SCHEMAS: dict[str, Any] = {
             "usage": USAGE,
         },
         prompt_token_ids=_list(INTEGER),
+        degraded=DEGRADED,
     ),
     "Model": MODEL,
     "Models": _object({"object": TEXT, "data": _list(MODEL)}),
@@ -129,6 +141,8 @@ SCHEMAS: dict[str, Any] = {
             }
         }
     ),
+    "Ranks": _object({"ranks": _list({"type": "object"})}, degraded=_or_null(DEGRADED)),
+    "Replaced": _object({"moved": INTEGER, "begun": BOOLEAN, "settled": BOOLEAN}),
     "Path": _object(
         {
             "token": INTEGER,
@@ -167,6 +181,8 @@ def describe() -> dict[str, Any]:
             "/routing/model": _get("The model's layers, experts, parameters and bytes.", "Inside"),
             "/routing/experts": _get("The load of every expert, and where it is under a budget.", "Experts"),
             "/routing/path": _post("The way of the last of some tokens through all layers.", PathBody, "Path"),
+            "/ranks": _get("Who has which experts, who is gone, and what was lost.", "Ranks"),
+            "/ranks/replace": _post("Place the experts anew, by their load of late.", ReplaceBody, "Replaced"),
             "/v1/models": _get("The served model, in a list.", "Models"),
             "/v1/models/{model}": {
                 **_get("The served model.", "Model", ("404",)),

@@ -15,8 +15,8 @@ from pydantic_core import PydanticCustomError, from_json
 from handful.server.errors import ApiError, invalid
 
 __all__ = [
-    "ChatBody", "CompletionBody", "DetokenizeBody", "DrawnBody", "Limited", "Message", "PathBody", "TokenizeBody",
-    "parse",
+    "ChatBody", "CompletionBody", "DetokenizeBody", "DrawnBody", "Limited", "Message", "PathBody", "ReplaceBody",
+    "TokenizeBody", "parse",
 ]  # fmt: skip
 
 MOST_LOGPROBS = 20
@@ -230,6 +230,12 @@ class PathBody(Limited):
 
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, description="The last one's way is told.")]
+
+
+class ReplaceBody(Body):
+    EXAMPLE: ClassVar[dict[str, Any]] = {"seconds": 30}
+
+    seconds: float | None = Field(default=30, ge=0, le=600, description="That are waited for it at most.")
 
 
 class TokenizeBody(Body):

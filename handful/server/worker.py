@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from handful.engine import Delta, Engine, Job, Request
@@ -89,6 +90,7 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._owner: dict[Job, tuple[Ticket, int]] = {}
+        self._own: dict[Job, Future[Job]] = {}  # the server's, that no client waits for
         self._thread = threading.Thread(target=self._run, name="handful-engine", daemon=True)
         self._thread.start()
 
@@ -117,6 +119,18 @@ class Worker:
             self._open += len(requests)
         self._do(lambda: self._begin(ticket))
         return ticket
+
+    def run(self, request: Request) -> Future[Job]:
+        """A request of the server's own, beside those of clients: its job, once it has ended. ConfigError for one that
+        cannot be run."""
+        self.engine.check(request)
+        future: Future[Job] = Future()
+
+        def begin() -> None:
+            self._own[self.engine.submit(request)] = future
+
+        self._do(begin)
+        return future
 
     def cancel(self, ticket: Ticket) -> None:
         self._do(lambda: self._cancel(ticket))
@@ -156,6 +170,8 @@ class Worker:
             for job, (ticket, index) in owners.items():
                 failed = Made(index, Delta(job=job, token=None, finish="failed", error=error), time.monotonic())
                 ticket.loop.call_soon_threadsafe(ticket.tell, [failed])
+            for future in self._own.values():
+                future.set_exception(error)
 
     def _begin(self, ticket: Ticket) -> None:
         for index, request in enumerate(ticket.requests):
@@ -170,6 +186,9 @@ class Worker:
         news: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Made]]] = {}
         ended = 0
         for delta in deltas:
+            if delta.job in self._own:
+                self._told_own(delta)
+                continue
             ticket, index = self._owner[delta.job] if delta.finish is None else self._owner.pop(delta.job)
             ended += delta.finish is not None
             news.setdefault(ticket.loop, []).append((ticket, Made(index, delta, now)))
@@ -184,6 +203,14 @@ class Worker:
             except RuntimeError:  # the loop has ended, and nobody is there to be told
                 for ticket, _ in made:
                     self._cancel(ticket)
+
+    def _told_own(self, delta: Delta) -> None:
+        if delta.finish is not None:
+            future = self._own.pop(delta.job)
+            if delta.error is None:
+                future.set_result(delta.job)
+            else:
+                future.set_exception(delta.error)
 
     def _deliver(self, news: Sequence[tuple[Ticket, Made]]) -> None:
         """On the tickets' loop."""

@@ -20,18 +20,19 @@ from typing import Any
 
 import pytest
 import torch
+from ranks_made import packed as packed_into
+from ranks_made import record_of
 from torch import Tensor, nn
 
 from handful.errors import CheckpointError, ConfigError, HandfulError, RoutingError
 from handful.experts import Experts, expert_file
-from handful.experts.expert_file import PAGE, Layout, PackFile, layout_of, write_pack
+from handful.experts.expert_file import PAGE, Layout, PackFile, write_pack
 from handful.experts.native import native_in_parts
 from handful.experts.offload import OffloadedExperts
 from handful.experts.quantized import QuantizedExperts
 from handful.experts.readahead import Read, Reader
 from handful.experts.store import Store
 from handful.kernels.extension import available, gemv_max_tokens
-from handful.quantize import pack
 from handful.routing import Routing
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -52,40 +53,8 @@ def layers(
     return found
 
 
-def record_of(layers: Sequence[Experts], bits: int, group: int) -> Callable[[int, int], dict[str, Tensor]]:
-    def record(layer: int, expert: int) -> dict[str, Tensor]:
-        held = layers[layer]
-        found: dict[str, Tensor] = {}
-        for key in ("gate_up", "down"):
-            weight = getattr(held, key).detach()[expert]
-            if bits:
-                packed = pack(weight, bits, group)
-                found |= {key: packed.codes, f"{key}_scales": packed.scales}
-            else:
-                found[key] = weight
-            bias = getattr(held, f"{key}_bias")
-            if bias is not None:
-                found[f"{key}_bias"] = bias.detach()[expert]
-        return found
-
-    return record
-
-
 def packed(folder: Path, layers: Sequence[Experts], bits: int = 0, group: int = 32) -> Path:
-    """A pack of some layers."""
-    first = layers[0]
-    names = tuple(f"layers.{i}" for i in range(len(layers)))
-    (count, rows, width), hidden = first.gate_up.shape, first.down.shape[2]
-    layout = layout_of(
-        names,
-        (count, rows, width),
-        (count, width, hidden),
-        first.down.dtype,
-        bias=first.down_bias is not None,
-        bits=bits,
-        group=group,
-    )
-    write_pack(folder / "experts.pack", layout, record_of(layers, bits, group))
+    packed_into(folder / "experts.pack", layers, bits, group)
     return folder / "experts.pack"
 
 

@@ -18,7 +18,7 @@ OPERATIONS = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
     ("GET", "/tokenizer_info"), ("GET", "/v1/models"), ("GET", "/v1/models/{model}"), ("GET", "/health"),
     ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/routing/model"), ("GET", "/routing/experts"),
-    ("POST", "/routing/path"),
+    ("POST", "/routing/path"), ("GET", "/ranks"), ("POST", "/ranks/replace"),
 ]  # fmt: skip
 
 
