@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import moe, of_kind, tiny_data, training
+from builders import dense, moe, of_kind, tiny_data, training
 from gang import Gang
 from safetensors.torch import load_file
 
@@ -89,6 +89,7 @@ def test_the_same_training(balance: BalanceConfig, size: int, gang: Gang, data: 
 
 
 LAYERS = {
+    "a dense model": dense(),
     "shared experts": moe(shared_width=8),
     "more ranks than experts": moe({"experts": 3}),
     "biases of experts": moe({"logits_bias": True}, expert_bias=True, activation="swiglu_clamped"),

@@ -279,21 +279,17 @@ class ParallelExperts(nn.Module):
         grads = torch.is_grad_enabled() and (x_MD.requires_grad or any(p.requires_grad for p in local.parameters()))
         if not self.numbers:
             return x_MD[plan.token_N].float() if native else x_MD[plan.token_N]
+        if isinstance(local, OffloadedExperts):
+            return local.rows(x_MD, here, tokens)
         if native and not grads:
-            if isinstance(local, OffloadedExperts):
-                with local.store.busy:
-                    store, layer = local.store, local.layer
-                    return native_rows(x_MD, here, local.slots, lambda chosen, _: store.fetch(layer, chosen), tokens)
             place_of = {e: place for place, e in enumerate(self.numbers)}
             weights = _weights(local)
             return native_rows(x_MD, here, weights, lambda chosen, _: [[(e, place_of[e]) for e in chosen]], tokens)
         # One expert for each row: with gradients, and for torch's backends.
-        expert_N, count = here.experts_TK.flatten()[plan.order_N], self.layout.experts
-        if not isinstance(local, OffloadedExperts):
-            place_E = torch.full((count,), -1)
-            place_E[self.numbers] = torch.arange(len(self.numbers))
-            expert_N, count = place_E[expert_N], len(self.numbers)
-        x_ND, one = x_MD[plan.token_N], _one_each(expert_N, count, x_MD)
+        place_E = torch.full((self.layout.experts,), -1)
+        place_E[self.numbers] = torch.arange(len(self.numbers))
+        place_N = place_E[here.experts_TK.flatten()[plan.order_N]]
+        x_ND, one = x_MD[plan.token_N], _one_each(place_N, len(self.numbers), x_MD)
         if native:
             return native_rows_with_gradients(x_ND, one, _weights(local))
         rows_ND: Tensor = local(x_ND, one)

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,16 @@ from builders import F64, Case, case, distance
 from gang import MOST, Gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks_made import packed
 from torch import Tensor
 
 from handful.errors import ConfigError
 from handful.experts import Experts
+from handful.experts.expert_file import PackFile
+from handful.experts.offload import OffloadedExperts
 from handful.experts.parallel import Layout, ParallelExperts, dealt
 from handful.experts.quantized import QuantizedExperts
+from handful.experts.store import Store
 from handful.kernels.extension import available
 from handful.placement import Topology, exchange
 from handful.ranks import ALONE, Ranks
@@ -152,6 +157,30 @@ def test_quantized_bits_are_those_of_one_process(
     packed = QuantizedExperts.pack(twin(spread["of"], "native", dtype), bits)
     want, _ = alone(spread["of"], packed, dtype, learn=False)
     found = run(gang, spread, packed, dtype, learn=False)
+    assert torch.equal(torch.cat([y for y, _, _ in found]), want)
+
+
+def from_disk(
+    ranks: Ranks, of: Case, path: Path, cuts: Sequence[int], held: Any, dtype: torch.dtype, slots: int
+) -> tuple[Tensor, dict[str, Tensor], list[int]]:
+    """`layer` whose ranks read their experts from a pack, into so few slots."""
+    file = PackFile(path)
+    K = of.routing.top_k
+    with Store(file, max(slots, K) * file.layout.record_bytes, top_k=K, read_ahead=False) as store:
+        experts = OffloadedExperts(store, 0, activation=of.experts.activation)
+        return layer(ranks, of, experts, cuts, held, None, dtype, learn=False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_bits_are_those_of_one_process(gang: Gang, tmp_path: Path, bits: int, dtype: torch.dtype) -> None:
+    of = case(50, 6, 3, 64, 32, load="skewed", drop=0.2, bias=True)
+    experts = twin(of, "native", dtype)
+    packed(tmp_path / "experts.pack", [experts], bits)
+    want, _ = alone(of, QuantizedExperts.pack(experts, bits) if bits else experts, dtype, learn=False)
+    held = [[0, 1, 5], [2], [1, 3, 4]]
+    found = gang.run(from_disk, of, tmp_path / "experts.pack", [0, 20, 20, 50], held, dtype, 2, size=3)
     assert torch.equal(torch.cat([y for y, _, _ in found]), want)
 
 
