@@ -23,8 +23,7 @@ import torch.distributed as dist
 from handful.ranks import Ranks
 
 MOST = 4
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed", "handful"])
+_SERVER = multiprocessing.get_context("forkserver")  # which tests/fresh.py has told what to import
 
 
 class Gang:

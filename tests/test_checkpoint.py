@@ -184,7 +184,7 @@ def test_shards_are_as_large_as_they_may_be(tmp_path: Path) -> None:
 
 
 def test_tensors_are_made_one_at_a_time_when_they_are_written(tmp_path: Path) -> None:
-    """And those that are made for it in parts."""
+    """And those that are stacks of matrices that are made for it."""
     alive: list[int] = []
     made: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
@@ -195,12 +195,12 @@ def test_tensors_are_made_one_at_a_time_when_they_are_written(tmp_path: Path) ->
             alive.append(len(made))
             out.fill_(value + part)
 
-        return Entry(torch.float32, (3, 4), fill)
+        return Entry(torch.float32, (3, 2, 2), fill)
 
     write_file(tmp_path / "a.safetensors", Tensors({"x": entry(0), "y": entry(10)}))
     assert max(alive) <= 2
     assert len(alive) == 6
-    assert read_tensors(tmp_path / "a.safetensors")["y"][:, 0].tolist() == [10, 11, 12]
+    assert read_tensors(tmp_path / "a.safetensors")["y"][:, 0, 0].tolist() == [10, 11, 12]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
