@@ -285,6 +285,13 @@ class Told:
             end.close()
 
 
+def marked(keeper: Keeper, letter: str) -> dict[int, set[int]]:
+    """The experts whose place has a letter, of the layers that have some, by their number."""
+    numbered = zip(keeper.config.moe_layers, keeper.places(), strict=True)
+    found = {layer: {e for e, place in enumerate(places) if place == letter} for layer, places in numbered}
+    return {layer: experts for layer, experts in found.items() if experts}
+
+
 def config() -> Any:
     from builders import moe
 
@@ -299,6 +306,7 @@ def test_a_loss_is_masked_until_others_have_it() -> None:
     told.hold()
     assert keeper.begun.is_set()
     assert keeper.before_pass() is None
+    assert keeper.places() == ["m" * 6] * own.layers
     before = keeper.ranks.map
     assert before is not None
     lost = keeper.would_lack()[1]
@@ -309,6 +317,7 @@ def test_a_loss_is_masked_until_others_have_it() -> None:
     if lost:
         assert missing is not None
         assert dict(missing.experts) == lost
+        assert marked(keeper, "x") == {layer: set(experts) for layer, experts in lost.items()}
         assert missing.loss is not None
     assert before.gone
     told.hold()
@@ -337,6 +346,8 @@ def test_a_broken_link_is_a_loss() -> None:
     missing = keeper.before_pass()
     assert missing is not None
     assert missing.count == 6  # of each layer three of six, as there is no room for more than a copy
+    assert marked(keeper, "x") == {layer: set(experts) for layer, experts in missing.experts.items()}
+    assert [places.count("m") for places in keeper.places()] == [3, 3]
     told.link(1)
     told.quiet()
     told.hold()
@@ -352,6 +363,8 @@ def test_waiting_masks_nothing() -> None:
     assert told.keeper.before_pass() is None
     assert told.keeper.ranks.map is not None
     assert len(told.keeper.ranks.map.links) == 1
+    # They are on disk then, and the rank that is left reads them.
+    assert [sorted(places) for places in told.keeper.places()] == [[*"dddmmm"]] * 2
     told.close()
 
 
@@ -363,4 +376,5 @@ def test_where_there_is_no_rank_it_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     told.members()
     with pytest.raises(Exception, match="ranks: none is there since"):
         told.keeper.before_pass()
+    assert told.keeper.places() == ["x" * 6] * 2
     told.close()

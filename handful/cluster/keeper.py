@@ -436,12 +436,17 @@ class Keeper:
             missing.loss = loss
 
     def places(self) -> list[str]:
-        """Of each layer a letter for every expert: "m" a rank holds it, "d" none does."""
-        alive = list(self._alive().values())
-        return [
-            "".join("m" if any(expert in one.has[layer] for one in alive) else "d" for expert in range(self.experts))
-            for layer in range(self.layers)
-        ]
+        """Of each layer a letter for every expert: "m" a rank holds it, "d" it is on disk alone, and read when it is
+        needed, "x" it is missing: answers are made without it, or there is no rank that could read it. Any thread may
+        ask."""
+        alive, missing = list(self._alive().values()), self.missing
+        lost = {} if missing is None else missing.experts
+        found = []
+        for layer, number in enumerate(self.config.moe_layers):
+            there = {expert for member in alive for expert in member.has[layer]}
+            gone = lost.get(number, ()) if alive else range(self.experts)
+            found.append("".join("m" if e in there else "x" if e in gone else "d" for e in range(self.experts)))
+        return found
 
     def state(self) -> dict[str, Any]:
         """Who is there and has what, for people and programs."""

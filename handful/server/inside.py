@@ -78,7 +78,7 @@ def experts_now(
 ) -> dict[str, Any]:
     """Of every MoE layer, by its number: each expert's share of the last some ten thousand tokens' assignments, all 0
     where nothing was computed yet; of how many these are, older ones counting less; and with a store or ranks a letter
-    for each, as `Store.places` has them."""
+    for each, as `Store.places` and `Keeper.places` have them."""
     places: Sequence[str | None] = [None] * len(load.layers)
     if store is not None or keeper is not None:
         places = (store or keeper).places()  # type: ignore[union-attr]

@@ -12,8 +12,7 @@ import io
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from browsing import complaints, contrast, find, linear, started, touch
+from browsing_page import PIXEL, cells, every, free_text, opened, state, texts, until
 from builders import dense
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -64,28 +64,6 @@ def page(chromium: webdriver.Chrome, served: Served) -> Iterator[webdriver.Chrom
     yield from opened(chromium, served)
 
 
-def opened(chromium: webdriver.Chrome, served: Served) -> Iterator[webdriver.Chrome]:
-    chromium.get(served.url)
-    chromium.execute_script("localStorage.clear(); sessionStorage.clear(); localStorage.setItem('handful.tour', '1')")
-    complaints(chromium)
-    chromium.get(served.url)
-    until(lambda: find(chromium, "#app").is_displayed())
-    yield chromium
-    # Violations of the policy are complaints too.
-    assert complaints(chromium) == []
-
-
-def until(true: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-
-
-def every(page: webdriver.Chrome, css: str) -> list[WebElement]:
-    return page.find_elements(By.CSS_SELECTOR, css)
-
-
 def keys(page: webdriver.Chrome, *pressed: str) -> None:
     """Keys to whatever has the focus."""
     actions = ActionChains(page)
@@ -97,12 +75,6 @@ def keys(page: webdriver.Chrome, *pressed: str) -> None:
 def click(page: webdriver.Chrome, element: WebElement) -> None:
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
     element.click()
-
-
-def texts(page: webdriver.Chrome, css: str) -> list[str]:
-    return list(
-        page.execute_script("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", css)
-    )
 
 
 def titled(page: webdriver.Chrome, title: str) -> bool:
@@ -121,30 +93,6 @@ def flip(page: webdriver.Chrome) -> None:
             click(page, find(page, "#expert-switch"))
             return
     raise AssertionError("the switch does not stay")
-
-
-def state(page: webdriver.Chrome, expression: str) -> Any:
-    """A JavaScript expression of the page's own state, which is drawn by the time that this returns."""
-    return page.execute_async_script(
-        "const done = arguments[0]; import('/web/js/state.js').then(({ state }) =>"
-        "{ const found = " + expression + "; requestAnimationFrame(() => setTimeout(() => done(found))) })"
-    )
-
-
-def free_text(page: webdriver.Chrome, prompt: str, tokens: int = 24, side: str = "a") -> None:
-    """Let the model go on, to its end."""
-    page.execute_script(
-        "document.querySelector('input[name=mode][value=completion]').click();"
-        "document.querySelector('#max-tokens').value = arguments[0]",
-        tokens,
-    )
-    field = find(page, "#prompt" if side == "a" else "#prompt-b")
-    field.clear()
-    field.send_keys(prompt.replace("\n", f"{Keys.SHIFT}{Keys.ENTER}{Keys.NULL}"))
-    assert field.get_attribute("value") == prompt
-    find(page, "#go").click()
-    until(lambda: state(page, f"state.{side}.status") not in ("empty", "busy"))
-    assert state(page, f"state.{side}.status") == "done", find(page, f"#note-{side}").text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,22 +191,6 @@ def test_tokens_stream_in_coloured_and_the_map_fills(page: webdriver.Chrome, ser
     colours = [tuple(found) for found in cells(page, 0)]
     most, least = counts.index(max(counts)), counts.index(min(counts))
     assert math.dist(colours[most], colours[least]) > 50
-
-
-def cells(page: webdriver.Chrome, layer: int) -> list[list[int]]:
-    """The colours in the middle of a layer's cells on the map."""
-    return list(
-        page.execute_script(
-            "const c = document.querySelector('#map'), n = document.querySelectorAll('.tile').length,"
-            "s = c.width / c.clientWidth, cell = Math.min(44, (c.parentElement.clientWidth - 32) / n),"
-            "rows = document.querySelectorAll('#layer option').length, row = (c.clientHeight - 2) / rows,"
-            "copy = new OffscreenCanvas(c.width, c.height).getContext('2d', {willReadFrequently: true});"
-            "copy.drawImage(c, 0, 0);"
-            "return Array.from({length: n}, (_, e) => [...copy.getImageData("
-            "s * (28 + (e + 0.35) * cell), s * (1 + (arguments[0] + 0.4) * row), 1, 1).data].slice(0, 3))",
-            layer,
-        )
-    )
 
 
 def test_dead_experts_and_places_are_marked_by_shape(page: webdriver.Chrome) -> None:
@@ -716,19 +648,6 @@ def test_by_the_keyboard_alone(page: webdriver.Chrome) -> None:
         "!(e.ariaLabel || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)"
     )
     assert nameless == []
-
-
-PIXEL = """
-const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-const rgb = (node, name) => {
-  canvas.fillStyle = getComputedStyle(node)[name];
-  canvas.fillRect(0, 0, 1, 1);
-  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-};
-const probe = document.createElement("p");
-document.body.append(probe);
-const of = (color) => { probe.style.color = color; return rgb(probe, "color"); };
-"""
 
 
 # Viénot, Brettel and Mollon 1999: how who lacks one kind of cone sees linear RGB.

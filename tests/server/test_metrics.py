@@ -12,7 +12,9 @@ import torch
 from builders import moe, routing_of
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 from serving import Served, chat_model, serving
+from serving_ranks import running
 
+from handful.families.io import save
 from handful.memory import attach, pack
 from handful.model import Decoder
 from handful.observe import dead, entropy, max_vio
@@ -150,10 +152,13 @@ def test_experts_under_a_budget(offloaded: Served) -> None:
         assert found["handful:expert_wait_seconds_total", str(layer)] == counts.wait_seconds
 
 
-def test_the_dashboard_asks_for_what_is_there(offloaded: Served) -> None:
+def test_the_dashboard_asks_for_what_is_there(offloaded: Served, tmp_path: Path) -> None:
+    """On a server under a budget, or on one with ranks."""
     offloaded.post(COMPLETIONS, prompt=[[5, 6, 7] * 30] * 10, max_tokens=2)
-    text = offloaded.http.get("/metrics").text
-    there = {sample.name for family in prometheus(text) for sample in family.samples}
+    save(chat_model(), tmp_path / "tiny")
+    with running(tmp_path / "tiny", "--no-measure", ranks=1) as ranks:
+        scraped = [served.http.get("/metrics").text for served in (offloaded, ranks)]
+    there = {sample.name for text in scraped for family in prometheus(text) for sample in family.samples}
     dashboard = json.loads(DASHBOARD.read_text("utf-8"))
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked = {name for query in queries for name in re.findall(r"handful:\w+", query)}
@@ -161,3 +166,7 @@ def test_the_dashboard_asks_for_what_is_there(offloaded: Served) -> None:
     assert {name.removesuffix("_total").removesuffix("_bucket") for name in asked} >= {f"handful:{s}" for s in STEMS}
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
+    boxes = [panel["gridPos"] for panel in dashboard["panels"]]
+    cells = [(x, y) for b in boxes for x in range(b["x"], b["x"] + b["w"]) for y in range(b["y"], b["y"] + b["h"])]
+    assert len(set(cells)) == len(cells)  # none lies on another
+    assert max(x for x, _ in cells) < 24

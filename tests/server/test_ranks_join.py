@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fresh
+import httpx
 import pytest
 from serving import chat_model
-from serving_ranks import asked, running, whole
+from serving_ranks import COMPLETIONS, asked, running, whole
 
 from handful.cluster.start import of_torchrun
 from handful.families.io import save
@@ -30,16 +33,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def free_port() -> int:
-    """One after which another is free."""
+def free_port(after: int = 1) -> int:
+    """One after which so many others are free."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port = int(one.getsockname()[1])
-            try:
-                with socket.create_server(("127.0.0.1", port + 1)):
-                    return port
-            except OSError:
-                continue
+        with contextlib.ExitStack() as stack:
+            port = int(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                for other in range(port + 1, port + 1 + after):
+                    stack.enter_context(socket.create_server(("127.0.0.1", other)))
+                return port
 
 
 @contextlib.contextmanager
@@ -147,3 +149,47 @@ def test_what_torchrun_says() -> None:
     assert of_torchrun(environment) == (1, "node0", 29400)
     assert of_torchrun({}) is None
     assert of_torchrun({"RANK": "1"}) is None
+
+
+@contextlib.contextmanager
+def node(number: int, port: int, folder: Path, *options: str, said: Path) -> Iterator[None]:
+    """One of two nodes of torchrun, which it ends as its user does."""
+    of_torchrun = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
+    of_torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *of_torchrun, "-m", "handful", "serve", str(folder)]
+    with said.open("w") as file:
+        process = subprocess.Popen([*command, "--ranks", "1", *options], stdout=file, stderr=file)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def test_torchrun_starts_two_nodes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same line on both: the first one's process is the server, the other one's joins it."""
+    monkeypatch.setenv("HANDFUL_RANK_TOKEN", "the secret")
+    port = free_port(3)  # after torchrun's: where ranks join, their links, HTTP
+    options = ("--port", str(port + 3), "--no-measure")
+    url, logs = f"http://127.0.0.1:{port + 3}", [tmp_path / "node0", tmp_path / "node1"]
+    state: Any = None
+    with (
+        node(0, port, folder, *options, said=logs[0]),
+        node(1, port, folder, *options, said=logs[1]),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        end = time.monotonic() + 90
+        while state is None or not (len(state["ranks"]) == 2 and whole(state)):
+            assert time.monotonic() < end, (state, [log.read_text() for log in logs])
+            with contextlib.suppress(httpx.TransportError):
+                answer = client.get("/ranks")
+                state = answer.json() if answer.status_code == 200 else None
+            time.sleep(0.1)
+        answer = client.post(COMPLETIONS, json=asked(1, max_tokens=40))
+        assert answer.status_code == 200
+        assert "degraded" not in answer.json()
+        assert all(rank["assignments"] > 0 for rank in client.get("/ranks").json()["ranks"])
+        pids = [int(rank["pid"]) for rank in state["ranks"]]
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end, pids
+        time.sleep(0.05)

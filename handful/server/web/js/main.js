@@ -6,6 +6,7 @@ import { drawDetail, onClose } from "./detail.js";
 import { count, fill, find, findAll, h, percent, plural, short } from "./dom.js";
 import { MapView, pickExpert } from "./map.js";
 import { hasOthers, legend } from "./palette.js";
+import { askRanks, drawRanks } from "./ranks.js";
 import { Run } from "./run.js";
 import { change, drawn, isMixture, marked, parting, runs, state } from "./state.js";
 import { visits } from "./storage.js";
@@ -215,17 +216,20 @@ drawn(() => {
   map.draw();
   drawTexts();
   drawDetail();
+  drawRanks();
 });
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the server says of its experts: while something runs, and when that view is shown.
 
 async function watch() {
-  const wanted = state.map === "lately" || state.served?.memory || state.pick?.kind === "expert";
+  await askRanks();
+  const wanted = state.map === "lately" || state.served?.memory || state.ranks || state.pick?.kind === "expert";
   if (wanted && !document.hidden && state.model === state.served && isMixture()) {
     await getJson("routing/experts").then((lately) => change({ lately }), () => {});
   }
-  setTimeout(watch, runs().some((run) => run.status === "busy") ? 500 : 2000);
+  const busy = runs().some((run) => run.status === "busy") || state.ranks?.gone.length > 0;
+  setTimeout(watch, busy ? 500 : 2000);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

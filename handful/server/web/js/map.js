@@ -7,7 +7,7 @@ import { choose, hueOf } from "./palette.js";
 import { change, isMixture, marked, runs, shownRun, state } from "./state.js";
 import { DEAD, ENOUGH, maxVio, relative } from "./stats.js";
 
-const PLACES = { m: ["in memory", "●"], d: ["on disk", "○"], f: ["on its way", "◐"] };
+const PLACES = { m: ["in memory", "●"], d: ["on disk", "○"], f: ["on its way", "◐"], x: ["missing", "!"] };
 
 /** A layer as the map shows it: {load, kind, dead, each}; load: per expert relative to even, null if nothing ran; each:
  * assignments an expert, null if nobody said. */
@@ -154,6 +154,7 @@ export class MapView {
         pen.fillStyle = css(one.load ? heatOf(one.load[e], one.kind, palette) : palette.none);
         pen.fillRect(x, top, w, t);
         if (place === PLACES.d || place === PLACES.f) this._hollow(pen, x, top, w, t, place === PLACES.f);
+        if (place === PLACES.x) this._missing(pen, x, top, w, t);
         if (one.dead(e) || isOff(layer, e)) this._cross(pen, x, top, w, t, isOff(layer, e));
       }
     });
@@ -202,6 +203,16 @@ export class MapView {
     pen.clearRect(x + edge, y + edge, Math.max(1, w - 2 * edge), half ? (t - 2 * edge) / 2 : t - 2 * edge);
   }
 
+  /** What is missing is an empty place in dashes. */
+  _missing(pen, x, y, w, t) {
+    pen.clearRect(x, y, w, t);
+    pen.strokeStyle = css(this.palette.muted);
+    pen.lineWidth = 1;
+    pen.setLineDash([2, 2]);
+    pen.strokeRect(x + 0.5, y + 0.5, Math.max(1, w - 1), t - 1);
+    pen.setLineDash([]);
+  }
+
   /** A dead expert is crossed out; one that is switched off is struck through. */
   _cross(pen, x, y, w, t, off) {
     const [size, cx, cy] = [Math.min(w, t, 10) / 2 - 0.5, x + w / 2, y + t / 2];
@@ -232,8 +243,9 @@ export class MapView {
       tile.dataset.hue = hueOf(expert) === "rest" ? "" : hueOf(expert);
       tile.classList.toggle("off", off);
       tile.classList.toggle("disk", place === PLACES.d);
+      tile.classList.toggle("missing", place === PLACES.x);
       tile.setAttribute("aria-pressed", chosen === expert);
-      tile.lastChild.textContent = off ? "–" : dead ? "×" : place ? place[1] : one.kind === "difference" && value ? (value > 0 ? "+" : "−") : "";
+      tile.lastChild.textContent = off ? "–" : place === PLACES.x ? place[1] : dead ? "×" : place ? place[1] : one.kind === "difference" && value ? (value > 0 ? "+" : "−") : "";
       const more = [off && "switched off", dead && deadWord(one), place?.[0]].filter(Boolean);
       tile.setAttribute("aria-label", [`Expert ${expert}`, sayLoad(value, one.kind, E), ...more].join(", "));
     });
@@ -263,6 +275,9 @@ export class MapView {
     }
     find("#map-note").textContent = said;
     find("#places").hidden = !state.lately || !Object.values(state.lately.layers ?? {}).some((layer) => layer.places);
+    find("#places").textContent = state.ranks
+      ? "On the ranks: ● full cell: in memory · ○ hollow: on disk · ! dashed: missing."
+      : "Under the memory budget: ● full cell: in memory · ○ hollow: on disk · ◐ half: on its way.";
   }
 
   _cell(event) {

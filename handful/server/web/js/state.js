@@ -12,6 +12,7 @@ export const state = {
   pick: null, // {kind: "token", run, index, expert} or {kind: "expert", expert}; expert null: the token's first
   map: "a", // what the map shows: a, b, difference or lately
   lately: null, // as GET /routing/experts answered
+  ranks: null, // as GET /ranks answered; null: the server has none
   key: false, // the server asks for a key
 };
 
