@@ -41,7 +41,7 @@ test: $(DEV) ## run the tests
 test-torch: $(DEV) ## run the tests of models, experts, memory and training without the kernels
 	HANDFUL_ISA=none $(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) \
 	  tests/test_{attention,balance,cluster,engine,generate,limits,machine,memory,missing,model,moe,padding,prefix_cache,replay,routing_options,transformers}.py \
-	  tests/experts/test_{experts,offload,quantized,remote,selection}.py tests/verify
+	  tests/experts/test_{experts,offload,parallel,quantized,remote,selection}.py tests/verify
 
 soak: $(DEV) ## ten minutes of mixed load on a server; its memory must not grow (SECONDS=600)
 	HANDFUL_SOAK_SECONDS=$(SECONDS) $(TEST_ENV) $(BIN)/python -m pytest -q -s tests/server/test_soak.py

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import of_kind, read_lines, write_text
+from builders import Call, calling, of_kind, read_lines, write_text
 
 SETTINGS = """
 [data]
@@ -41,6 +41,14 @@ checkpoint_every = {checkpoint_every}
 def folder(tmp_path: Path) -> Path:
     write_text(tmp_path / "text")
     return tmp_path
+
+
+@pytest.fixture
+def alone(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """A command in this process, in the folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HANDFUL_CACHE", str(folder / "cache"))
+    return calling(monkeypatch, capsys)
 
 
 class Started:
@@ -82,6 +90,8 @@ class Started:
             except ProcessLookupError:
                 continue
         self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 @contextmanager
@@ -122,10 +132,9 @@ def lines(file: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_of_this_computer(folder: Path) -> None:
+def test_ranks_of_this_computer(folder: Path, alone: Call) -> None:
     settings(folder)
-    with train(folder, "one") as alone:
-        assert alone.end()[0] == 0
+    assert alone("train", "train.toml", "--data", "text", "--out", "one").code == 0
     with train(folder, "three", "--ranks", "3") as command:
         status, said = command.end()
     assert status == 0, said
@@ -135,33 +144,34 @@ def test_ranks_of_this_computer(folder: Path) -> None:
     assert losses(folder, "three") == pytest.approx(losses(folder, "one"), rel=2e-5)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_rank_that_is_killed(rank: int, folder: Path) -> None:
-    """All begin again from the last checkpoint, and end where one process does."""
-    settings(folder, steps=40, checkpoint_every=4)
-    with train(folder, "one") as alone:
-        assert alone.end()[0] == 0
+def test_ranks_that_are_killed(folder: Path, alone: Call) -> None:
+    """One, and after a while the first, which keeps the run. Each time all begin again from the last checkpoint, and
+    they end where one process does."""
+    settings(folder, steps=60, checkpoint_every=4)
+    assert alone("train", "train.toml", "--data", "text", "--out", "one").code == 0
     with train(folder, "run", "--ranks", "3") as command:
-        wait_for(lambda: lines(folder / "run/events.jsonl") > 12, command.process)
-        os.kill(command.ranks()[rank], signal.SIGKILL)
+        for rank, after in ((2, 12), (0, 45)):
+            wait_for(lambda after=after: lines(folder / "run/events.jsonl") > after, command.process)  # type: ignore[misc]
+            os.kill(command.ranks()[rank], signal.SIGKILL)
         status, said = command.end()
     assert status == 0, said
     assert losses(folder, "run") == pytest.approx(losses(folder, "one"), rel=1e-3)
     events = read_lines(folder / "run/events.jsonl")
-    assert [event["step"] for event in of_kind("step", events)] == list(range(1, 41))
+    assert [event["step"] for event in of_kind("step", events)] == list(range(1, 61))
     assert len(of_kind("start", events)) == 1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_while_all_save(rank: int, folder: Path) -> None:
-    settings(folder, steps=12, checkpoint_every=1)
+def test_ranks_that_are_killed_while_all_save(folder: Path) -> None:
+    settings(folder, steps=40, checkpoint_every=1)
+    saving = folder / "run/checkpoints"
     with train(folder, "run", "--ranks", "2") as command:
-        saving = folder / "run/checkpoints"
-        wait_for(lambda: len(list(saving.glob("step-*"))) > 1 and any(saving.glob(".new-*")), command.process)
-        os.kill(command.ranks()[rank], signal.SIGKILL)
+        for rank, after in ((1, 2), (0, 12)):
+            some = f"step-{after:06d}"
+            wait_for(lambda some=some: (saving / some).exists() and any(saving.glob(".new-*")), command.process)  # type: ignore[misc]
+            os.kill(command.ranks()[rank], signal.SIGKILL)
         status, said = command.end()
     assert status == 0, said
-    assert [event["step"] for event in of_kind("step", read_lines(folder / "run/events.jsonl"))] == list(range(1, 13))
+    assert [event["step"] for event in of_kind("step", read_lines(folder / "run/events.jsonl"))] == list(range(1, 41))
     assert not list(saving.glob(".new-*"))
 
 

@@ -45,12 +45,12 @@ def _fake_experts(x: Tensor, *others: Any) -> Tensor:
 
 
 def _fake_forward(
-    panel: int, x: Tensor, experts: Tensor, weights: Tensor, dropped: Tensor | None, gate_up: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
+    panel: int, x: Tensor, experts: Tensor, weights: Tensor, dropped: Tensor | None, gate_up: Tensor, down: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, bf16: bool, whole: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     assignments, (count, rows, _) = experts.numel(), gate_up.shape
     # Each expert may leave its last panel unfilled, as long as there are assignments enough.
     panels = assignments // panel + torch.sym_min(assignments, count)
-    *_, bf16, whole = others
     y = x.new_empty(x.shape, dtype=torch.bfloat16 if bf16 and not whole else torch.float32)
     return y, y.new_empty((panels, rows, panel), dtype=torch.bfloat16 if bf16 else torch.float32)
 
