@@ -19,6 +19,7 @@ from handful.config import ModelConfig
 from handful.errors import ConfigError, HandfulError, first_line
 from handful.experts.parallel import Layout, ParallelExperts, dealt
 from handful.families.io import read_state
+from handful.kernels.extension import available
 from handful.lazy_tensors import Entry, Tensors
 from handful.model import Decoder
 from handful.ranks import Ranks
@@ -35,9 +36,13 @@ def spread(model: Decoder, ranks: Ranks, layouts: Sequence[Layout] | None = None
 
     layouts   of the MoE layers, in order (`handful place` finds some); None: experts are dealt evenly, in order.
 
-    ConfigError for layouts of other layers or experts.
+    ConfigError for layouts of other layers or experts, and where some ranks have the native kernels and others do not:
+    they would answer in other dtypes.
     """
     layers = model.moe_layers
+    has = torch.tensor([int(available()), -int(available())])
+    if int(ranks.max(has).sum()):
+        raise ConfigError("ranks: some have the native kernels and others do not (handful doctor says why)")
     if layouts is None:
         layouts = [Layout(moe.experts.count, dealt(moe.experts.count, ranks.size)) for moe in layers]
     if len(layouts) != len(layers):

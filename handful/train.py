@@ -122,7 +122,7 @@ def train(
     config = model.config if isinstance(model, Decoder) else model
     start = model if isinstance(model, Decoder) and not resume else None
     _check(config, settings, data, only, start, resume)
-    check_ranks(config, ranks)
+    check_ranks(config, ranks, device)
     # These two refuse a text that is too short, so they stand before anything is written or timed.
     batches = Batches(data.train, batch=settings.batch, context=settings.context, seed=settings.seed)
     heldout_bytes = data.evaluated_bytes_per_token(settings.context, settings.eval_tokens)

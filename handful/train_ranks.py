@@ -31,9 +31,11 @@ from handful.spread import own_experts
 __all__ = ["Shared", "check_ranks"]
 
 
-def check_ranks(config: ModelConfig, ranks: Ranks) -> None:
-    """ConfigError for a model that ranks cannot share a batch of."""
+def check_ranks(config: ModelConfig, ranks: Ranks, device: str) -> None:
+    """ConfigError for a model that ranks cannot share a batch of, and for a device that they do not compute on."""
     router = config.router
+    if ranks.size > 1 and device != "cpu":
+        raise ConfigError(f"device = {device!r}: cpu, on several ranks")
     if ranks.size == 1 or router is None:
         return
     if router.capacity_factor or router.eval_capacity_factor or router.choice == "expert":

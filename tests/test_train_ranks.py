@@ -17,7 +17,9 @@ from handful.data import Data
 from handful.errors import CheckpointError, ConfigError
 from handful.experts.parallel import Layout
 from handful.families.io import load_decoder
+from handful.model import Decoder
 from handful.ranks import ALONE, Ranks
+from handful.spread import spread
 from handful.train import train
 from handful.train_ranks import check_ranks
 
@@ -139,7 +141,7 @@ def test_activations_computed_again(gang: Gang, data: Data) -> None:
 
 
 @pytest.mark.parametrize("balance", [BALANCES[0], BALANCES[4]], ids=["switch", "bias"])
-@pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 4), (4, 3), (2, 4)])
+@pytest.mark.parametrize(("first", "then"), [(4, 1), (4, 2), (4, 3), (1, 4)])
 def test_others_go_on(first: int, then: int, balance: BalanceConfig, gang: Gang, data: Data, tmp_path: Path) -> None:
     """Some steps on so many ranks and the rest on others give the losses of one process that did all."""
     config, out = moe({"balance_bias": bool(balance.bias_rate)}), tmp_path / "run"
@@ -193,10 +195,27 @@ def test_a_disk_that_refuses_is_told_to_all(gang: Gang, data: Data, tmp_path: Pa
     assert set(said) == {f"{out}/checkpoints/step-000002: cannot be written: File exists"}
 
 
-def test_a_router_whose_tokens_compete(gang: Gang) -> None:
+def unlike(ranks: Ranks) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("handful.spread.available", lambda: ranks.rank == 1)
+        try:
+            spread(Decoder(moe()), ranks)
+        except ConfigError as error:
+            return str(error)
+    return "nothing was wrong"
+
+
+def test_ranks_that_compute_otherwise_are_refused(gang: Gang) -> None:
+    said = gang.run(unlike, size=3)
+    assert set(said) == {"ranks: some have the native kernels and others do not (handful doctor says why)"}
+
+
+def test_what_ranks_cannot_share() -> None:
     ranks = Ranks(0, (0, 0))
     with pytest.raises(ConfigError, match=r"^model\.router\.capacity_factor: on several ranks tokens of one would"):
-        check_ranks(moe({"capacity_factor": 1.5}), ranks)
+        check_ranks(moe({"capacity_factor": 1.5}), ranks, "cpu")
     with pytest.raises(ConfigError, match=r"^model\.router\.choice = 'expert': on several ranks"):
-        check_ranks(moe({"choice": "expert"}), ranks)
-    check_ranks(moe({"capacity_factor": 1.5}), ALONE)
+        check_ranks(moe({"choice": "expert"}), ranks, "cpu")
+    check_ranks(moe({"capacity_factor": 1.5}), ALONE, "cuda")
+    with pytest.raises(ConfigError, match=r"^device = 'cuda': cpu, on several ranks$"):
+        check_ranks(moe(), ranks, "cuda")
