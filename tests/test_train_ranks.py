@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import dense, moe, of_kind, tiny_data, training
+from builders import calling, dense, moe, of_kind, tiny_data, training
 from gang import Gang
 from safetensors.torch import load_file
 
@@ -19,7 +19,7 @@ from handful.experts.parallel import Layout
 from handful.families.io import load_decoder
 from handful.model import Decoder
 from handful.ranks import ALONE, Ranks
-from handful.spread import spread
+from handful.spread import layout_line, read_layouts, spread
 from handful.train import train
 from handful.train_ranks import check_ranks
 
@@ -219,3 +219,28 @@ def test_what_ranks_cannot_share() -> None:
     check_ranks(moe({"capacity_factor": 1.5}), ALONE, "cuda")
     with pytest.raises(ConfigError, match=r"^device = 'cuda': cpu, on several ranks$"):
         check_ranks(moe(), ranks, "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A placement that was found before.
+
+
+def test_a_placement_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `handful place` writes it."""
+    pytest.importorskip("scipy")
+    (tmp_path / "load.json").write_text('{"load": [[9, 1, 1, 1], [1, 1, 1, 9]]}')
+    file = tmp_path / "placement.json"
+    call = calling(monkeypatch, capsys)
+    assert call("place", tmp_path / "load.json", "--devices", "2", "--slots", "3", "--out", file).code == 0
+    first, last = read_layouts(file, moe(), Ranks(0, (0, 0)))
+    assert int(first.copies_E[0]) == int(last.copies_E[3]) == 2
+    assert layout_line(moe(), Ranks(0, (0, 0)), [first, last]).startswith("2 ranks on 1 host, ")
+    for config, ranks, wrong in (
+        (moe(layers=3), Ranks(0, (0, 0)), "placement: 2 layers; the model has 3 with experts"),
+        (moe(), Ranks(0, (0, 0, 0)), "placement: of 2 devices; there are 3 ranks"),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            read_layouts(file, config, ranks)
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="no placement that handful place wrote"):
+        read_layouts(file, moe(), Ranks(0, (0, 0)))
