@@ -335,6 +335,21 @@ def test_a_loss_is_masked_until_others_have_it() -> None:
     told.close()
 
 
+def test_whoever_comes_first_those_who_come_later_have_their_part() -> None:
+    """A rank of another computer may be there before the first of this one, whose index is lower."""
+    told = Told(config(), 0, 16)
+    try:
+        for number, index, computing in ((1, 1, [1]), (2, 0, [0, 1])):
+            told.there[number] = {"number": number, "index": index, "holdable": 16}
+            told.link(number)
+            told.members()
+            told.hold()
+            ranks = told.keeper.state()["ranks"]
+            assert [rank["rank"] for rank in ranks if any(rank["experts"].values())] == computing
+    finally:
+        told.close()
+
+
 def test_a_broken_link_is_a_loss() -> None:
     """Though the supervisor has not said so; and it mends when the rank links itself again."""
     told = Told(config(), 2, 6)

@@ -253,12 +253,12 @@ class Keeper:
         alive = self._alive()
         if not alive or (self._wanted is None and len(alive) < self.awaited):
             return
-        known = len(self._holdable)
-        self._holdable += [0] * (max(alive) + 1 - known)
+        known = list(self._holdable)
+        self._holdable += [0] * (max(alive) + 1 - len(known))
         for index, member in alive.items():
             self._holdable[index] = member.about["holdable"]
         room = room_of(self._holdable, self.layers, self.experts)
-        if self._wanted is None or len(self._holdable) > known:
+        if self._wanted is None or self._holdable != known:  # a lower index may come after a higher one
             self._wanted = first(self._loads(), room, self._widened())
             self._split = False
         target = aim(self._wanted, self._loads(), room, list(alive))
