@@ -5,7 +5,7 @@ FSDP would hold them in parts and gather them for every layer; over gloo that ta
 and they are the small part of such a model. Experts that a rank alone has get their gradients from all tokens by the
 way that these came (`experts/parallel.py`); those of copies are added here.
 
-Legend: E experts · L MoE layers
+Legend: E experts · c copied ones of a rank · L MoE layers
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ class Shared:
         self.ranks = ranks
         self.loss: nn.Module = _Loss(model)
         self.experts = [moe.experts for moe in model.moe_layers if isinstance(moe.experts, ParallelExperts)]
-        own = own_experts(model)
-        self._own = {name: own[name] for name, _ in model.named_parameters() if name in own}
-        self._parameters = {name: dict(model.named_parameters())[name] for name in self._own}
-        everybodys = [p for name, p in model.named_parameters() if name not in own and p.requires_grad]
+        own, parameters = own_experts(model), dict(model.named_parameters())
+        self._own = {name: _Part(parameters[name], own[name], ranks) for name in own}
+        everybodys = [p for name, p in parameters.items() if name not in own and p.requires_grad]
         if ranks.group is not None and everybodys:
             apart = [f"model.{name}" for name in [*own, *dict(model.named_buffers())]]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.loss, apart)
@@ -74,21 +73,16 @@ class Shared:
 
     def complete_gradients(self) -> None:
         """Experts that nobody's token went to have a gradient of 0, as in one process; copies that of all of them."""
-        for name, parameter in self._parameters.items():
+        for part in self._own.values():
+            parameter = part.parameter
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            copied = (self._own[name].layout.copies_E > 1).nonzero().flatten().tolist()
-            if not copied:
-                continue
-            whole = parameter.new_zeros(len(copied), *parameter.shape[1:])
-            places = [(copied.index(e), place) for place, e in enumerate(self._own[name].numbers) if e in copied]
-            for at, place in places:
-                whole[at] = parameter.grad[place]
-            self.ranks.sum(whole)
-            for at, place in places:
-                parameter.grad[place] = whole[at]
+            if part.copied:
+                whole = parameter.new_zeros(part.copied, *parameter.shape[1:])
+                whole[part.among_c] = parameter.grad[part.places_c]
+                parameter.grad[part.places_c] = self.ranks.sum(whole)[part.among_c]
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The norm of the whole model's gradient; each expert counts once."""
@@ -96,10 +90,9 @@ class Shared:
         if not self._own:
             return norm
         square = torch.zeros((), dtype=torch.float64)
-        for name, experts in self._own.items():
+        for name, part in self._own.items():
             if name in gradients:
-                first = [experts.layout.primary[e] == self.ranks.rank for e in experts.numbers]
-                square += gradients[name][torch.tensor(first, dtype=torch.bool)].double().square().sum()
+                square += gradients[name][part.first].double().square().sum()
         found: Tensor = (norm.double().square() + self.ranks.sum(square)).sqrt().to(norm.dtype)
         return found
 
@@ -112,6 +105,24 @@ class Shared:
             experts.clock.seconds = 0.0
         mean_L = self.ranks.sum(seconds_L.clone()) / self.ranks.size
         return float((self.ranks.max(seconds_L) - mean_L).sum())
+
+
+class _Part:
+    """A parameter of which this rank has its own experts' rows.
+
+    first                of these rows, those of experts of which no rank before has a copy.
+    copied               experts that have copies somewhere.
+    among_c, places_c    of those that this rank has, which of these they are, and their rows here.
+    """
+
+    def __init__(self, parameter: nn.Parameter, experts: ParallelExperts, ranks: Ranks) -> None:
+        layout, numbers = experts.layout, experts.numbers
+        self.parameter = parameter
+        self.first = [place for place, e in enumerate(numbers) if layout.primary[e] == ranks.rank]
+        copied_E = layout.copies_E > 1
+        self.copied = int(copied_E.sum())
+        self.places_c = [place for place, e in enumerate(numbers) if copied_E[e]]
+        self.among_c = (copied_E.cumsum(0) - 1)[[numbers[place] for place in self.places_c]]
 
 
 class _Loss(nn.Module):

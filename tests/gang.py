@@ -57,7 +57,7 @@ class Gang:
         task = function, arguments, tuple(hosts or [0] * size), two_level
         for pipe in self._pipes[:size]:
             pipe.send(task)
-        answers = [pipe.recv() if pipe.poll(20) else (False, "no answer") for pipe in self._pipes[:size]]
+        answers = [pipe.recv() if pipe.poll(120) else (False, "no answer") for pipe in self._pipes[:size]]
         wrong = [f"rank {rank}: {value}" for rank, (fine, value) in enumerate(answers) if not fine]
         if wrong:  # those that wait for the one that raised would wait for long
             self.close()

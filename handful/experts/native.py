@@ -24,7 +24,7 @@ from handful.routing import Routing
 
 __all__ = [
     "native", "native_in_parts", "native_in_slots", "native_rows", "native_rows_with_gradients", "native_sum",
-    "needs_gradients", "supports",
+    "needs_gradients", "supports", "uses_native",
 ]  # fmt: skip
 
 
@@ -51,6 +51,14 @@ def check_supports(x_TD: Tensor, weights: ExpertWeights) -> None:
             f"experts backend 'native' was given x of {_name(x_TD)} and weights of {_name(weights.gate_up)}: "
             "it takes float32 and bfloat16 on cpu"
         )
+
+
+def uses_native(backend: str, x_TD: Tensor, weights: ExpertWeights) -> bool:
+    """Whether a backend of this name, "auto" among them, is the kernels for x and weights. Errors as `check_supports`
+    where "native" was asked for and cannot be."""
+    if backend == "native":
+        check_supports(x_TD, weights)
+    return backend == "native" or (backend == "auto" and available() and supports(x_TD, weights))
 
 
 def native(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

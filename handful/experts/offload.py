@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from handful.config import GATED
 from handful.errors import HandfulError
 from handful.experts.backends import check_backend
-from handful.experts.native import check_supports, native_in_parts, native_in_slots, native_rows, supports
+from handful.experts.native import native_in_parts, native_in_slots, native_rows, uses_native
 from handful.experts.no_compile import no_compile
 from handful.experts.reference import reference, reference_rows
 from handful.experts.store import Store
 from handful.experts.weights import ExpertWeights, check_fits, compute_dtype
-from handful.kernels.extension import available, gemv_max_tokens
+from handful.kernels.extension import gemv_max_tokens
 from handful.routing import Routing
 
 __all__ = ["OffloadedExperts"]
@@ -65,7 +65,7 @@ class OffloadedExperts(nn.Module):
             raise HandfulError(f"offloaded experts compute on the cpu: they were given x on {x_TD.device.type}")
         with self.store.busy:
             slots = self.slots
-            if self._uses_kernels(x_TD, slots):
+            if uses_native(self.backend, x_TD, slots):
                 y_TD = self._from_slots(x_TD, routing, slots)
                 return native_in_parts(x_TD, routing, slots, self._fetch) if y_TD is None else y_TD
             return reference(x_TD, routing, slots, self._fetch)
@@ -76,14 +76,9 @@ class OffloadedExperts(nn.Module):
         check_fits(x_TD, routing, self.count, self.width)
         with self.store.busy:
             slots = self.slots
-            if self._uses_kernels(x_TD, slots):
+            if uses_native(self.backend, x_TD, slots):
                 return native_rows(x_TD, routing, slots, self._fetch, tokens)
             return reference_rows(x_TD, routing, slots, self._fetch)
-
-    def _uses_kernels(self, x_TD: Tensor, slots: ExpertWeights) -> bool:
-        if self.backend == "native":
-            check_supports(x_TD, slots)
-        return self.backend == "native" or (self.backend == "auto" and available() and supports(x_TD, slots))
 
     @property
     def slots(self) -> ExpertWeights:

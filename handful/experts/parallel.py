@@ -27,13 +27,12 @@ from torch.autograd.function import once_differentiable
 
 from handful.errors import ConfigError
 from handful.experts.layer import Experts
-from handful.experts.native import native_rows, native_rows_with_gradients, native_sum, supports
+from handful.experts.native import native_rows, native_rows_with_gradients, native_sum, uses_native
 from handful.experts.no_compile import no_compile
 from handful.experts.offload import OffloadedExperts
 from handful.experts.quantized import QuantizedExperts
 from handful.experts.reference import reference_sum
 from handful.experts.weights import ExpertWeights, check_fits, compute_dtype
-from handful.kernels.extension import available
 from handful.quantize import Packed
 from handful.ranks import Ranks
 from handful.routing import Routing
@@ -51,6 +50,8 @@ class Layout:
 
     held    the experts of every rank, each at most once on one.
     shares  of each of them, the share of its expert's tokens that this copy is asked for; None: equal ones.
+
+    `primary` is the first rank that has each expert: whose copy is saved, and counted.
 
     ConfigError where an expert is nowhere, or twice on one rank.
     """
@@ -73,6 +74,7 @@ class Layout:
         self.expert_S = torch.tensor([e for own in self.held for e in own])
         self.rank_S = torch.tensor([rank for rank, own in enumerate(self.held) for _ in own])
         self.copies_E = torch.tensor([len(own) for own in places])
+        self.primary = [int(self.rank_S[own[0]]) for own in places]
         self.place_EC = nn.utils.rnn.pad_sequence([torch.tensor(own) for own in places], True, -1)
         flat = [1.0] * len(self.expert_S) if shares is None else [float(share) for own in shares for share in own]
         share_S = torch.tensor(flat, dtype=torch.float64)
@@ -83,16 +85,6 @@ class Layout:
         if nobody:
             raise ConfigError(f"shares: those of expert {nobody[0]} are all 0")
         self.until_EC = (share_EC / share_EC.sum(1, keepdim=True)).cumsum(1)
-
-    @property
-    def primary(self) -> list[int]:
-        """The rank of each expert that has it first: whose copy is saved, and counted."""
-        found = self.rank_S[self.place_EC[:, 0]].tolist()
-        return [int(rank) for rank in found]
-
-    def first(self, rank: int) -> int:
-        """The place of a rank's first expert."""
-        return sum(len(own) for own in self.held[:rank])
 
     def places(self, routing: Routing) -> Tensor:
         """Where each assignment is computed, (T, K) int32; -1 where it was dropped. The tokens of an expert with copies
@@ -136,12 +128,7 @@ class Hop:
             if self.order_M is not None:
                 came_MX = came_MX[self.order_M]
             came = came_MX.split([part.shape[1] for part in parts], 1)
-            return [
-                bytes_MX.clone(memory_format=torch.contiguous_format)
-                .view(part.dtype)
-                .view(len(came_MX), *part.shape[1:])
-                for bytes_MX, part in zip(came, rows, strict=True)
-            ]
+            return [_from_bytes(bytes_MX, part) for bytes_MX, part in zip(came, rows, strict=True)]
 
         return arrived
 
@@ -266,16 +253,14 @@ class ParallelExperts(nn.Module):
         rows_ND = self._rows(x_MD, here, way.tokens)
         self.clock.stop()
         rows_ND = way.home(rows_ND, here, self.clock)
-        native = self._native(x_TD)
+        native = uses_native(self.backend, x_TD, _weights(self.local))
         y_TD: Tensor = _Sum.apply(rows_ND, routing.weights_TK, routing, dtype if native else x_TD.dtype, native)  # type: ignore[no-untyped-call]
         return y_TD
 
-    def _native(self, x: Tensor) -> bool:
-        return self.backend in ("auto", "native") and available() and supports(x, _weights(self.local))
-
     def _rows(self, x_MD: Tensor, here: Routing, tokens: int) -> Tensor:
         """A row for each assignment that is computed here, by expert, earlier tokens first."""
-        local, plan, native = self.local, here.plan(), self._native(x_MD)
+        local, plan = self.local, here.plan()
+        native = uses_native(self.backend, x_MD, _weights(local))
         grads = torch.is_grad_enabled() and (x_MD.requires_grad or any(p.requires_grad for p in local.parameters()))
         if not self.numbers:
             return x_MD[plan.token_N].float() if native else x_MD[plan.token_N]
@@ -345,7 +330,7 @@ def _width(experts: nn.Module) -> int:
 
 
 class _Way:
-    """There and back for one call's tokens. `tokens`: of all ranks, once `there` has been."""
+    """There and back for one call's tokens. `tokens`: of all ranks together."""
 
     def __init__(self, layout: Layout, ranks: Ranks, x_TD: Tensor, routing: Routing) -> None:
         self.layout, self.ranks = layout, ranks
@@ -361,7 +346,6 @@ class _Way:
         if self.two_level:
             where_TK = torch.cat([where_TK, torch.full((routing.tokens, 1), ranks.rank, dtype=torch.int32)], 1)
         self.arrived = self.first.start(x_TD, where_TK)
-        self.hops: list[tuple[Hop, Tensor]] = []
 
     def there(self, x_TD: Tensor, clock: Clock) -> tuple[Tensor, Routing]:
         """The tokens that came to this rank, and which of its experts each is for."""
@@ -370,20 +354,19 @@ class _Way:
         if not self.two_level:  # they come from their homes
             homes_M = torch.arange(self.ranks.size).repeat_interleave(torch.tensor(self.first.received))
             where_M = torch.cat([where_M, homes_M.int().unsqueeze(1)], 1)
-        self.hops.append((self.first, where_M))
+        self.passed_M = where_M  # the places and homes of what came here, to stay or to be handed on
         if self.two_level:
             to_MR = self._goes_to(where_M[:, :-1])
             here_R = torch.tensor(self.ranks.hosts) == self.ranks.hosts[self.ranks.rank]
-            second, self.tokens = self._hop(to_MR & here_R, self.tokens, same_host=True)
+            second, _ = self._hop(to_MR & here_R, 0)
             came = second.start(x_MD, where_M)()
             # In the order of their homes, as if they had come straight.
             order_M = came[1][:, -1].argsort(stable=True)
-            second = Hop(self.ranks, second.from_N, second.sent, second.received, order_M)
             came = [part[order_M] for part in came]
-            x_MD, where_M = _moved(x_MD, second, came, clock, inner=False), came[1]
-            self.hops.append((second, where_M))
+            x_MD, where_M = _moved(x_MD, replace(second, order_M=order_M), came, clock, inner=False), came[1]
+        self.home_M = where_M[:, -1].long()
         place_MK = where_M[:, :-1].long()
-        mine_MK = (place_MK >= 0) & (self.layout.rank_S[place_MK.clamp_min(0)] == self.ranks.rank)
+        mine_MK = (place_MK >= 0) & (self._rank_of(place_MK) == self.ranks.rank)
         experts_MK = self.layout.expert_S[place_MK.clamp_min(0)].masked_fill(~mine_MK, 0)
         scores = torch.zeros(()).expand(len(experts_MK), self.layout.experts)
         return x_MD, Routing(scores, scores, experts_MK, torch.ones(experts_MK.shape), ~mine_MK)
@@ -391,17 +374,15 @@ class _Way:
     def home(self, rows_ND: Tensor, here: Routing, clock: Clock) -> Tensor:
         """The rows of this rank's own tokens, sorted as its routing has them."""
         size, rank = self.ranks.size, self.ranks.rank
-        _, where_M = self.hops[-1]
-        home_N = where_M[:, -1][here.plan().token_N].long()
+        home_N = self.home_M[here.plan().token_N]
         if self.two_level:
             # To the gateways, and from there home; by home, and by the rank that computed.
             gateway_R = torch.tensor([self._gateway(home, self.ranks.hosts[rank]) for home in range(size)])
             from_N = (gateway_R[home_N] * size + home_N).argsort(stable=True)
             sent = _bincount(gateway_R[home_N], size)
-            _, passed_M = self.hops[0]
-            place_MK = passed_M[:, :-1]
+            place_MK = self.passed_M[:, :-1]
             rank_MK = self._rank_of(place_MK)
-            home_MK = passed_M[:, -1:].long().expand_as(place_MK)
+            home_MK = self.passed_M[:, -1:].long().expand_as(place_MK)
             there_MK = (place_MK >= 0) & (torch.tensor(self.ranks.hosts)[rank_MK] == self.ranks.hosts[rank])
             # What comes: of each rank of this host the rows of one home after the other.
             key = (rank_MK * size + home_MK)[there_MK].sort().values
@@ -440,13 +421,12 @@ class _Way:
             found[:, self._gateway(self.ranks.rank, host)] = (to_TR & there_R).any(1)
         return found
 
-    def _hop(self, to_TR: Tensor, tokens: int, same_host: bool = False) -> tuple[Hop, int]:
-        """A hop of tokens to ranks, and how many tokens all ranks have together, of those that were counted so far."""
+    def _hop(self, to_TR: Tensor, tokens: int) -> tuple[Hop, int]:
+        """A hop of tokens to ranks, and how many all ranks have together, of which this one has `tokens`."""
         sent_R = to_TR.sum(0)
         received_RX = self.ranks.counts(torch.stack([sent_R, torch.full_like(sent_R, tokens)], 1))
         from_N = to_TR.t().nonzero()[:, 1]
-        hop = Hop(self.ranks, from_N, sent_R.tolist(), received_RX[:, 0].tolist())
-        return hop, tokens if same_host else int(received_RX[:, 1].sum())
+        return Hop(self.ranks, from_N, sent_R.tolist(), received_RX[:, 0].tolist()), int(received_RX[:, 1].sum())
 
 
 def _moved(rows: Tensor, hop: Hop, came: list[Tensor], clock: Clock, *, inner: bool) -> Tensor:
