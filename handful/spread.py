@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from handful.checkpoint import read_json
-from handful.config import ModelConfig
 from handful.errors import ConfigError, HandfulError, first_line
 from handful.experts.parallel import Layout, ParallelExperts, dealt
 from handful.families.io import read_state
@@ -25,7 +23,7 @@ from handful.model import Decoder
 from handful.ranks import Ranks
 
 __all__ = [
-    "layout_line", "own_experts", "read_into", "read_layouts", "read_part", "spread", "whole", "whole_name",
+    "own_experts", "read_into", "read_part", "spread", "whole", "whole_name",
 ]  # fmt: skip
 
 LOCAL = ".experts.local."  # in the name of a tensor of which a rank has its own experts' part
@@ -80,35 +78,6 @@ def read_part(entry: Entry, experts: ParallelExperts | None, out: Tensor) -> Non
         return
     for row, expert in zip(out, experts.numbers, strict=True):
         entry.fill(row, expert)
-
-
-def read_layouts(file: Path, config: ModelConfig, ranks: Ranks) -> list[Layout]:
-    """Who has which experts of each MoE layer, as `handful place` wrote it. ConfigError if it is for others."""
-    found = read_json(file)
-    try:
-        given = [(layer["experts"], layer.get("shares")) for layer in found["layers"]]
-    except (KeyError, TypeError):
-        raise ConfigError(f"placement = {str(file)!r}: no placement that handful place wrote") from None
-    layers, router = len(config.moe_layers), config.router
-    if router is None or len(given) != layers:
-        raise ConfigError(f"placement: {len(given)} layers; the model has {layers} with experts")
-    if any(len(held) != ranks.size for held, _ in given):
-        raise ConfigError(f"placement: of {len(given[0][0])} devices; there are {ranks.size} ranks")
-    return [Layout(router.experts, held, shares) for held, shares in given]
-
-
-def layout_line(config: ModelConfig, ranks: Ranks, layouts: Sequence[Layout] | None) -> str:
-    """In a line what each rank has."""
-    hosts = len(set(ranks.hosts))
-    where = "1 host" if hosts == 1 else f"{hosts} hosts" + (" (two-level)" if ranks.two_level else "")
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each"
-    experts = "no experts to spread"
-    if config.router is not None and config.moe_layers:
-        held = dealt(config.router.experts, ranks.size) if layouts is None else layouts[0].held
-        counts = "+".join(str(len(own)) for own in held)
-        more = "" if layouts is None else " in the first layer"
-        experts = f"experts of a layer {counts}{more}"
-    return f"{ranks.size} ranks on {where}, {threads}: {experts}; all else on every rank (DDP over gloo)"
 
 
 @contextmanager

@@ -10,8 +10,9 @@ Legend: E experts · c copied ones of a rank · L MoE layers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from handful.config import ModelConfig
 from handful.errors import ConfigError
 from handful.evaluate import batch_loss
-from handful.experts.parallel import ParallelExperts
+from handful.experts.parallel import Layout, ParallelExperts, dealt
 from handful.model import Decoder
+from handful.placement import read_split
 from handful.ranks import Ranks
 from handful.routing import Routing
 from handful.spread import own_experts
 
-__all__ = ["Shared", "check_ranks"]
+__all__ = ["Shared", "check_ranks", "layout_line", "read_layouts"]
 
 
 def check_ranks(config: ModelConfig, ranks: Ranks, device: str) -> None:
@@ -44,6 +46,31 @@ def check_ranks(config: ModelConfig, ranks: Ranks, device: str) -> None:
             f"model.router.{what}: on several ranks tokens of one would compete with those of others; "
             "none, or sequence_capacity"
         )
+
+
+def read_layouts(file: Path, config: ModelConfig, ranks: Ranks) -> list[Layout]:
+    """Who has which experts of each MoE layer, as `handful place` wrote it. ConfigError if it is for others."""
+    given = read_split(file, "placement")
+    layers, router = len(config.moe_layers), config.router
+    if router is None or len(given) != layers:
+        raise ConfigError(f"placement: {len(given)} layers; the model has {layers} with experts")
+    if any(len(placement.experts) != ranks.size for placement, _ in given):
+        raise ConfigError(f"placement: of {len(given[0][0].experts)} devices; there are {ranks.size} ranks")
+    return [Layout(router.experts, placement.experts, shares) for placement, shares in given]
+
+
+def layout_line(config: ModelConfig, ranks: Ranks, layouts: Sequence[Layout] | None) -> str:
+    """In a line what each rank has."""
+    hosts = len(set(ranks.hosts))
+    where = "1 host" if hosts == 1 else f"{hosts} hosts" + (" (two-level)" if ranks.two_level else "")
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each"
+    experts = "no experts to spread"
+    if config.router is not None and config.moe_layers:
+        held = dealt(config.router.experts, ranks.size) if layouts is None else layouts[0].held
+        counts = "+".join(str(len(own)) for own in held)
+        more = "" if layouts is None else " in the first layer"
+        experts = f"experts of a layer {counts}{more}"
+    return f"{ranks.size} ranks on {where}, {threads}: {experts}; all else on every rank (DDP over gloo)"
 
 
 class Shared:

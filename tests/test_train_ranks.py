@@ -19,9 +19,9 @@ from handful.experts.parallel import Layout
 from handful.families.io import load_decoder
 from handful.model import Decoder
 from handful.ranks import ALONE, Ranks
-from handful.spread import layout_line, read_layouts, spread
+from handful.spread import spread
 from handful.train import train
-from handful.train_ranks import check_ranks
+from handful.train_ranks import check_ranks, layout_line, read_layouts
 
 
 @pytest.fixture(scope="module")

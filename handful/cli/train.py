@@ -117,8 +117,8 @@ def _train(
     from handful.console import facts
     from handful.monitor import tensorboard
     from handful.progress import RunProgress
-    from handful.spread import layout_line, read_layouts
     from handful.train import train
+    from handful.train_ranks import layout_line, read_layouts
     from handful.units import duration
     from handful.width import show
 

@@ -16,7 +16,7 @@ layer       all of it for every layer; load: the files that are read
 
 from handful.placement.eplb import rebalance_experts
 from handful.placement.layer import Placed, PlacedModel, as_they_come, place_layer, place_layers
-from handful.placement.load import read_load, read_placements, read_tokens
+from handful.placement.load import read_load, read_placements, read_split, read_tokens
 from handful.placement.moving import Moves, Payoff, moves, payoff
 from handful.placement.near import near, sent
 from handful.placement.placement import Placement, lower_bound
@@ -29,6 +29,6 @@ from handful.placement.traffic import Crossings, Exchange, crossings, exchange
 __all__ = [
     "Crossings", "Exchange", "Link", "Moves", "Payoff", "Placed", "PlacedModel", "Placement", "Routes", "Topology",
     "as_they_come", "crossings", "exchange", "homes", "lower_bound", "moves", "near", "parse_link", "payoff", "place",
-    "place_layer", "place_layers", "read_load", "read_placements", "read_tokens", "read_topology", "rebalance_experts",
-    "sent", "shares",
+    "place_layer", "place_layers", "read_load", "read_placements", "read_split", "read_tokens", "read_topology",
+    "rebalance_experts", "sent", "shares",
 ]  # fmt: skip

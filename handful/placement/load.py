@@ -12,7 +12,7 @@ from handful.errors import ConfigError
 from handful.observe import Recording
 from handful.placement.placement import Ints, Placement
 
-__all__ = ["read_load", "read_placements", "read_tokens"]
+__all__ = ["read_load", "read_placements", "read_split", "read_tokens"]
 
 
 def read_load(path: str | Path) -> list[list[float]]:
@@ -50,8 +50,14 @@ def read_tokens(path: str | Path) -> list[Ints] | None:
 
 def read_placements(path: str | Path, name: str = "before") -> list[Placement]:
     """Of every layer, from a file that `handful place` wrote. ConfigError for another one."""
+    return [placement for placement, _ in read_split(path, name)]
+
+
+def read_split(path: str | Path, name: str) -> list[tuple[Placement, list[list[float]] | None]]:
+    """The same with the shares of each device's experts, where the file has them."""
     found: Any = read_json(Path(path))
     try:
-        return [Placement(tuple(tuple(own) for own in layer["experts"])) for layer in found["layers"]]
-    except (KeyError, TypeError):
+        layers = [(layer["experts"], layer.get("shares")) for layer in found["layers"]]
+        return [(Placement(tuple(tuple(own) for own in held)), shares) for held, shares in layers]
+    except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{name} = {str(path)!r}: no placement that handful place wrote") from None
