@@ -19,7 +19,7 @@ DEV := .venv/.dev-$(HASH)
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 # Memory that nobody wrote to is filled with NaN (bytes of 255) there, so that a result made from it shows.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -O1 -g1
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -DHANDFUL_EMULATE_AVX_VNNI -O1 -g1
 SANITIZED := build/sanitize/handful/_native.abi3.so
 
 .PHONY: help demo serve test test-torch soak check sanitize emulate compilers wheel wheel-test bench browser-test clean
@@ -52,7 +52,7 @@ check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and undefined-behaviour sanitizers, with AMX's tiles emulated
+sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and undefined-behaviour sanitizers, with AMX's tiles and AVX-VNNI's product emulated
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
 	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \

@@ -24,9 +24,9 @@ ExpertsCall make_call(const Tensor& x, const Assignments& assignments, const Exp
                              "gate_up", count, is_gated(kind) ? 2 * hidden : hidden, width);
   Stack down = make_stack({given.down, given.down_scales, given.bits, given.group}, given.down_bias, "down", count,
                           width, hidden);
-  for (Matrix* m : {&gate_up.first, &down.first}) m->pairs = bf16 && m->type == Type::kBFloat16;
+  for (Matrix* m : {&gate_up.first, &down.first}) round_vectors(*m, bf16);
   const float* shares = assignments.weights ? assignments.weights->const_data_ptr<float>() : nullptr;
-  return {&gemm_for(bf16, gate_up.first.type), count, width, hidden, kind, bf16, gate_up, down, data_of(x),
+  return {&gemm_for(bf16, gate_up.first), count, width, hidden, kind, bf16, gate_up, down, data_of(x),
           float_type(x, "x"), assignments, shares, x.size(0)};
 }
 

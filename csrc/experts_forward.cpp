@@ -66,7 +66,7 @@ void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   each(quantize ? panels : 0, 0.5 * F * kPanel, [&](int64_t p) {
     if (!wanted(sorted.panels[p].expert)) return;
     const auto* a = reinterpret_cast<const float*>(a_panels + p * a_units);
-    gemm.quantize(right_a_panels + p * right_a_units, a, F, kHiddenLimit);
+    gemm.quantize(right_a_panels + p * right_a_units, a, F, gemm.limits.hidden);
   });
 
   const std::vector<GemmItem> second = gemm_items(sorted, D, kRows, wanted);
@@ -105,7 +105,7 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   // Each token is prepared once, however many experts it chose.
   std::vector<char> chose(sorted.tokens, 0);
   for (const int64_t n : theirs) chose[sorted.token(n)] = 1;
-  const Prepared x(sorted.tokens, D, call.gate_up.first);
+  const Prepared x(sorted.tokens, D, call.gate_up.first, kByteLimits.input);
   each(sorted.tokens, 1.0 * D, [&](int64_t t) {
     if (chose[t]) x.fill(t, call.x_row(t), call.x_type);
   });
@@ -120,7 +120,7 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   run_gemv_items(call.gate_up, items, [&](int64_t n) { return x.row(sorted.token(n)); },
                    [&](int64_t n) { return h_nG + slot[n] * G; }, G);
 
-  const Prepared a(count, F, call.down.first);
+  const Prepared a(count, F, call.down.first, kByteLimits.hidden);
   const bool gate = is_gated(call.kind);
   each(count, 2.0 * F, [&](int64_t i) {
     float* h = h_nG + i * G;

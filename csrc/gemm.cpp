@@ -63,7 +63,7 @@ void pack_right(const Gemm& gemm, uint32_t* to, const char* const* rows, int cou
   if (gemm.quantize == nullptr) return gemm.pack_tokens(to, rows, count, type, width);
   const Buffer buffer(panel_units(width, gemm.values) * kPanel * 4);
   gemm.pack_tokens(buffer.as<uint32_t>(), rows, count, type, width);
-  gemm.quantize(to, buffer.as<float>(), width, kInputLimit);
+  gemm.quantize(to, buffer.as<float>(), width, gemm.limits.input);
 }
 
 }  // namespace handful

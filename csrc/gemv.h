@@ -11,16 +11,19 @@ namespace handful {
 // Vectors in the form in which they meet the rows of a matrix like `m`.
 class Prepared {
  public:
-  Prepared(int64_t count, int64_t width, const Matrix& m)
-      : m_(m), width_(width), bytes_((gemv().prepared_bytes(width, m) + 63) / 64 * 64), memory_(count * bytes_) {}
+  // `limit`: what they may be off by where they are rounded to 8 bits.
+  Prepared(int64_t count, int64_t width, const Matrix& m, float limit = 0)
+      : m_(m), width_(width), limit_(limit), bytes_((gemv().prepared_bytes(width, m) + 63) / 64 * 64), memory_(count * bytes_) {}
 
   char* row(int64_t i) const { return memory_.as<char>() + i * bytes_; }
   void fill(int64_t i, const char* x, Type type) const;
-  void fill(int64_t i, const float* x) const { gemv().prepare(row(i), x, width_, m_); }
+  void fill(int64_t i, const float* x) const { gemv().prepare(row(i), x, width_, m_, limit_); }
 
  private:
   Matrix m_;
-  int64_t width_, bytes_;
+  int64_t width_;
+  float limit_;
+  int64_t bytes_;
   Buffer memory_;
 };
 

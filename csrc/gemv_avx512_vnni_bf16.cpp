@@ -9,7 +9,8 @@ constexpr int W = 16;
 #define BF16
 #include "vectors.inc"
 
-#define CODES "gemv_codes_bytes.inc"
+#define VNNI
+#include "bytes_avx512.inc"
 #include "gemv.inc"
 
 END_LEVEL(Gemv kAvx512VnniBf16Gemv = gemv_table("AVX-512 VNNI and BF16"))

@@ -33,7 +33,8 @@ constexpr Named kFeatures[] = {
 // What each level adds to the one before it.
 constexpr Named kLevels[] = {
     {0, "none"},
-    {kAvx2 | kAvxVnni, "avx2"},
+    {kAvx2, "avx2"},
+    {kAvxVnni, "avx_vnni"},
     {kAvx512, "avx512f"},
     {kAvx512Vnni | kAvx512Bf16, "avx512"},
     {kAmxBf16 | kAmxInt8, "amx"},
@@ -71,6 +72,9 @@ uint32_t detect() {
   const bool fma = bit(base.ecx, 12), f16c = bit(base.ecx, 29);
   if (!saves(0x6) || !bit(more.ebx, 5) || !fma || !f16c) return found;
   found |= kAvx2;
+#ifdef HANDFUL_EMULATE_AVX_VNNI
+  found |= kAvxVnni;
+#endif
   if (bit(newer.eax, 4)) found |= kAvxVnni;
 
   const bool avx512 = bit(more.ebx, 16) && bit(more.ebx, 17) && bit(more.ebx, 30) && bit(more.ebx, 31);
@@ -97,7 +101,7 @@ uint32_t limit(uint32_t found) {
   uint32_t allowed = 0;
   std::string here;
   for (const Named& level : kLevels) {
-    if (level.bits != 0 && (found & level.bits) == 0) break;
+    if (level.bits != 0 && (found & level.bits) == 0) continue;
     allowed |= level.bits;
     if (!here.empty()) here += ", ";
     here += level.name;

@@ -9,7 +9,7 @@
 //   tile    row r of column c        at tile[r * kPanel + c], float32
 //
 // Tokens are the columns and weights the rows, so a forward pass transposes tokens alone. Codes that are multiplied as
-// bytes have panels of another form (gemm_avx512_vnni.cpp).
+// bytes have panels of another form (gemm_bytes.inc).
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,18 @@ constexpr int kLeftStride = kDepth + 16;  // units; rows a power of two apart wo
 constexpr int kRows = 96;                 // rows of a left block
 constexpr int kUnitGrid = 16;             // panels and left rows are zero up to a multiple of so many units
 
-// Panels of bytes (gemm_avx512_vnni.cpp): for every kByteDepth values a row of 32 units, which names the groups that
+// Panels of bytes (gemm_bytes.inc): for every kByteDepth values a row of 32 units, which names the groups that
 // come twice, and room for each group twice.
 constexpr int kByteDepth = 512;           // values that are multiplied at once
 constexpr int kByteGroup = 32;            // values that share a scale
 constexpr int kByteRecord = 12 * kPanel;  // units of a group
-// The error that a column may have, in parts of its length: inputs, which meet a gate and its product, and hidden
-// values. Together they keep a layer within 1e-2. Normal numbers have 0.0028 and, after SwiGLU, 0.0047.
-constexpr float kInputLimit = 0.0045f, kHiddenLimit = 0.0055f;
+// The error that a vector may have whose numbers become bytes, in parts of its length: inputs, which meet a gate and its
+// product, and hidden values. Normal numbers have 0.0056 and, after SwiGLU, 0.0094, and half of that where they are exact
+// (gemm_bytes.inc). Together the limits keep a layer within 1.5e-2, and within 1e-2.
+struct Limits {
+  float input, hidden;
+};
+constexpr Limits kByteLimits = {0.0070f, 0.0115f}, kExactLimits = {0.0045f, 0.0055f};
 
 // Codes: a row lies in blocks of 512 columns, of which the last may be shorter, and a block in pieces of 32 columns.
 // The word of 4 bytes at 4 * (j * pieces + i) of a block holds columns 4j to 4j + 3 of piece i, for j below 8; at 4
@@ -62,6 +66,7 @@ struct Matrix {
   int64_t scale_stride;  // scales from one row to the next
   int group;
   bool pairs = false;  // bfloat16 may meet vectors rounded to bfloat16, two products an instruction
+  bool bytes = false;  // codes may meet vectors rounded to 8 bits
 
   const char* row(int64_t r) const { return data + r * stride; }
   // Of rows of codes, with their padding.
@@ -174,7 +179,8 @@ struct Gemm {
 
   // Makes the panel that `multiply` takes of one of `width` values from pack_tokens or activate, with an error of about
   // `limit` of a column's length at most. Null: `multiply` takes those as they are.
-  void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
+  void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit) = nullptr;
+  Limits limits = {};
 };
 
 // One key-value head's part in one token's attention: `queries` heads share `count` keys and values.
@@ -199,7 +205,8 @@ struct Gemv {
 
   // A vector of `width` values in the form in which it meets a matrix like `m`, and that form's bytes.
   int64_t (*prepared_bytes)(int64_t width, const Matrix& m);
-  void (*prepare)(char* prepared, const float* x, int64_t width, const Matrix& m);
+  // To 8 bits (see Matrix) only where it is off by at most `limit` of its length.
+  void (*prepare)(char* prepared, const float* x, int64_t width, const Matrix& m, float limit);
   // out[v * out_stride + r] = m[row + r] · x[v], for `rows` rows and `count` vectors.
   void (*multiply)(float* out, int64_t out_stride, const Matrix& m, int64_t row, int64_t rows,
                    const char* const* prepared, int count, int64_t width);
@@ -218,9 +225,13 @@ struct Gemv {
 
 // The best tables of this process. They throw std::runtime_error where there is none: a CPU without AVX2, or
 // HANDFUL_ISA=none. `bf16`: products may be of bfloat16 pairs, and those with codes of bytes.
-const Gemm& gemm_for(bool bf16, Type weights = Type::kFloat32);
+const Gemm& gemm_for(bool bf16);
+const Gemm& gemm_for(bool bf16, const Matrix& m);
 const Gemv& gemv();
 // Tokens up to which a matrix is multiplied by `gemv`; more are packed into panels.
 int64_t gemv_max_tokens(const Matrix& m);
+// Whether bfloat16 tokens that meet codes keep more than 8 bits a number: HANDFUL_EXACT_ACTIVATIONS=1, or as it was set.
+bool exact_activations();
+void set_exact_activations(bool on);
 
 }  // namespace handful

@@ -1,6 +1,9 @@
 #include "kernels.h"
 
+#include <atomic>
+#include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 #include "isa.h"
 #include "levels.h"
@@ -19,12 +22,13 @@ Gemm with(Gemm table, const AmxGemm& amx) {
   return table;
 }
 
-Gemm with(Gemm table, const VnniGemm& bytes) {
-  table.name = "AVX-512 VNNI";
+Gemm with(Gemm table, const ByteGemm& bytes) {
+  table.name = bytes.name;
   table.needs |= bytes.needs;
   table.pack_rows = bytes.pack_rows;
   table.multiply = bytes.multiply;
   table.quantize = bytes.quantize;
+  table.limits = bytes.limits;
   return table;
 }
 
@@ -41,22 +45,57 @@ const Chosen& chosen() {
   return all;
 }
 
+// Whether activations that meet codes keep more than 8 bits.
+std::atomic<bool>& exact() {
+  static std::atomic<bool> on = [] {
+    const char* asked = std::getenv("HANDFUL_EXACT_ACTIVATIONS");
+    const std::string text = asked == nullptr || *asked == '\0' ? "0" : asked;
+    if (text != "0" && text != "1") {
+      throw std::runtime_error("HANDFUL_EXACT_ACTIVATIONS = '" + text + "': 0 or 1");
+    }
+    return text == "1";
+  }();
+  return on;
+}
+
 }  // namespace
 
 Chosen choose(uint32_t features) {
-  static const Gemm amx = with(kAvx512Bf16Gemm, kAmxGemm), bytes = with(kAvx512Gemm, kAvx512VnniGemm);
+  static const Gemm amx = with(kAvx512Bf16Gemm, kAmxGemm);
+  static const struct OfCodes {
+    Gemm avx2, avx_vnni, avx512, avx512_vnni;
+  } int8 = {with(kAvx2Gemm, kAvx2Bytes.int8), with(kAvx2Gemm, kAvxVnniBytes.int8), with(kAvx512Gemm, kAvx512Bytes.int8),
+            with(kAvx512Gemm, kAvx512VnniBytes.int8)},
+    int4 = {with(kAvx2Gemm, kAvx2Bytes.int4), with(kAvx2Gemm, kAvxVnniBytes.int4), with(kAvx512Gemm, kAvx512Bytes.int4),
+            with(kAvx512Gemm, kAvx512VnniBytes.int4)};
+  static const Gemm exact_int8 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int8);
+  static const Gemm exact_int4 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int4);
+  const auto bytes = [&](const OfCodes& of) {
+    return first(features, amx, of.avx512_vnni, of.avx512, of.avx_vnni, of.avx2);
+  };
+  const auto exact = [&](const Gemm& of) { return first(features, amx, of, kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm); };
   return {first(features, kAvx512Gemm, kAvx2Gemm),
           first(features, amx, kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
-          first(features, amx, bytes, kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm),
-          first(features, kAvx512VnniBf16Gemv, kAvx512VnniGemv, kAvx512Gemv, kAvx2Gemv)};
+          bytes(int8),
+          bytes(int4),
+          exact(exact_int8),
+          exact(exact_int4),
+          first(features, kAvx512VnniBf16Gemv, kAvx512VnniGemv, kAvx512Gemv, kAvxVnniGemv, kAvx2Gemv)};
 }
 
-const Gemm& gemm_for(bool bf16, Type weights) {
-  const bool codes = weights == Type::kInt8 || weights == Type::kInt4;
-  return *(!bf16 ? chosen().float32 : codes ? chosen().codes : chosen().bfloat16);
+const Gemm& gemm_for(bool bf16) { return *(bf16 ? chosen().bfloat16 : chosen().float32); }
+
+const Gemm& gemm_for(bool bf16, const Matrix& m) {
+  if (!bf16 || m.group == 0) return gemm_for(bf16);
+  if (m.type == Type::kInt8) return *(m.bytes ? chosen().int8 : chosen().exact_int8);
+  return *(m.bytes ? chosen().int4 : chosen().exact_int4);
 }
 
 const Gemv& gemv() { return *chosen().gemv; }
+
+bool exact_activations() { return exact(); }
+
+void set_exact_activations(bool on) { exact() = on; }
 
 int64_t gemv_max_tokens(const Matrix& m) {
   return (m.pairs && gemv().pairs) || m.group > 0 ? kGemvMaxTokensPacked : kGemvMaxTokens;

@@ -44,7 +44,7 @@
 namespace handful {
 
 extern const Gemm kAvx2Gemm, kAvx512Gemm, kAvx512Bf16Gemm;
-extern const Gemv kAvx2Gemv, kAvx512Gemv, kAvx512VnniGemv, kAvx512VnniBf16Gemv;
+extern const Gemv kAvx2Gemv, kAvxVnniGemv, kAvx512Gemv, kAvx512VnniGemv, kAvx512VnniBf16Gemv;
 
 // What differs from kAvx512Bf16Gemm with AMX.
 struct AmxGemm {
@@ -55,20 +55,28 @@ struct AmxGemm {
 };
 extern const AmxGemm kAmxGemm;
 
-// What differs from kAvx512Gemm where codes are multiplied as bytes.
-struct VnniGemm {
+// What differs from a float32 table where codes are multiplied as bytes.
+struct ByteGemm {
+  const char* name;  // null: there is none
   uint32_t needs;
   void (*pack_rows)(uint32_t* left, const Matrix& m, int64_t row, int rows, int64_t k0, int count);
   void (*multiply)(const Product& job);
   void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
+  Limits limits;
 };
-extern const VnniGemm kAvx512VnniGemm;
+// Of int8 and int4, with tokens of 8 bits a number, and exact ones of 9 with VNNI.
+struct ByteGemms {
+  ByteGemm int8, int4, exact_int8, exact_int4;
+};
+extern const ByteGemms kAvx2Bytes, kAvxVnniBytes, kAvx512Bytes, kAvx512VnniBytes;
 
-// A CPU's tables: GEMM for float32, for bfloat16, and for codes with bfloat16 tokens; GEMV for all.
+// A CPU's tables: GEMM for float32, for bfloat16, and for codes with bfloat16 tokens, rounded to 8 bits or exact; GEMV for
+// all.
 struct Chosen {
   const Gemm* float32;
   const Gemm* bfloat16;
-  const Gemm* codes;
+  const Gemm *int8, *int4;
+  const Gemm *exact_int8, *exact_int4;
   const Gemv* gemv;
 };
 

@@ -13,7 +13,7 @@ void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, i
                    const std::vector<char*>& y) {
   const Stack& like = stacks[0];
   const int64_t I = like.width;
-  const Prepared prepared(tokens, I, like.first);
+  const Prepared prepared(tokens, I, like.first, kByteLimits.input);
   each(tokens, 1.0 * I, [&](int64_t t) { prepared.fill(t, x + t * I * bytes_of(type), type); });
   int64_t rows = 0;
   for (const Stack& stack : stacks) rows += stack.rows;
@@ -47,7 +47,7 @@ void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, i
 // Many tokens: they are packed once for all matrices.
 void multiply_gemm(const std::vector<Stack>& stacks, const char* x, Type type, int64_t tokens,
                    const std::vector<char*>& y) {
-  const Gemm& gemm = gemm_for(type == Type::kBFloat16, stacks[0].first.type);
+  const Gemm& gemm = gemm_for(type == Type::kBFloat16, stacks[0].first);
   const int64_t I = stacks[0].width, units = right_units(gemm, I);
   const int64_t panels = (tokens + kPanel - 1) / kPanel;
   const Buffer x_buffer(panels * units * 4);
@@ -112,7 +112,7 @@ Tensors linears(const Tensor& x, const LinearMaps& maps) {
     stacks.push_back(make_stack({weight, scale, maps.bits, maps.group}, bias, "weight", 0, weight.size(0), x.size(1)));
     results.push_back(torch::stable::new_empty(x, {tokens, stacks[m].rows}));
     y.push_back(static_cast<char*>(results[m].mutable_data_ptr()));
-    stacks[m].first.pairs = type == Type::kBFloat16 && stacks[m].first.type == type;
+    round_vectors(stacks[m].first, type == Type::kBFloat16);
     alike = alike && stacks[m].first.type == stacks[0].first.type;
   }
   STD_TORCH_CHECK(alike, "weights are not of one dtype");

@@ -16,8 +16,8 @@ std::string levels(std::string features) {
   const auto line = [](const char* use, const auto* table) {
     return std::string(use) + ": " + table->name + ": " + handful::names_of(table->needs) + "\n";
   };
-  return line("float32", chosen.float32) + line("bfloat16", chosen.bfloat16) + line("codes", chosen.codes) +
-         line("few tokens", chosen.gemv);
+  return line("float32", chosen.float32) + line("bfloat16", chosen.bfloat16) + line("codes", chosen.int8) +
+         line("exact codes", chosen.exact_int8) + line("few tokens", chosen.gemv);
 }
 
 // The sizes that callers need to know, a line each.
@@ -34,10 +34,14 @@ STABLE_TORCH_LIBRARY(handful, m) {
   m.def("isa() -> str");
   m.def("levels(str features) -> str");
   m.def("limits() -> str");
+  m.def("exact_activations() -> bool");
+  m.def("set_exact_activations(bool on) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("levels", TORCH_BOX(&levels));
   m.impl("limits", TORCH_BOX(&limits));
+  m.impl("exact_activations", TORCH_BOX(&handful::exact_activations));
+  m.impl("set_exact_activations", TORCH_BOX(&handful::set_exact_activations));
 }

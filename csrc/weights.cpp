@@ -82,6 +82,11 @@ Activation activation_of(const std::string& name) {
   return Activation::kRelu;
 }
 
+void round_vectors(Matrix& m, bool bf16) {
+  m.pairs = bf16 && m.type == Type::kBFloat16;
+  m.bytes = bf16 && m.group > 0 && !exact_activations();
+}
+
 int64_t stored_columns(int64_t width, int64_t group) {
   const int64_t grid = std::max<int64_t>(group, kGrid);
   return (width + grid - 1) / grid * grid;

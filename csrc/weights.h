@@ -48,6 +48,9 @@ Activation activation_of(const std::string& name);
 Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char* name, int64_t count, int64_t rows,
                  int64_t width);
 
+// Lets vectors of bfloat16 be rounded where they meet a matrix: to bfloat16, or to 8 bits.
+void round_vectors(Matrix& m, bool bf16);
+
 // Columns that a row of `width` codes is stored in.
 int64_t stored_columns(int64_t width, int64_t group);
 

@@ -11,7 +11,9 @@ import torch
 from handful.kernels.extension import available
 
 # Levels of HANDFUL_ISA, each with a feature that tells of it.
-FEATURES = {"avx2": "avx2", "avx512f": "avx512", "avx512": "avx512_vnni", "amx": "amx_bf16"}
+FEATURES = {
+    "avx2": "avx2", "avx_vnni": "avx_vnni", "avx512f": "avx512", "avx512": "avx512_vnni", "amx": "amx_bf16",
+}  # fmt: skip
 # Of the kernels; others meet them in passing.
 FILES = {"test_native.py", "test_decode_kernels.py", "test_fused.py", "test_levels.py", "test_offload.py"}
 
@@ -40,5 +42,6 @@ def _why(level: str) -> str:
         return "not in this run; make test-torch"
     return "cannot run here" + {
         "amx": "; make sanitize emulates its tiles on CPUs with AVX-512 BF16",
+        "avx_vnni": "; make sanitize emulates its product",
         "avx2": "; make emulate emulates it",
     }.get(level, "")

@@ -22,7 +22,8 @@ kernels = pytest.mark.skipif(native_error() is not None, reason=f"no kernels: {n
 # The features that each level of HANDFUL_ISA adds, and the flags of /proc/cpuinfo that make a feature.
 LEVELS = {
     "none": {},
-    "avx2": {"avx2": "avx2 fma f16c", "avx_vnni": "avx_vnni"},
+    "avx2": {"avx2": "avx2 fma f16c"},
+    "avx_vnni": {"avx_vnni": "avx_vnni"},
     "avx512f": {"avx512": "avx512f avx512bw avx512dq avx512vl"},
     "avx512": {"avx512_vnni": "avx512_vnni", "avx512_bf16": "avx512_bf16"},
     "amx": {"amx_bf16": "amx_tile amx_bf16", "amx_int8": "amx_tile amx_int8"},

@@ -23,11 +23,13 @@ __all__ = [
     "ROUTER_KERNEL_MAX_TOKENS",
     "Level",
     "available",
+    "exact_activations",
     "gemv_max_tokens",
     "inference_only",
     "levels",
     "native_max_tokens",
     "prefers_native",
+    "set_exact_activations",
     "steady_tokens",
     "translate_error",
 ]
@@ -36,11 +38,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 ROUTER_KERNEL_MAX_TOKENS = 32  # beyond them torch's product is the quicker
 # Tokens up to which our kernels are quicker than torch for one matrix of floats: where AMX or pairs multiply bfloat16,
-# and of others.
+# and of float32. Where nothing multiplies bfloat16, torch takes three to four times as long as we do for any number.
 NATIVE_MAX_TOKENS_AMX, NATIVE_MAX_TOKENS_PAIRS, NATIVE_MAX_TOKENS = 16, 128, 4
 
 _available: bool | None = None  # None: nobody has asked yet
-_max_tokens_bfloat16 = NATIVE_MAX_TOKENS
+_max_tokens_bfloat16: int | None = None
 _gemv_max_tokens = _gemv_max_call = 0
 
 
@@ -77,7 +79,7 @@ class Level(NamedTuple):
 
 def levels(features: Iterable[str]) -> dict[str, Level]:
     """Which level a CPU of these features (as in `Machine.isa`) multiplies with: many tokens in "float32", "bfloat16"
-    and by "codes" of 8 or 4 bits, and "few tokens". HandfulError where there is none."""
+    by "codes" of 8 or 4 bits and by "exact codes", and "few tokens". HandfulError where there is none."""
     try:
         lines = torch.ops.handful.levels(" ".join(features)).splitlines()
     except RuntimeError as error:
@@ -86,14 +88,31 @@ def levels(features: Iterable[str]) -> dict[str, Level]:
     return {use: Level(name, frozenset(needs.split())) for use, name, needs in rows}
 
 
+def exact_activations() -> bool:
+    """Whether activations in bfloat16 that quantized weights multiply keep more than 8 bits: as it was set, or as
+    HANDFUL_EXACT_ACTIVATIONS says. Without the kernels they always do. ConfigError where it says neither 0 nor 1."""
+    if not available():
+        return True
+    try:
+        return bool(torch.ops.handful.exact_activations())
+    except RuntimeError as error:
+        raise ConfigError(str(translate_error(error))) from None
+
+
+def set_exact_activations(on: bool) -> None:
+    """For all models of this process, from the next call on."""
+    if available():
+        torch.ops.handful.set_exact_activations(on)
+
+
 def gemv_max_tokens() -> int:
     """Tokens that meet quantized weights as they are read from memory (GEMV); more are multiplied in tiles (GEMM). 0
     where the kernels are not there."""
     return _gemv_max_tokens if available() else 0
 
 
-def native_max_tokens(dtype: torch.dtype) -> int:
-    """Tokens up to which our kernels multiply a matrix of floats more quickly than torch."""
+def native_max_tokens(dtype: torch.dtype) -> int | None:
+    """Tokens up to which our kernels multiply a matrix of floats more quickly than torch; None: any number."""
     return _max_tokens_bfloat16 if dtype == torch.bfloat16 else NATIVE_MAX_TOKENS
 
 
@@ -107,13 +126,14 @@ def steady_tokens(dtype: torch.dtype, experts: int = 0, top_k: int = 1) -> int |
     if not available() or dtype not in DTYPES:
         return None
     few_of_experts = min(_gemv_max_tokens * experts // top_k, _gemv_max_call)
-    return max(ROUTER_KERNEL_MAX_TOKENS, native_max_tokens(dtype), _gemv_max_tokens, few_of_experts) + 1
+    return max(ROUTER_KERNEL_MAX_TOKENS, native_max_tokens(dtype) or 0, _gemv_max_tokens, few_of_experts) + 1
 
 
 def prefers_native(weight: Tensor, tokens: int, dtype: torch.dtype) -> bool:
     """Whether our kernels are to multiply so many tokens by a float weight in inference: few of them, which read a
-    weight as fast as memory gives it. With more, torch's products are as good."""
-    return available() and weight.dtype == dtype and tokens <= native_max_tokens(dtype)
+    weight as fast as memory gives it. With more, torch's products are as good, where the CPU has some for the dtype."""
+    most = native_max_tokens(dtype)
+    return available() and weight.dtype == dtype and (most is None or tokens <= most)
 
 
 def inference_only(x: Tensor, *weights: Tensor) -> bool:

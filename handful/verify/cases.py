@@ -52,10 +52,10 @@ FORMATS = {
     "float32": Format(torch.float32, 1e-5, 1e-5),
     "bfloat16": Format(torch.bfloat16, roundings(6), roundings(10)),
     "autocast": Format(torch.float32, roundings(9), roundings(14), autocast=True),
-    "int8/32": Format(torch.float32, 1e-2, bits=8, group=32),
-    "int8/128": Format(torch.float32, 1e-2, bits=8, group=128),
-    "int4/32": Format(torch.float32, 1e-2, bits=4, group=32),
-    "int4/128": Format(torch.float32, 1e-2, bits=4, group=128),
+    "int8/32": Format(torch.float32, 1.5e-2, bits=8, group=32),
+    "int8/128": Format(torch.float32, 1.5e-2, bits=8, group=128),
+    "int4/32": Format(torch.float32, 1.5e-2, bits=4, group=32),
+    "int4/128": Format(torch.float32, 1.5e-2, bits=4, group=128),
 }
 
 

@@ -1,8 +1,8 @@
 """Every backend on this computer, in every format and at every level of the native kernels.
 
-The native kernels choose their instructions once per process, so each level of them (avx2, avx512f, avx512, amx) is
-examined in a child process, `python -m handful.verify`, which writes JSON lines. A child that dies is that level's
-failure.
+The native kernels choose their instructions once per process, so each level of them (avx2, avx_vnni, avx512f,
+avx512, amx) is examined in a child process, `python -m handful.verify`, which writes JSON lines. A child that dies is
+that level's failure.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CASES = 48  # of each backend, level and format
 # The levels that HANDFUL_ISA names, and the features of which they have one at least.
 LEVELS = {
     "avx2": {"avx2"},
+    "avx_vnni": {"avx_vnni"},
     "avx512f": {"avx512"},
     "avx512": {"avx512_vnni", "avx512_bf16"},
     "amx": {"amx_bf16", "amx_int8"},
@@ -82,8 +83,8 @@ def verify(
     seed      of the random cases; any.
     cases     for each backend, level and format. The first are corner cases; 40 or more meet each activation with and
               without biases in each kind of memory.
-    levels    of the native kernels: some of avx2, avx512f, avx512 and amx. Default: all that this computer has,
-              whatever HANDFUL_ISA says.
+    levels    of the native kernels: some of avx2, avx_vnni, avx512f, avx512 and amx. Default: all that this computer
+              has, whatever HANDFUL_ISA says.
     progress  called with how many cases and checks are done, of how many, and what is examined.
 
     Raises ConfigError for a level that this computer does not have, or for less than one case.

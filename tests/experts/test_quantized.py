@@ -32,7 +32,7 @@ from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedL
 from handful.experts.reference import reference
 from handful.experts.weights import ExpertWeights
 from handful.generate import generate_tokens
-from handful.kernels.extension import available
+from handful.kernels.extension import available, exact_activations, set_exact_activations
 from handful.model import Decoder
 from handful.quantize import Packed, error, pack, unpack
 from handful.routing import Routing
@@ -144,11 +144,17 @@ def test_experts_in_float32_by_kernels(c: Case, form: tuple[int, int]) -> None:
 
 
 @settings(max_examples=80)
-@given(cases(backends=["auto", "grouped"], tokens=(8, 40), widths=(16, 100)), st.sampled_from(FORMATS))
-def test_experts_in_bfloat16(c: Case, form: tuple[int, int]) -> None:
+@given(cases(backends=["auto", "grouped"], tokens=(8, 40), widths=(16, 100)), st.sampled_from(FORMATS), st.booleans())
+def test_experts_in_bfloat16(c: Case, form: tuple[int, int], exact: bool) -> None:
     """Against float64 on the same rounded inputs. The loop rounds the unpacked weights once more, and then as any
-    bfloat16 layer: see the bound in test_experts.py."""
-    compare(c, *form, BF16, 1.2e-2)
+    bfloat16 layer: see the bound in test_experts.py. Kernels whose activations have 8 bits may be off by what their
+    limits grant: inputs by 0.7 %, through a gate and its product, and hidden values by 1.15 %."""
+    before = exact_activations()
+    set_exact_activations(exact)
+    try:
+        compare(c, *form, BF16, 1.2e-2 if exact else 2e-2)
+    finally:
+        set_exact_activations(before)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -77,7 +77,7 @@ def misplaced(library: Path) -> tuple[list[str], set[str]]:
             files.add(file)
             if binding != "LOCAL" or file not in LEVEL_FILES or name.startswith("_GLOBAL__sub_I"):
                 wrong.append(f"{name} ({binding}, {file or 'of no file'})")
-            elif file.endswith("_avx2.cpp") and firsts & EVEX:
+            elif file.startswith(("gemm_avx2", "gemv_avx2", "gemm_avx_vnni", "gemv_avx_vnni")) and firsts & EVEX:
                 wrong.append(f"{name}: AVX-512 in {file}")
     return wrong, files
 
@@ -113,7 +113,7 @@ def feature_sets() -> list[tuple[str, ...]]:
 
 def test_every_set_of_features_is_given_what_it_covers() -> None:
     """Also sets that no CPU has: a hypervisor may hide any of them."""
-    uses = {"float32", "bfloat16", "codes", "few tokens"}
+    uses = {"float32", "bfloat16", "codes", "exact codes", "few tokens"}
     for features in feature_sets():
         if "avx2" not in features:
             with pytest.raises(HandfulError, match="no kernels for this CPU"):
@@ -125,8 +125,22 @@ def test_every_set_of_features_is_given_what_it_covers() -> None:
             assert level.needs <= set(features), (use, level, features)
     best = levels(CPUINFO_FLAGS)
     assert {use: level.name for use, level in best.items()} == {
-        "float32": "AVX-512", "bfloat16": "AMX", "codes": "AMX", "few tokens": "AVX-512 VNNI and BF16",
+        "float32": "AVX-512", "bfloat16": "AMX", "codes": "AMX", "exact codes": "AMX",
+        "few tokens": "AVX-512 VNNI and BF16",
     }  # fmt: skip
+
+
+def test_codes_meet_bytes_at_every_level() -> None:
+    """The best way to multiply codes that the features have, few tokens and many."""
+    for features, codes, few in (
+        (["avx2"], "AVX2", "AVX2"),
+        (["avx2", "avx_vnni"], "AVX-VNNI", "AVX-VNNI"),
+        (["avx2", "avx512"], "AVX-512", "AVX-512"),
+        (["avx2", "avx_vnni", "avx512"], "AVX-512", "AVX-512"),
+        (["avx2", "avx512", "avx512_vnni"], "AVX-512 VNNI", "AVX-512 VNNI"),
+    ):
+        chosen = levels(features)
+        assert (chosen["codes"].name, chosen["few tokens"].name) == (codes, few), features
 
 
 def test_the_extension_says_its_limits() -> None:
