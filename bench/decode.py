@@ -1,7 +1,8 @@
 """How quick is a whole model, beside transformers, llama.cpp and vLLM, and beside what memory and multipliers allow?
 
     python bench/decode.py [--models DIR] [--only olmoe-4l] [--formats bfloat16 int8 int4] [--rounds 3]
-                           [--llama-bin DIR --gguf DIR] [--vllm PYTHON]
+                           [--peers transformers llama.cpp vLLM] [--llama-bin DIR --gguf DIR] [--vllm PYTHON]
+                           [--level avx2]
     python bench/decode.py --recording [--models DIR] [--only olmoe-4l] [--formats int4] [--rounds 9]
 
 olmoe-4l      OLMoE's shape in 4 layers: D=2048, 64 experts of 1024, 8 of a token, 16 heads, 8192 tokens
@@ -14,9 +15,13 @@ steps, one sequence or 16. Each engine is a process of its own, one after the ot
 llama.cpp     llama-bench (Q8_0 for int8, Q4_0 and Q4_K_M for int4) and llama-batched-bench, on DIR/NAME-FORMAT.gguf
 vLLM          a Python with vllm; DIR/NAME, DIR/NAME-w8a8 and DIR/NAME-w4g128 for its formats
 
+--level       the instructions that Handful and torch keep to, as HANDFUL_ISA names them. llama.cpp's are those of its
+              build. Torch is held to AVX2 where the level is avx2 or avx_vnni.
+
 "of memory" is active bytes a token, times tokens a second, beside the rate at which memory is read here, measured
-just before; "of products" is 2 FLOPs for each active weight but the output layer's, beside torch's best bfloat16
-product. Left out are engines that are not given.
+just before; that rate is told before and after every engine. "of products" is 2 FLOPs for each active weight but the
+output layer's, beside torch's best bfloat16 product. Engines that are not given are left out, and all but those that
+--peers names.
 
 --recording   what decoding one sequence costs more when its routing is recorded: both, by turns.
 """
@@ -46,6 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 VOCAB, PROMPT, START, STEPS, BATCH = 8192, 512, 16, 64, 16
 GGUF = {"bfloat16": ["bf16"], "int8": ["Q8_0"], "int4": ["Q4_0", "Q4_K_M"]}
 VLLM = {"bfloat16": "", "int8": "-w8a8", "int4": "-w4g128"}
+PEERS = ("transformers", "llama.cpp", "vLLM")
 WORK = ("prefill", "decode", f"decode x{BATCH}")
 
 
@@ -234,14 +240,14 @@ def engines(arguments: argparse.Namespace, name: str, form: str) -> Iterator[tup
     """What runs a model in a format: a name and the command."""
     this, folder = [sys.executable, __file__, "--run"], arguments.models / name
     yield "Handful", [*this, "handful", str(folder), form]
-    if form == "bfloat16":
+    if form == "bfloat16" and "transformers" in arguments.peers:
         for implementation in ("eager", "grouped_mm"):
             yield f"transformers, {implementation}", [*this, "transformers", str(folder), implementation]
-    if arguments.llama_bin is not None:
+    if arguments.llama_bin is not None and "llama.cpp" in arguments.peers:
         for kind in GGUF[form]:
             file = arguments.gguf / f"{name}-{kind}.gguf"
             yield f"llama.cpp, {kind}", [*this, "llama", str(arguments.llama_bin), str(file)]
-    if arguments.vllm is not None and Path(f"{folder}{VLLM[form]}").exists():
+    if arguments.vllm is not None and "vLLM" in arguments.peers and Path(f"{folder}{VLLM[form]}").exists():
         yield "vLLM", [str(arguments.vllm), __file__, "--run", "vllm", f"{folder}{VLLM[form]}"]
 
 
@@ -261,10 +267,19 @@ def weights(folder: Path) -> tuple[int, dict[str, int]]:
     return active.excl_embeddings, held
 
 
+def at_level(level: str | None) -> dict[str, str]:
+    """The environment that holds Handful, and torch, to a level of instructions."""
+    if level is None:
+        return {}
+    torch_too = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"} if level in ("avx2", "avx_vnni") else {}
+    return {"HANDFUL_ISA": level, **torch_too}
+
+
 def measure(arguments: argparse.Namespace) -> None:
     # Here and not above: vLLM's Python runs this file too, and has neither.
     from timing import keep, show
 
+    from handful.machine import machine
     from handful.machine import measure as rates
 
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -278,8 +293,17 @@ def measure(arguments: argparse.Namespace) -> None:
                     now = rates()
                     reads.append(now.read_bytes_per_second)
                     products.append(now.bfloat16_flops)
-                    print(f"round {turn + 1}: {name} {form} {engine}", file=sys.stderr, flush=True)
-                    out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                    told_of = f"round {turn + 1}: {name} {form} {engine}"
+                    out = subprocess.run(
+                        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                        env=os.environ | at_level(arguments.level),
+                    )  # fmt: skip
+                    after = rates().read_bytes_per_second
+                    reads.append(after)
+                    print(
+                        f"{told_of}: memory {now.read_bytes_per_second / 1e9:.1f} GB/s, then {after / 1e9:.1f}",
+                        file=sys.stderr, flush=True,
+                    )  # fmt: skip
                     if out.returncode:
                         print(f"  failed: {' '.join(command)}", file=sys.stderr)
                     for line in out.stdout.splitlines():
@@ -305,7 +329,9 @@ def measure(arguments: argparse.Namespace) -> None:
         rows.append({"of memory": "", "of products": ""} | row)
     rows = [{key: row[key] for key in ("model", "format", "engine", *WORK, "of memory", "of products")} for row in rows]
     show(rows)
-    notes = {"read_bytes_per_second": reads, "bfloat16_flops": products, "rounds": arguments.rounds}
+    level = arguments.level or " ".join(machine().isa)
+    notes = {"level": level, "read_bytes_per_second": reads, "bfloat16_flops": products, "rounds": arguments.rounds}
+    print(f"level: {level}")
     print(f"tokens/s; memory read at {read / 1e9:.1f} GB/s, bfloat16 products at {product / 1e9:.0f} GFLOP/s (medians)")
     keep("decode", rows, notes)
 
@@ -326,6 +352,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=list(VLLM), default=list(VLLM))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--level")
     parser.add_argument("--recording", action="store_true")
     parser.add_argument("--llama-bin", type=Path, help="where llama-bench and llama-batched-bench are")
     parser.add_argument("--gguf", type=Path, help="where NAME-FORMAT.gguf are")
