@@ -280,7 +280,7 @@ class Engine:
             self.on_routing(jobs, new, routings)
         steady = self._steady is None or len(tokens_1T[0]) >= self._steady
         ready, last, end, deltas = [], [], 0, []
-        for job, count in zip(jobs, new, strict=True):
+        for job, own, count in zip(jobs, caches, new, strict=True):
             end += count
             if _records(job.request):
                 _record(job, routings, end - count, end)
@@ -298,6 +298,8 @@ class Engine:
                 job._shareable += count
             if job._read < len(job.request.prompt):
                 continue
+            if not job.made and own.slides:  # what its prompt's end looks at may go with the tokens that come
+                self._keep(job)
             if job.request.max_tokens == 0:
                 deltas.append(self._end(job, "length"))
             else:
@@ -329,7 +331,7 @@ class Engine:
         request = job.request
         most = len(request.prompt) - (self._steady or 1)
         if self._prefixes is not None and job._plan is None and request.prompt_logprobs is None and most > 0:
-            prompt, recorded = np.asarray(request.prompt), _records(request)
+            prompt, recorded = np.asarray(request.prompt[:most]), _records(request)
             source, length = self._prefixes.find(prompt, recorded)
             coming = 0
             for other in self._running:
@@ -337,18 +339,17 @@ class Engine:
                 if not other._begun or other._plan is not None or (recorded and not _records(theirs)):
                     continue
                 alike = common(np.asarray(theirs.prompt), prompt)
-                if other._read < len(theirs.prompt) >= (self._steady or 1):
+                if other._read < alike and len(theirs.prompt) >= (self._steady or 1):
                     coming = max(coming, alike)
-                if min(alike, other._shareable) > length:
-                    length = min(alike, other._shareable)
-                    source = self._prefix_of(other, length)
-            length = min(length, most)
-            if min(coming, most) >= length + WORTH:
+                shared = min(alike, other._shareable)
+                if other._cache is not None and shared > length and shared >= other._cache.least:
+                    length, source = shared, self._prefix_of(other, shared)
+            if coming >= length + WORTH:
                 return False
-            self._prefix_tokens += len(prompt)
+            self._prefix_tokens += len(request.prompt)
             if source is not None:
                 assert job._cache is not None
-                job._cache.begin(source.keys_values, length)
+                job._cache.begin(source.held, length)
                 job.cached = job._read = job._shareable = length
                 if source.routed is not None and recorded:
                     job._routed = [source.routed.part(0, length)]
@@ -362,12 +363,15 @@ class Engine:
         assert job._cache is not None
         tokens = np.asarray([*job.request.prompt, *job.made])[:length]
         routed = Recording.joined(job._routed).part(0, length) if job._routed else None
-        return Prefix(tokens, job._cache.keys_values, routed)
+        return Prefix(tokens, job._cache.beginning(length), routed)
 
     def _keep(self, job: Job) -> None:
         """Keep what a job's cache holds that other prompts may begin with."""
-        if self._prefixes is not None and job._cache is not None and job._plan is None:
+        if self._prefixes is None or job._cache is None or job._plan is not None:
+            return
+        if job._shareable >= job._cache.least:
             self._prefixes.keep(self._prefix_of(job, job._shareable))
+            self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens.
@@ -425,9 +429,8 @@ class Engine:
         self._running = [other for other in self._running if other is not job]
         if job in self._waiting:
             self._waiting.remove(job)
-        if self._prefixes is not None and finish != "failed":
+        if finish != "failed":
             self._keep(job)
-            self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
         job._cache = job._sampler = job._text = job._plan = None
         job._routed, job._routings = [], []
         return Delta(job=job, finish=finish, error=error, **told_now)

@@ -24,12 +24,13 @@ import torch
 from handful.ceilings import Ceilings
 from handful.config import EncoderDecoderConfig, ModelConfig
 from handful.cost import BYTES, byte_counts, held_bytes, held_tokens
-from handful.count import Counted, Weights, counted
+from handful.count import Attended, Counted, Weights, counted
 from handful.engine import CHUNK
 from handful.errors import ConfigError
 from handful.experts.expert_file import Layout, layout_of
 from handful.experts.store import GUESSES
 from handful.forecast import FORMATS, Step, forecast
+from handful.positions import window_room
 from handful.units import size
 
 __all__ = ["FitVerdict", "Plan", "plan"]
@@ -223,12 +224,16 @@ def _top_k(model: Counted) -> int:
     return max((min(w.active, w.copies) for w in _routed(model)), default=0)
 
 
+def _with_room(attention: Attended, context: int) -> Attended:
+    return dataclasses.replace(attention, window=window_room(attention.window, context))
+
+
 def _sizes(model: Counted, dtype: str, context: int, batch: int) -> _Sizes:
     held = byte_counts(model, context, dtype)
     routed = sum(held_bytes(weights, dtype) for weights in _routed(model))
     experts = sum(weights.layers * weights.copies for weights in _routed(model))
-    # Of models that are run, what `KVCache` takes: layers with a window have room for as much as the others.
-    room = model.attention if model.lacks else [dataclasses.replace(a, window=None) for a in model.attention]
+    # Of models that are run, what `KVCache` takes.
+    room = model.attention if model.lacks else [_with_room(a, context) for a in model.attention]
     cache = BYTES[dtype] * sum(a.layers * a.cached * held_tokens(a, context) for a in room)
     layout = _layout(model, dtype)
     expert = layout.record_bytes if layout is not None else -(-routed // experts) if experts else 0

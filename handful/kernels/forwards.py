@@ -83,8 +83,8 @@ def decode_operands(attention: Any, span: Any, q_norm: Tensor | None, k_norm: Te
         return None
     return DecodeAttention(
         q_norm, k_norm, attention.eps, attention.qk_norm == "full", cos, sin, attention.adjacent,
-        [keys for keys, _ in keys_values], [values for _, values in keys_values], [cache.length for cache in caches],
-        attention.window or 0, attention.scale, attention.sinks,
+        [keys for keys, _ in keys_values], [values for _, values in keys_values],
+        [cache.held(attention.layer) for cache in caches], attention.window or 0, attention.scale, attention.sinks,
     )  # fmt: skip
 
 
