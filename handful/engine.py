@@ -25,7 +25,7 @@ from handful.errors import ConfigError, HandfulError, RankLostError
 from handful.kernels import steady_tokens
 from handful.model import Decoder
 from handful.observe import Recorder, Recording
-from handful.positions import KVCache, KVCaches
+from handful.positions import KVCache, KVCaches, cache_dtype
 from handful.prefix_cache import WORTH, Prefix, PrefixCache, common
 from handful.request import Delta, Finish, Job, Request, StopText
 from handful.routing import Routing
@@ -67,6 +67,8 @@ class Engine:
                     room. Room that is left holds prompts that were read, for those that begin alike. None: 8 times the
                     model's context.
     chunk           tokens of prompts that a step reads at most.
+    kv_cache_dtype  "auto": keys and values in the weights' dtype. "int8": in 8 bits (`handful.kv_rows`), about half of
+                    bfloat16's bytes. ConfigError for that with latent attention.
     on_routing      told of every forward pass: the jobs in it, how many tokens of each, and the routings.
     before_pass     called before every forward pass, and again where a rank was lost in it, which is then made again:
                     says which experts are not to be had. What is computed without them begins no other prompt.
@@ -89,6 +91,7 @@ class Engine:
         max_sequences: int = 16,
         cache_tokens: int | None = None,
         chunk: int = CHUNK,
+        kv_cache_dtype: str = "auto",
         on_routing: Callable[[Sequence[Job], Sequence[int], list[Routing]], None] | None = None,
         before_pass: Callable[[], Missing | None] | None = None,
     ) -> None:
@@ -99,6 +102,7 @@ class Engine:
         self.max_sequences = max_sequences
         self.cache_tokens = 8 * model.config.context if cache_tokens is None else cache_tokens
         self.chunk = chunk
+        self._cache_dtype = cache_dtype(kv_cache_dtype, model.config, model.embed.weight.dtype)
         self.on_routing = on_routing
         self.before_pass = before_pass
         router = model.config.router
@@ -225,7 +229,7 @@ class Engine:
                 return
             self._waiting.popleft()
             job.admitted = time.monotonic()
-            job._cache = KVCache(self.model.config, 1, job._room, dtype=weight.dtype, device=weight.device)
+            job._cache = KVCache(self.model.config, 1, job._room, dtype=self._cache_dtype, device=weight.device)
             request, tokenizer = job.request, self.model.tokenizer
             stops, prefix = set(request.stop_tokens), tuple[int, ...]()
             if tokenizer is not None:

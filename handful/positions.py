@@ -22,9 +22,11 @@ from torch import Tensor
 
 from handful.config import ModelConfig, RopeScaling
 from handful.errors import ConfigError
+from handful.kv_rows import pack_rows, row_bytes
 
 __all__ = [
-    "Held", "KVCache", "KVCaches", "Span", "rope_frequencies", "rope_table", "rotate", "window_room", "yarn_factor",
+    "Held", "KVCache", "KVCaches", "Span", "cache_dtype", "rope_frequencies", "rope_table", "rotate", "window_room",
+    "yarn_factor",
 ]  # fmt: skip
 
 ROPE_RUN = 64  # positions whose cos and sin are made at a time in decoding
@@ -114,6 +116,16 @@ def window_room(window: int | None, capacity: int) -> int:
     return capacity if window is None else min(capacity, window + WINDOW_ROOM)
 
 
+def cache_dtype(name: str, config: ModelConfig, weights: torch.dtype) -> torch.dtype:
+    """What keys and values are held in: "auto", as the weights, or "int8" (`kv_rows`). ConfigError for another name,
+    and for int8 with latent attention."""
+    if name not in ("auto", "int8"):
+        raise ConfigError(f"kv_cache_dtype = {name!r}: auto or int8")
+    if name == "int8" and config.mla is not None:
+        raise ConfigError("kv_cache_dtype = 'int8': not with latent attention, whose cache is small as it is")
+    return torch.int8 if name == "int8" else weights
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """What a cache holds of a sequence, for another of the same config that begins alike.
@@ -137,6 +149,8 @@ class KVCache:
     Room for `capacity` tokens is taken at once, in a layer with a window for no more than `window_room`: there the
     oldest tokens make room for new ones when it is full. `length` is how many tokens were read; all sequences of the
     batch are as long, the shorter ones by padding in front (`padding_B`, which the decoder's first call sets).
+
+    dtype   float32, bfloat16 …; int8: of rows in 8 bits (`kv_rows`). ConfigError for these with latent attention.
     """
 
     def __init__(
@@ -149,8 +163,9 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         if config.mla is None:
-            heads, widths = config.n_kv_heads, [config.d_head] * 2
+            heads, widths = config.n_kv_heads, [row_bytes(config.d_head) if dtype == torch.int8 else config.d_head] * 2
         else:
+            cache_dtype("int8" if dtype == torch.int8 else "auto", config, dtype)
             heads, widths = 1, [config.mla.kv_rank + config.mla.rope_dim]
         self.capacity = capacity
         self.window = config.window
@@ -171,6 +186,10 @@ class KVCache:
     @property
     def dtype(self) -> torch.dtype:
         return self.keys_values[0][0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for layer in self.keys_values for held in layer)
 
     def span(self, config: ModelConfig, new: int) -> Span:
         """The span of `new` tokens after the held ones. ConfigError if they do not fit."""
@@ -251,11 +270,11 @@ class KVCache:
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Store what a layer has made of the new tokens, each (B, J, S, d), after the held ones; returns all of the
-        layer's, (B, J, P, d)."""
+        layer's, (B, J, P, d), or of int8 the rows of all."""
         start = self.held(layer)
         end = start + new[0].shape[2]
         for held, made in zip(self.keys_values[layer], new, strict=True):
-            held[:, :, start:end] = made
+            held[:, :, start:end] = pack_rows(made) if held.dtype == torch.int8 else made
         return tuple(held[:, :, :end] for held in self.keys_values[layer])
 
 

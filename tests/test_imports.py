@@ -48,6 +48,7 @@ TIERS = [
     [
         "sampling",
         "origin",
+        "kv_rows",
         "positions",
         "attention",
         "moe",

@@ -54,10 +54,6 @@ def read(model: Decoder, cache: KVCache, batch_BS: Tensor, parts: Sequence[int],
     return torch.cat(found, dim=1)
 
 
-def nbytes(cache: KVCache) -> int:
-    return sum(held.nbytes for layer in cache.keys_values for held in layer)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # How much it holds.
 
@@ -79,11 +75,11 @@ def test_a_window_s_layers_do_not_grow_with_the_context(config: ModelConfig) -> 
 def test_it_takes_no_more_while_tokens_come() -> None:
     """Chunks that are larger than the room, chunks, and single tokens: after each no more than at first is taken."""
     model, cache = decoder(LONG), KVCache(LONG, 1, 4000)
-    least = nbytes(cache)
+    least = cache.nbytes
     assert [keys.shape[2] for keys, _ in cache.keys_values] == [40 + WINDOW_ROOM, 4000, 40 + WINDOW_ROOM]
     for new in (1500, 512, 512, 300, *[1] * 900):
         read(model, cache, tokens(1, new), [new])
-        assert nbytes(cache) == least
+        assert cache.nbytes == least
         assert min(cache.length, 40 + WINDOW_LEFT // 2) <= cache.held(0) <= 40 + WINDOW_ROOM
         assert cache.held(1) == cache.length
     with pytest.raises(ConfigError, match=r"^cache holds 3724 tokens of at most 4000: 277 more do not fit$"):

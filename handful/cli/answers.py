@@ -48,6 +48,9 @@ PenaltyOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Of the draws. Default: a new one each time, which is shown.")]
 QuantOption = Annotated[str | None, typer.Option(help="Hold the weights as int8 or int4.")]
+KvCacheOption = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, as the weights, or int8, half of bfloat16.")
+]
 MemoryOption = Annotated[
     str | None, typer.Option(help="What the weights may take, such as 4GB; the other experts wait on disk.")
 ]

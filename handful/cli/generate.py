@@ -42,6 +42,7 @@ def run(
     repetition_penalty: answers.PenaltyOption = None,
     seed: answers.SeedOption = None,
     quant: answers.QuantOption = None,
+    kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
     template_arg: answers.VariableOption = None,
@@ -87,7 +88,11 @@ def run(
     began, finish = time.perf_counter(), "stop"
     try:
         if isinstance(found, EncoderDecoder):
-            for name, value in (("logprobs", logprobs), ("routing", routing), ("chat", chat or None)):
+            kv_cache = None if kv_cache_dtype == "auto" else kv_cache_dtype
+            decoders_alone = {
+                "logprobs": logprobs, "routing": routing, "chat": chat or None, "kv-cache-dtype": kv_cache,
+            }  # fmt: skip
+            for name, value in decoders_alone.items():
                 if value is not None:
                     raise ConfigError(f"{name}: of decoders alone, and {model} is an encoder-decoder")
             for piece in generate(found, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
@@ -105,7 +110,8 @@ def run(
             else:
                 request = text_request(found, prompt, **how)
             opening = "" if chat else prompt
-            engine = Engine(found, on_routing=(lambda *told: recorder.add(told[2])) if routing else None)
+            on_routing = (lambda *told: recorder.add(told[2])) if routing else None
+            engine = Engine(found, on_routing=on_routing, kv_cache_dtype=kv_cache_dtype)
             for delta in stream(engine, request):
                 print(delta.text if pieces else opening + delta.text, end="", file=shown, flush=True)
                 pieces.append(delta.text)

@@ -72,6 +72,7 @@ class Server:
         *,
         max_sequences: int = 16,
         cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
         store: Store | None = None,
         keeper: Keeper | None = None,
         layout: Layout | None = None,
@@ -85,6 +86,7 @@ class Server:
             model,
             max_sequences=max_sequences,
             cache_tokens=cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             on_routing=self._load,
             before_pass=None if keeper is None else keeper.before_pass,
         )

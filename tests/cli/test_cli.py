@@ -454,6 +454,9 @@ def test_eval_of_one_model_and_of_two(handful: Call, at_home: Path, dense_run: P
         (tmp_path / f"{name}.txt").write_text(f"the router of {name} chooses tokens\n" * 90, encoding="utf-8")
     text = ["--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.*")]
     one = document(handful("eval", "run", *text, "--json"))
+    rounded = document(handful("eval", "run", *text, "--json", *EIGHT_BITS))
+    gap = rounded["files"][0]["models"][0]["loss"] - one["files"][0]["models"][0]["loss"]
+    assert 0 < abs(gap) < 0.01
     assert [Path(row["file"]).name for row in one["files"]] == ["a.txt", "b.txt", "all of them"]
     a, b, both = (row["models"][0] for row in one["files"])
     assert both["loss"] == pytest.approx((a["loss"] * a["tokens"] + b["loss"] * b["tokens"]) / both["tokens"])
@@ -628,6 +631,8 @@ def test_training_that_diverges(handful: Call, at_home: Path, tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------------------------------
 # generate.
 
+EIGHT_BITS = ["--kv-cache-dtype", "int8"]
+
 
 def test_a_seed_repeats_the_text(handful: Call, at_home: Path) -> None:
     def text(*options: str) -> str:
@@ -673,6 +678,9 @@ def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> N
     cut = document(handful("generate", "run", "the", *options, "--json", "--stop", "never here", "--stop", stop))
     assert (cut["text"], cut["finish"]) == (found["text"][: found["text"].find(stop)], "stop")
     assert document(handful("generate", "run", "the", "--max-tokens", "3", "--quant", "int4", "--json"))["tokens"] == 3
+    rounded = document(handful("generate", "run", "the", *options, "--json", "--logprobs", "2", *EIGHT_BITS))
+    apart = [one["token"] - other["token"] for one, other in zip(rounded["logprobs"], found["logprobs"], strict=False)]
+    assert 0 < max(map(abs, apart[:3])) < 0.1
 
 
 def test_the_seed_that_was_drawn_is_shown(handful: Call, at_home: Path) -> None:
