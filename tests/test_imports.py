@@ -68,6 +68,7 @@ TIERS = [
         "train_step",
         "train",
         "routing_options",
+        "speculation",
         "request",
         "prefix_cache",
         "engine",
