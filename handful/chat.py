@@ -116,13 +116,15 @@ def chat(
     max_tokens: int = 1024,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    speculate: bool | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Yield the answer to messages, piece by piece, as `generate` yields text. `options` are those of `render`."""
+    """Yield the answer to messages, piece by piece, as `generate` yields text. `speculate` is the engine's, `options`
+    are those of `render`."""
     if isinstance(model, EncoderDecoder):
         raise ConfigError("model: an encoder-decoder has no conversations: use generate")
     request = chat_request(model, messages, max_tokens=max_tokens, sampling=sampling, stop=stop, **options)
-    for delta in stream(Engine(model), request):
+    for delta in stream(Engine(model, speculate=speculate), request):
         yield delta.text
 
 

@@ -30,6 +30,7 @@ def run(
     quant: answers.QuantOption = None,
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
+    speculate: answers.SpeculateOption = None,
     template_arg: answers.VariableOption = None,
     as_json: Json = False,
 ) -> None:
@@ -50,8 +51,9 @@ def run(
             raise ConfigError(f"{model}: it has no tokenizer")
         sampling, told = answers.settle(found, given)
         conversation = Conversation(
-            found, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop or (), variables=variables
-        )
+            found, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop or (), speculate=speculate,
+            variables=variables,
+        )  # fmt: skip
         # That there is a template, and that it takes a system message, is found out before anybody types.
         render(found.tokenizer, [*conversation.messages, {"role": "user", "content": "…"}], variables=variables)
         if told is not None:

@@ -48,6 +48,7 @@ def run(
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer at most. Default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(help="Prompts × n of a request at most.")] = 128,
     max_body: Annotated[str, typer.Option(help="Of a request at most.")] = "4MiB",
+    speculate: answers.SpeculateOption = None,
     quant: answers.QuantOption = None,
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
@@ -126,6 +127,7 @@ def run(
                 ranks=ranks,
                 max_sequences=max_sequences,
                 cache_tokens=cache_tokens,
+                speculate=speculate,
                 rank_port=rank_port,
                 token=rank_token,
                 on_loss=on_loss.value,
@@ -140,7 +142,14 @@ def run(
         try:
             if isinstance(found, EncoderDecoder):
                 raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
-            server = Server(found, settings, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
+            server = Server(
+                found,
+                settings,
+                max_sequences=max_sequences,
+                cache_tokens=cache_tokens,
+                speculate=speculate,
+                store=store,
+            )
             ready(found.config.context)
             serve(server, sock, say=screen.print)
         finally:

@@ -74,6 +74,7 @@ def run(options: dict) -> None:  # type: ignore[type-arg]
         settings,
         max_sequences=options["max_sequences"],
         cache_tokens=options["cache_tokens"],
+        speculate=options["speculate"],
         keeper=keeper,
         layout=layout,
     )
