@@ -294,7 +294,7 @@ class Engine:
         drafts, chances = [], []
         for job, _ in batch:
             if job._lookup is None:
-                job._lookup = PromptLookup(job.request.prompt, job._room)
+                job._lookup = PromptLookup(job.request.prompt)
             left = job._room - len(job.request.prompt) - len(job.made)  # the last of them passes no more
             drafts.append(job._lookup.draft(job.made, min(free, left - 1)))
             chances.append(job._lookup.chances())

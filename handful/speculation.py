@@ -13,8 +13,6 @@ In a mixture of experts a draft is not free: k + 1 tokens choose more experts th
 What a step takes is therefore measured, what is likely to come is counted, and a token passes only where more tokens a
 second come of it. Drafts are counted whether they pass or not: where a text does not repeat itself, none has to pass to
 show it.
-
-Legend: P tokens of a sequence
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import nn
 
 from handful.config import ModelConfig
@@ -38,6 +35,7 @@ __all__ = ["DraftCosts", "PromptLookup", "draft_limit", "share_out"]
 # Tokens that must stand before a draft as they stand at the end, and how many are compared: a longer match is a better
 # sign of what comes.
 SHORTEST, LONGEST = 2, 8
+CANDIDATES = 64  # matches that are compared, the latest: of a common pair of tokens there may be thousands
 MOST = 8  # tokens of a step with drafts, where our kernels set no limit
 UNKNOWN = 0.5  # how often a draft's token comes, where none has been seen yet
 LATEST = 1 / 12  # the weight of the latest of what is counted and measured, once there is as much of it
@@ -65,18 +63,23 @@ class PromptLookup:
     rates   how often the token came that was drafted after so many tokens alike, by their number.
     """
 
-    def __init__(self, prompt: Sequence[int], room: int) -> None:
-        """room: for how many tokens, the prompt's and those that are made."""
-        self._tokens_P = np.empty(room, np.int64)
-        self._tokens_P[: len(prompt)] = prompt
-        self._prompt = self._length = len(prompt)
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, int], list[int]] = {}  # places of tokens that followed two tokens
+        self._prompt = len(prompt)
         self._draft: list[int] = []
         self._alike = 0  # how many tokens before the draft stand at the end too
         self.rates = [_Mean(UNKNOWN, 1) for _ in range(LONGEST + 1)]
+        self._hold(prompt)
 
     def draft(self, made: Sequence[int], most: int) -> list[int]:
         """At most so many tokens that may follow those made so far; none where the last ones are new together."""
-        self._hold(made[self._length - self._prompt :])
+        new = made[len(self._tokens) - self._prompt :]
+        for place, (drafted, token) in enumerate(zip(self._draft, new, strict=False)):
+            self.rates[self._place(place)].add(drafted == token)
+            if drafted != token:
+                break
+        self._hold(new)
         self._draft, self._alike = self._find(most) if most > 0 else ([], 0)
         return self._draft
 
@@ -92,34 +95,30 @@ class PromptLookup:
         return min(self._alike + place, LONGEST)
 
     def _hold(self, new: Sequence[int]) -> None:
-        """Tokens that were made since the last draft, beside it."""
-        for place, (drafted, token) in enumerate(zip(self._draft, new, strict=False)):
-            self.rates[self._place(place)].add(drafted == token)
-            if drafted != token:
-                break
-        self._tokens_P[self._length : self._length + len(new)] = new
-        self._length += len(new)
+        tokens = self._tokens
+        for token in new:
+            if len(tokens) >= SHORTEST:
+                self._after.setdefault((tokens[-2], tokens[-1]), []).append(len(tokens))
+            tokens.append(token)
 
     def _find(self, most: int) -> tuple[list[int], int]:
         """What followed the latest of the longest matches, and its length."""
-        tokens_P = self._tokens_P[: self._length]
-        if len(tokens_P) <= SHORTEST:
+        tokens, best, longest = self._tokens, 0, 0
+        if len(tokens) < SHORTEST:
             return [], 0
-        alike = tokens_P[:-2] == tokens_P[-2]
-        alike &= tokens_P[1:-1] == tokens_P[-1]
-        ends = alike.nonzero()[0] + 1  # where a match ends
-        if not len(ends):
+        for place in reversed(self._after.get((tokens[-2], tokens[-1]), [])[-CANDIDATES:]):
+            length = SHORTEST
+            while length < min(place, LONGEST) and tokens[place - 1 - length] == tokens[-1 - length]:
+                length += 1
+            if length > longest:
+                best, longest = place, length
+                if length == LONGEST:
+                    break
+        if longest == 0:
             return [], 0
-        length = SHORTEST
-        while length < LONGEST:
-            longer = ends[ends >= length]
-            longer = longer[tokens_P[longer - length] == tokens_P[-1 - length]]
-            if not len(longer):
-                break
-            ends, length = longer, length + 1
-        following = tokens_P[ends[-1] + 1 :][:most].tolist()
+        following = tokens[best : best + most]
         # A match at the very end repeats what lies between: the draft goes on with itself.
-        return (following * -(-most // len(following)))[:most], length
+        return (following * -(-most // len(following)))[:most], longest
 
 
 class DraftCosts:

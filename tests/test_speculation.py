@@ -87,12 +87,14 @@ def told(delta: Delta) -> tuple[Any, ...]:
     return delta.token, delta.text, delta.logprobs, delta.finish, delta.stop_token, layers, rows
 
 
-def prophets(right: Sequence[int], draw: random.Random) -> Callable[[Sequence[int], int], Any]:
+def prophets(right: Sequence[int], most_made: int, draw: random.Random) -> type[PromptLookup]:
     """Lookups that know what comes, and are wrong now and then."""
 
     class Prophet(PromptLookup):
         def _find(self, most: int) -> tuple[list[int], int]:
-            coming = list(right[self._length - self._prompt :][: draw.randint(0, most)])
+            made = len(self._tokens) - self._prompt
+            assert made + most < most_made  # the last token that is made passes no more
+            coming = list(right[made:][: draw.randint(0, most)])
             coming += [draw.randrange(VOCAB) for _ in range(most - len(coming))]
             return coming[: draw.randint(0, most)], 2
 
@@ -147,7 +149,7 @@ def test_all_that_is_told_is_the_same_to_the_last_bit(seed: int, kind: str) -> N
     (want,) = seen(plain, asked)
     right = [token for token, *_ in want if token is not None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handful.engine, "PromptLookup", prophets(right, draw))
+        patch.setattr(handful.engine, "PromptLookup", prophets(right, min(asked.max_tokens, 256 - len(prompt)), draw))
         engine = drafting(model)
         assert engine._costs is not None
         assert engine._costs.most == draft_limit(model, exact=True)
@@ -216,7 +218,7 @@ def test_drafts_that_were_wrong_are_not_kept_for_other_prompts() -> None:
     plain = Engine(model, speculate=False)
     (want,) = seen(plain, first)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handful.engine, "PromptLookup", prophets([token for token, *_ in want], draw))
+        patch.setattr(handful.engine, "PromptLookup", prophets([token for token, *_ in want], 40, draw))
         engine = drafting(model)
         assert seen(engine, first) == [want]
     stats = engine.stats()
@@ -244,7 +246,7 @@ def test_a_stop_text_within_a_draft_that_came_true(data: Data, monkeypatch: pyte
 
     class All(PromptLookup):
         def _find(self, most: int) -> tuple[list[int], int]:
-            return whole.made[self._length - self._prompt :][:most], 2
+            return whole.made[len(self._tokens) - self._prompt :][:most], 2
 
     monkeypatch.setattr(handful.engine, "PromptLookup", All)
     for start, end in ((4, 9), (len(text) - 4, len(text))):
@@ -335,7 +337,7 @@ def slow_find(tokens: Sequence[int], most: int) -> tuple[list[int], int]:
     st.lists(st.integers(0, 3), min_size=1, max_size=40), st.lists(st.integers(0, 3), max_size=20), st.integers(1, 9)
 )
 def test_the_latest_of_the_longest_matches(prompt: list[int], made: list[int], most: int) -> None:
-    lookup = PromptLookup(prompt, len(prompt) + len(made))
+    lookup = PromptLookup(prompt)
     for count in range(len(made) + 1):
         draft = lookup.draft(made[:count], most)
         assert (draft, lookup._alike) == slow_find([*prompt, *made[:count]], most)
@@ -343,7 +345,7 @@ def test_the_latest_of_the_longest_matches(prompt: list[int], made: list[int], m
 
 
 def test_a_draft_is_judged_by_what_came() -> None:
-    lookup = PromptLookup([1, 2, 3, 4, 9, 1, 2], 40)
+    lookup = PromptLookup([1, 2, 3, 4, 9, 1, 2])
     assert lookup.draft([], 3) == [3, 4, 9]
     assert lookup.chances() == [0.5, 0.25, 0.125]
     assert lookup.draft([3, 4, 5], 3) == []  # two came, the third did not
@@ -361,7 +363,7 @@ OLMOE = moe({"experts": 64, "top_k": 8}, width=2048, expert_width=1024, layers=4
 
 def speed(text: Sequence[int], seconds: Callable[[int], float], config: ModelConfig = OLMOE, most: int = 16) -> float:
     """How many times as fast a text is made with drafts as without, where a step of n tokens takes seconds(n)."""
-    lookup, costs, made, took = PromptLookup(text[:64], len(text)), DraftCosts(config, most), list[int](), 0.0
+    lookup, costs, made, took = PromptLookup(text[:64]), DraftCosts(config, most), list[int](), 0.0
     coming = text[64:]
     while len(made) < len(coming):
         left = len(coming) - len(made)
