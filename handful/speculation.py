@@ -40,7 +40,7 @@ MOST = 8  # tokens of a step with drafts, where our kernels set no limit
 UNKNOWN = 0.5  # how often a draft's token comes, where none has been seen yet
 LATEST = 1 / 12  # the weight of the latest of what is counted and measured, once there is as much of it
 WORK = 1 / 16  # of a step without drafts: what one token more takes beside the weights that it reads
-GAIN = 1.05  # by how much more tokens a second drafts are to be expected, to pass at all
+GAIN = 1.1  # by how much more tokens a second drafts are to be expected, to pass at all
 REFRESH = 64  # steps with drafts after which one without is measured again
 AGAIN = 32, 1024  # steps without drafts after which drafts that did not pay are tried again: at first, and at most
 

@@ -453,12 +453,16 @@ def test_the_likeliest_tokens_of_all_drafts_pass() -> None:
     costs = DraftCosts(OLMOE, 8)
     assert share_out(costs, [[0.9, 0.8], []]) == [0, 0]  # nothing is measured yet
     costs.measured(2, 2, 2, 1.0)
-    assert share_out(costs, [[0.9, 0.1], [0.95, 0.93, 0.2]]) == [0, 1]
+    assert share_out(costs, [[0.9, 0.1], [0.95, 0.93, 0.2]]) == [0, 0]  # 1.05 tokens are guessed for one
+    costs.measured(2, 3, 3, 1.1)
+    assert share_out(costs, [[0.9, 0.1], [0.95, 0.93, 0.2]]) == [0, 2]
     costs.measured(2, 4, 4, 1.2)
     assert share_out(costs, [[0.9, 0.1], [0.95, 0.93, 0.01]]) == [1, 2]
     assert share_out(costs, [[0.09, 0.1], []]) == [0, 0]
-    for _ in range(30):
-        costs.measured(2, 4, 4, 3.0)
+    for tokens in (3, 4) * 30:
+        costs.measured(2, tokens, tokens, 3.0)
+    costs.measured(2, 2, 2, 1.0)
+    assert costs.longest(2) > 0
     assert share_out(costs, [[0.9, 0.1], [0.95, 0.93, 0.2]]) == [0, 0]
 
 
