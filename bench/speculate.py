@@ -87,7 +87,7 @@ def compare(model: Decoder, requests: Sequence[Request], rounds: int) -> dict[st
 def forget(model: Decoder) -> None:
     """What attention finds counts nothing from now on. It is computed as before."""
     for block in model.layers:
-        o = block.attn.o
+        o: Any = block.attn.o  # type: ignore[union-attr]
         (o.packed.scales if isinstance(o, QuantizedLinear) else o.weight).zero_()
 
 
