@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -236,6 +237,14 @@ class KVCache:
         if self.length - self.first > self._window_room and self.window is not None:
             self._slide(0)
 
+    def ahead(self, tokens: int) -> KVCache:
+        """This cache as it will be with so many tokens more: keys and values are the same ones."""
+        if tokens == 0:
+            return self
+        later = copy(self)
+        later.length += tokens
+        return later
+
     @property
     def slides(self) -> bool:
         """Layers with a window have no room for all tokens."""
@@ -296,19 +305,22 @@ class KVCaches:
     tokens, and attention alone looks at each sequence for itself.
     """
 
-    def __init__(self, caches: Sequence[KVCache], new: Sequence[int]) -> None:
-        """new: how many tokens of each sequence there are."""
-        self.caches, self.new = caches, new
+    def __init__(self, caches: Sequence[KVCache], new: Sequence[int], *, singly: bool = False) -> None:
+        """new: how many tokens of each sequence there are. singly: each of them attends as a sequence of one new token,
+        after those before it: as if they had passed one by one, and to the bits of that where kernels compute."""
+        self.caches, self.new, self.singly = caches, new, singly
 
     def span(self, config: ModelConfig, new: int) -> Span:
         assert new == sum(self.new)
         for cache, n in zip(self.caches, self.new, strict=True):
             cache.make_room(n)
-        one_each = all(n == 1 for n in self.new) and all(cache.padding_B is None for cache in self.caches)
-        if one_each and not torch.compiler.is_compiling():
-            cosines, sines = zip(*(cache.next_rope() for cache in self.caches), strict=True)
+        one_each = self.singly or all(n == 1 for n in self.new)
+        unpadded = all(cache.padding_B is None for cache in self.caches)
+        if one_each and unpadded and not torch.compiler.is_compiling():
+            caches = [c.ahead(i) for c, n in zip(self.caches, self.new, strict=True) for i in range(n)]
+            cosines, sines = zip(*(cache.next_rope() for cache in caches), strict=True)
             rope, masks = (torch.cat(cosines), torch.cat(sines)), dict.fromkeys(_windows(config))
-            return Span(rope, None, {}, tuple((i, i + 1, Span(rope, c, masks)) for i, c in enumerate(self.caches)))
+            return Span(rope, None, {}, tuple((i, i + 1, Span(rope, c, masks)) for i, c in enumerate(caches)))
         frequencies = self.caches[0].rope_frequencies
         places = [c.length + i for c, n in zip(self.caches, self.new, strict=True) for i in range(n)]
         at_T = torch.tensor(places, device=frequencies[0].device)
@@ -320,6 +332,7 @@ class KVCaches:
         return Span(rope, None, {}, tuple(parts))
 
     def advance(self, new: int) -> None:
+        """Each cache holds its own new tokens."""
         for cache, n in zip(self.caches, self.new, strict=True):
             cache.advance(n)
 

@@ -69,6 +69,7 @@ TIERS = [
         "train_step",
         "train",
         "routing_options",
+        "speculation",
         "request",
         "prefix_cache",
         "engine",

@@ -71,6 +71,14 @@ TokenOption = Annotated[
     str | None,
     typer.Option("--rank-token", envvar="HANDFUL_RANK_TOKEN", help="The secret of ranks of several computers."),
 ]
+SpeculateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Pass drafts of coming tokens, found in what was said before, where it is quicker. Default: where it "
+        "changes no bit.",
+    ),
+]
 SystemOption = Annotated[str | None, typer.Option(help="The system message, before all others.")]
 VariableOption = Annotated[
     list[str] | None,

@@ -48,6 +48,7 @@ def run(
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer at most. Default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(help="Prompts × n of a request at most.")] = 128,
     max_body: Annotated[str, typer.Option(help="Of a request at most.")] = "4MiB",
+    speculate: answers.SpeculateOption = None,
     quant: answers.QuantOption = None,
     kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
@@ -128,6 +129,7 @@ def run(
                 max_sequences=max_sequences,
                 cache_tokens=cache_tokens,
                 kv_cache_dtype=kv_cache_dtype,
+                speculate=speculate,
                 rank_port=rank_port,
                 token=rank_token,
                 on_loss=on_loss.value,
@@ -148,6 +150,7 @@ def run(
                 max_sequences=max_sequences,
                 cache_tokens=cache_tokens,
                 kv_cache_dtype=kv_cache_dtype,
+                speculate=speculate,
                 store=store,
             )
             ready(found.config.context)

@@ -9,9 +9,10 @@ forwards      the kernels that forwards are decorated with
 from __future__ import annotations
 
 from handful.kernels.dispatch import with_kernel
-from handful.kernels.extension import steady_tokens
+from handful.kernels.extension import few_tokens, steady_tokens
 from handful.kernels.forwards import argmax, decode_attention, linear, prefill_attention, rms_norm, route
 
 __all__ = [
-    "argmax", "decode_attention", "linear", "prefill_attention", "rms_norm", "route", "steady_tokens", "with_kernel",
+    "argmax", "decode_attention", "few_tokens", "linear", "prefill_attention", "rms_norm", "route", "steady_tokens",
+    "with_kernel",
 ]  # fmt: skip

@@ -23,13 +23,14 @@ from typing import Any
 import pytest
 import torch
 from builders import Call, Ended, calling, document, mistake, of_kind, read_lines, write_text
+from serving import chat_model
 
 from handful import __version__
 from handful.cli import main
 from handful.config_io import to_dict
 from handful.data import Batches, load_data
 from handful.evaluate import batch_loss
-from handful.families.io import load
+from handful.families.io import load, save
 from handful.machine import Measured
 from handful.model import Decoder
 from handful.observe import Recording
@@ -683,9 +684,23 @@ def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> N
     assert 0 < max(map(abs, apart[:3])) < 0.1
 
 
+def test_drafts_change_no_text(handful: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handful.speculation.DraftCosts.steps", lambda *_: 1.0)
+    save(chat_model(), tmp_path)
+    options = [tmp_path, "the cat sat, the cat sat, the cat", "--temperature", "0", "--max-tokens", "80"]
+    without = document(handful("generate", *options, "--no-speculate", "--json"))
+    found = document(handful("generate", *options, "--speculate", "--json"))
+    assert found["text"] == without["text"]
+    assert 0 < found["accepted_tokens"] <= found["draft_tokens"]
+    assert (without["accepted_tokens"], without["draft_tokens"]) == (0, 0)
+    shown = handful("generate", *options, "--speculate").err
+    assert f"{found['accepted_tokens']} of {found['draft_tokens']} drafted tokens accepted" in shown
+
+
 def test_the_seed_that_was_drawn_is_shown(handful: Call, at_home: Path) -> None:
     first = handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1")
-    shown = re.fullmatch(r"\d+ tokens, [\d,]+ tokens/s, seed (\d+)", first.err.strip())
+    drafted = r"(?:, \d+ of \d+ drafted tokens accepted)?"
+    shown = re.fullmatch(rf"\d+ tokens, [\d,]+ tokens/s{drafted}, seed (\d+)", first.err.strip())
     assert shown
     again = handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--seed", shown[1])
     assert again.out == first.out
