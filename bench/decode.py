@@ -118,7 +118,7 @@ def handful_runs(model: Any) -> tuple[Callable[[], float], Callable[..., float]]
         return time.perf_counter() - began
 
     def decode(count: int, **options: Any) -> float:
-        engine = Engine(model, chunk=count * START, max_sequences=count, **options)
+        engine = Engine(model, chunk=count * START, max_sequences=count, speculate=False, **options)
         for request in requests(count, START, STEPS + 1):
             engine.submit(request)
         engine.step()

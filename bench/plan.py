@@ -59,7 +59,7 @@ def made(dtype: str) -> Decoder:
 
 def step_seconds(model: Decoder, prompt: int, tokens: int) -> list[float]:
     """The seconds of every step of one request; the first ones read its prompt."""
-    engine = Engine(model)
+    engine = Engine(model, speculate=False)
     given = torch.randint(SHAPE.vocab, (prompt,)).tolist()
     engine.submit(Request(prompt=given, max_tokens=tokens, sampling=Sampling(temperature=0.0)))
     found = []

@@ -69,8 +69,9 @@ def run_engine(model: Path, quant: str | None, sequences: int, clients: int, see
         order = [one[i] for i in range(AGAIN) for one in many]
         return [Asked(prompt=one["prompt"], max_tokens=MADE, sampling=greedy) for one in order]
 
-    Engine(decoder, max_sequences=sequences).run(jobs(requests_of(1, seed + 1)))
-    engine = Engine(decoder, max_sequences=sequences)
+    # Random weights repeat themselves, which no peer is asked to make use of.
+    Engine(decoder, max_sequences=sequences, speculate=False).run(jobs(requests_of(1, seed + 1)))
+    engine = Engine(decoder, max_sequences=sequences, speculate=False)
     asked = jobs(requests_of(clients, seed))
     began = time.perf_counter()
     made = sum(len(job.made) for job in engine.run(asked))
@@ -192,7 +193,8 @@ def one_run(arguments: argparse.Namespace, name: str, clients: int, seed: int) -
     port, sequences = free_port(), arguments.sequences
     if name == "handful":
         quant = [] if arguments.quant is None else ["--quant", arguments.quant]
-        command = [sys.executable, "-m", "handful", "serve", str(arguments.model), "--port", str(port), *quant]
+        command = [sys.executable, "-m", "handful", "serve", str(arguments.model), "--port", str(port), *quant,
+                   "--no-speculate"]  # fmt: skip
         command += ["--max-sequences", str(sequences), "--queue", "1000", "--name", "m"]
     else:
         context = sequences * (1024 + MADE + 8)

@@ -1,6 +1,7 @@
 // Attention of one new token of each sequence, with its norms, its rotation and its place in the cache, as one
 // operation. Through torch it would be some thirty for every layer.
 #include <algorithm>
+#include <cmath>
 
 #include "operations.h"
 #include "runtime.h"
@@ -8,6 +9,9 @@
 
 namespace handful {
 namespace {
+
+// Keys that an item of work takes: so many heads of so long contexts are enough for all threads.
+constexpr int64_t kSplit = 8 * kKeyBlock;
 
 struct Rotation {
   const float* cos;
@@ -35,21 +39,31 @@ struct Sequence {
 
   // Tokens that the next one sees, itself included.
   int64_t seen(int64_t window) const { return window > 0 ? std::min(window, length + 1) : length + 1; }
+  int64_t splits(int64_t window) const { return (seen(window) + kSplit - 1) / kSplit; }
 };
 
-// Of B sequences, whose keys and values are of J heads of width d.
+// The type of rows of a cache for heads of width d.
+Type cache_type(const Tensor& rows, int64_t d, const char* name) {
+  const bool codes = rows.scalar_type() == ScalarType::Char;
+  const Type type = codes ? Type::kInt8 : float_type(rows, name);
+  const int64_t numbers = codes ? row_bytes(type, d) : d;
+  STD_TORCH_CHECK(rows.dim() == 4 && rows.size(3) == numbers && rows.is_contiguous(), name,
+                  " are not contiguous (batch, heads, room, ", numbers, ")");
+  return type;
+}
+
+// Of B sequences, whose keys and values are of J heads of width d, and of one type.
 std::vector<Sequence> sequences_of(const Caches& caches, int64_t B, int64_t J, int64_t d, Type type) {
   std::vector<Sequence> sequences;
   for (size_t c = 0; c < caches.keys.size(); ++c) {
     const Tensor &key = caches.keys[c], &value = caches.values[c];
-    STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4 && key.size(1) == J && key.size(3) == d && key.is_contiguous() &&
-                        value.is_contiguous() && float_type(key, "keys") == type && float_type(value, "values") == type,
-                    "keys and values are not contiguous (batch, heads, room, width) of one dtype");
+    STD_TORCH_CHECK(cache_type(key, d, "keys") == type && cache_type(value, d, "values") == type && key.size(1) == J,
+                    "keys and values are not of as many heads and of one dtype");
     const int64_t room = key.size(2), length = caches.lengths[c];
-    STD_TORCH_CHECK(value.size(0) == key.size(0) && value.size(1) == J && value.size(2) == room && value.size(3) == d,
+    STD_TORCH_CHECK(value.size(0) == key.size(0) && value.size(1) == J && value.size(2) == room,
                     "values have another shape than keys");
     STD_TORCH_CHECK(0 <= length && length < room, "length is not from 0 to the cache's room");
-    const int64_t step = J * room * d * bytes_of(type);
+    const int64_t step = J * room * row_bytes(type, d);
     for (int64_t b = 0; b < key.size(0); ++b) {
       sequences.push_back({static_cast<char*>(key.mutable_data_ptr()) + b * step,
                            static_cast<char*>(value.mutable_data_ptr()) + b * step, room, length,
@@ -79,13 +93,14 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(count >= 1 && caches.values.size() == caches.keys.size() &&
                       caches.lengths.size() == caches.keys.size(),
                   "keys, values and lengths are not of the same caches");
-  const Type type = float_type(q, "q"), cached = float_type(caches.keys[0], "keys");
+  const Type type = float_type(q, "q");
   STD_TORCH_CHECK(float_type(k, "k") == type && float_type(v, "v") == type, "q, k and v are not of one dtype");
   STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && v.dim() == 2 && caches.keys[0].dim() == 4 && q.is_contiguous() &&
                       k.is_contiguous() && v.is_contiguous(),
                   "q, k, v are not contiguous (batch, heads · width), keys (batch, heads, room, width)");
-  const int64_t B = q.size(0), J = caches.keys[0].size(1), d = caches.keys[0].size(3);
+  const int64_t B = q.size(0), J = caches.keys[0].size(1), d = J > 0 ? k.size(1) / J : 0;
   const int64_t H = d > 0 ? q.size(1) / d : 0, group = J > 0 ? H / J : 0;
+  const Type cached = cache_type(caches.keys[0], d, "keys");
   STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && q.size(1) == group * J * d && group >= 1 && k.size(1) == J * d &&
                       v.size(1) == J * d,
                   "q, k and v do not fit keys (batch, heads, room, width)");
@@ -107,8 +122,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   }
 
   Tensor out = torch::stable::empty_like(q);
-  const Buffer q_buffer(B * H * d * 4), out_buffer(B * H * d * 4);
-  const int64_t bytes = d * bytes_of(cached);
+  const Buffer q_buffer(B * H * d * 4);
+  const int64_t bytes = row_bytes(cached, d);
   each(B, kRowCost * static_cast<double>((H + 2 * J) * d), [&](int64_t b) {
     const Sequence& own = sequences[b];
     const int64_t at = own.cache * half;
@@ -140,19 +155,44 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     gemv().to_float(row, data_of(v) + b * J * d * bytes_of(type), type, J * d);
     append(own.values);
   });
+  // Every kSplit keys of a head are an item, whose results are joined after all: those of sequence b begin at
+  // starts[b] * H, for each split one of every head. Numbers depend on the keys alone, not on who else is there.
+  std::vector<int64_t> starts = {0}, owners;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t splits = sequences[b].splits(window);
+    starts.push_back(starts[b] + splits);
+    owners.insert(owners.end(), splits, b);
+  }
+  const int64_t parts = starts[B];
+  const Buffer out_buffer(parts * H * d * 4), sums_buffer(2 * parts * H * 4);
+  float *outs = out_buffer.as<float>(), *sums = sums_buffer.as<float>(), *largest = sums + parts * H;
+  const double row = kRowCost * static_cast<double>(d * group);
+  each(parts * J, 2 * row * kSplit, [&](int64_t i) {
+    const int64_t part = i / J, j = i % J, b = owners[part];
+    const Sequence& own = sequences[b];
+    const int64_t seen = own.seen(window), done = (part - starts[b]) * kSplit;
+    const int64_t from = (j * own.room + own.length + 1 - seen + done) * bytes, at = part * H + j * group;
+    const Buffer scores(group * kKeyBlock * 4);
+    gemv().attend({q_buffer.as<float>() + (b * H + j * group) * d, group, d, d, own.keys + from, own.values + from,
+                   cached, bytes, bytes, std::min(kSplit, seen - done), static_cast<float>(attention.scale),
+                   scores.as<float>(), largest + at, sums + at, outs + at * d});
+  });
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  double seen = 0;
-  for (const Sequence& sequence : sequences) seen += static_cast<double>(sequence.seen(window));
-  each(B * J, kRowCost * 2 * seen / static_cast<double>(B) * static_cast<double>(d * group), [&](int64_t i) {
-    const Sequence& own = sequences[i / J];
-    const int64_t keys = own.seen(window), from = (i % J * own.room + own.length + 1 - keys) * bytes;
-    const int64_t heads = i / J * H + i % J * group;
-    const Buffer scores(group * keys * 4);
-    float* answers = out_buffer.as<float>() + heads * d;
-    const float* sink = sinks.has_value() ? sink_buffer.as<float>() + i % J * group : nullptr;
-    gemv().attend({q_buffer.as<float>() + heads * d, group, d, d, own.keys + from, own.values + from, cached, bytes,
-                   bytes, keys, static_cast<float>(attention.scale), sink, scores.as<float>(), answers});
-    gemv().from_float(to + heads * d * bytes_of(type), answers, type, group * d);
+  each(B * H, kRowCost * static_cast<double>(parts * d) / static_cast<double>(std::max<int64_t>(B, 1)), [&](int64_t i) {
+    const int64_t b = i / H, h = i % H, first = starts[b] * H + h;
+    const auto count = static_cast<int>(starts[b + 1] - starts[b]);
+    std::vector<const float*> rows(count);
+    std::vector<float> weights(count);
+    float most = sinks.has_value() ? sink_buffer.as<float>()[h] : largest[first];
+    for (int s = 0; s < count; ++s) most = std::max(most, largest[first + s * H]);
+    float sum = sinks.has_value() ? std::exp(sink_buffer.as<float>()[h] - most) : 0.0f;
+    for (int s = 0; s < count; ++s) {
+      rows[s] = outs + (first + s * H) * d;
+      weights[s] = std::exp(largest[first + s * H] - most);
+      sum += weights[s] * sums[first + s * H];
+    }
+    for (float& weight : weights) weight /= sum;
+    gemv().combine(to + i * d * bytes_of(type), type, rows.data(), weights.data(), count, d);
   });
   return out;
 }

@@ -20,19 +20,38 @@ struct Heads {
   int64_t batch, heads, tokens, width;
   int64_t strides[3];  // bytes
 
-  Heads(const Tensor& t, Type type, const char* name) : data(data_of(t)) {
+  Type type;
+
+  // Of float type `floats`, or codes of rows of `coded` numbers.
+  Heads(const Tensor& t, Type floats, const char* name, int64_t coded = 0)
+      : data(static_cast<const char*>(t.const_data_ptr())) {
     STD_TORCH_CHECK(t.dim() == 4 && t.size(3) >= 1 && (t.stride(3) == 1 || t.size(3) == 1), name,
                     " is not (batch, heads, tokens, width) with whole rows");
-    STD_TORCH_CHECK(float_type(t, name) == type, name, " is not of q's dtype");
-    batch = t.size(0), heads = t.size(1), tokens = t.size(2), width = t.size(3);
-    for (int i = 0; i < 3; ++i) strides[i] = t.stride(i) * bytes_of(type);
+    const bool codes = coded > 0 && t.scalar_type() == ScalarType::Char;
+    type = codes ? Type::kInt8 : float_type(t, name);
+    STD_TORCH_CHECK(codes || type == floats, name, " is not of q's dtype");
+    STD_TORCH_CHECK(!codes || t.size(3) == row_bytes(type, coded), name, " is not of codes of ", coded, " numbers");
+    batch = t.size(0), heads = t.size(1), tokens = t.size(2), width = codes ? coded : t.size(3);
+    for (int i = 0; i < 3; ++i) strides[i] = t.stride(i) * (codes ? 1 : bytes_of(type));
   }
 
   const char* row(int64_t b, int64_t h, int64_t token) const {
     return data + b * strides[0] + h * strides[1] + token * strides[2];
   }
-  Matrix matrix(int64_t b, int64_t h, Type type) const { return {row(b, h, 0), type, strides[2], nullptr, 0, 0}; }
 };
+
+// `tokens` rows of a head from `first` on as a matrix of floats: as they lie, or in `unpacked`.
+Matrix float_rows(const Heads& heads, int64_t b, int64_t h, int64_t first, int64_t tokens, Type type, char* unpacked) {
+  if (heads.type == type) return {heads.row(b, h, first), type, heads.strides[2], nullptr, 0, 0};
+  const int64_t stride = heads.width * bytes_of(type);
+  const Buffer buffer(heads.width * 4);
+  float* row = buffer.as<float>();
+  for (int64_t t = 0; t < tokens; ++t) {
+    gemv().to_float(row, heads.row(b, h, first + t), heads.type, heads.width);
+    gemv().from_float(unpacked + t * stride, row, type, heads.width);
+  }
+  return {unpacked, type, stride, nullptr, 0, 0};
+}
 
 struct Job {
   Heads q, k, v;
@@ -57,6 +76,8 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   const int64_t p_units = panel_units(kRows, gemm.values) * kPanel;
   const int64_t row_blocks = (dv + kRows - 1) / kRows, tile = int64_t{kRows} * kPanel;
   const Buffer buffer((panels * (q_units + p_units + row_blocks * tile + 3 * kPanel)) * 4);
+  const bool codes = k.type == Type::kInt8;
+  const Buffer unpacked(codes ? kRows * std::max(d, dv) * bytes_of(type) : 0);
   uint32_t* queries = buffer.as<uint32_t>();
   uint32_t* shares = queries + panels * q_units;
   float* results = reinterpret_cast<float*>(shares + panels * p_units);  // of row block i and panel p at i * panels + p
@@ -84,7 +105,6 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
   }
 
   const Workspace& w = Workspace::mine();
-  const Matrix keys = k.matrix(b, j, type), values = v.matrix(b, j, type);
   gemm.begin();
   // From a multiple of kRows on, so that the cut of the sums does not depend on a prompt's chunks.
   for (int64_t k0 = oldest(token(first)) / kRows * kRows; k0 <= own(token(end - 1)); k0 += kRows) {
@@ -94,7 +114,8 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
     while (to > from && oldest(token(at(to - 1, 0))) >= k0 + some) --to;
     if (from == to) continue;
     const int last = count(to - 1);
-    multiply_matrix(gemm, w, {keys, some, 1, {k0}}, {queries + from * q_units, q_units, to - from, last}, d, false);
+    const Matrix keys = float_rows(k, b, j, k0, some, type, unpacked.as<char>());
+    multiply_matrix(gemm, w, {keys, some, 1, {0}}, {queries + from * q_units, q_units, to - from, last}, d, false);
     for (int p = from; p < to; ++p) {
       int firsts[kPanel], ends[kPanel];
       bool all = true;
@@ -113,11 +134,10 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
         }
       }
     }
+    const Matrix values = float_rows(v, b, j, k0, some, type, unpacked.as<char>());
     for (int64_t i = 0; i < row_blocks; ++i) {
       const auto rows = static_cast<int>(std::min<int64_t>(kRows, dv - i * kRows));
-      Matrix block = values;
-      block.data = values.row(k0);
-      gemm.pack_columns(w.left, block, i * kRows, rows, 0, some);
+      gemm.pack_columns(w.left, values, i * kRows, rows, 0, some);
       gemm.multiply({results + (i * panels + from) * tile, reinterpret_cast<const char*>(w.left), kLeftStride * 4,
                      rows, shares + from * p_units, p_units, (to - from - 1) * kPanel + last,
                      (some + gemm.values - 1) / gemm.values, true});
@@ -140,14 +160,15 @@ void Job::run(int64_t b, int64_t j, int64_t first, int64_t end) const {
 }
 
 // q (B, H, S, d), k (B, J, P, d), v (B, J, P, v) -> (B, S, H · v). The queries are the last S of P tokens; each sees
-// the tokens up to its own, with a window the last `window` of them. sinks (H), float32: scores that take part in the
-// softmax and have no value.
+// the tokens up to its own, with a window the last `window` of them. k and v may be rows of a cache in 8 bits, of heads
+// of width d both. sinks (H), float32: scores that take part in the softmax and have no value.
 Tensor prefill_attention(Tensor q, Tensor k, Tensor v, MaybeTensor sinks, double scale, int64_t window) {
   const Type type = float_type(q, "q");
-  const Heads queries(q, type, "q"), keys(k, type, "k"), values(v, type, "v");
+  const Heads queries(q, type, "q"), keys(k, type, "k", queries.width), values(v, type, "v", queries.width);
   const int64_t B = queries.batch, H = queries.heads, S = queries.tokens, J = keys.heads;
   STD_TORCH_CHECK(J >= 1 && H % J == 0 && keys.batch == B && keys.width == queries.width && keys.tokens >= S,
                   "k is not (", B, ", key-value heads, tokens, ", queries.width, ") of at least ", S, " tokens");
+  STD_TORCH_CHECK(keys.type == values.type, "k and v are not of one dtype");
   STD_TORCH_CHECK(values.batch == B && values.heads == J && values.tokens == keys.tokens,
                   "v is not of as many heads and tokens as k");
   STD_TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == H && sinks->is_contiguous() &&

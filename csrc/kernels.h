@@ -53,6 +53,16 @@ enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 
 constexpr int64_t bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
+// A KV cache's rows in 8 bits (kInt8; handful/kv_rows.py): a bfloat16 scale for each kCacheGroup numbers, then the codes of
+// all, and a byte more where they are odd.
+constexpr int64_t kCacheGroup = 32;
+constexpr int64_t cache8_groups(int64_t width) { return (width + kCacheGroup - 1) / kCacheGroup; }
+
+// Of a row of floats, or of a cache.
+constexpr int64_t row_bytes(Type type, int64_t width) {
+  return type == Type::kInt8 ? (2 * cache8_groups(width) + width + 1) / 2 * 2 : width * bytes_of(type);
+}
+
 enum class Activation : int { kSwiglu, kGeglu, kSwigluClamped, kGelu, kRelu };
 
 constexpr bool is_gated(Activation kind) { return kind != Activation::kGelu && kind != Activation::kRelu; }
@@ -183,7 +193,9 @@ struct Gemm {
   Limits limits = {};
 };
 
-// One key-value head's part in one token's attention: `queries` heads share `count` keys and values.
+constexpr int64_t kKeyBlock = 128;  // keys whose scores are there at once
+
+// Some keys' part in one token's attention: `queries` heads share these keys and their values.
 struct Attend {
   const float* query;  // rows of `width`
   int64_t queries, width, value_width;
@@ -192,9 +204,10 @@ struct Attend {
   Type type;
   int64_t key_stride, value_stride, count;
   float scale;
-  const float* sinks;  // of each query; null: none
-  float* scores;       // room for queries x count
-  float* out;          // rows of `value_width`
+  float* scores;   // room for queries x kKeyBlock
+  float* largest;  // set, of each query: the largest score,
+  float* sums;     // the sum of e^(score - largest),
+  float* out;      // and that of the values times it, a row of `value_width`
 };
 
 // The kernels of few tokens: a matrix times a few vectors, read once from memory, and what is done to single vectors.
@@ -214,6 +227,7 @@ struct Gemv {
   void (*activate)(float* out, const float* gate, const float* up, Activation kind, int64_t count);
   // y[i] = sum over k of weights[k] * rows[k][i], in that order; a null row is left out.
   void (*combine)(char* y, Type type, const float* const* rows, const float* weights, int count, int64_t width);
+  // Rows of floats, or of a cache.
   void (*to_float)(float* out, const char* x, Type type, int64_t count);
   void (*from_float)(char* out, const float* x, Type type, int64_t count);
   // RMSNorm, x · weight / sqrt(mean(x²) + eps), of one row; the weight is of `type`. `out` may be `x`.

@@ -80,7 +80,7 @@ struct Rope {
 
 // The caches that the sequences lie in, in order.
 struct Caches {
-  Tensors keys, values;          // (b, J, C, d) of each, for b sequences
+  Tensors keys, values;          // (b, J, C, d) of each, for b sequences; or rows in 8 bits (handful/kv_rows.py)
   std::vector<int64_t> lengths;  // tokens that each holds
 };
 

@@ -19,6 +19,7 @@ from handful import kernels
 from handful.config import ModelConfig
 from handful.experts import Linear
 from handful.kernels import with_kernel
+from handful.kv_rows import unpack_rows
 from handful.positions import Span, rotate, yarn_factor
 
 __all__ = ["Attention", "LatentAttention", "RMSNorm", "attend", "make_attention"]
@@ -117,6 +118,8 @@ class Attention(nn.Module):
 
     @with_kernel(kernels.prefill_attention)
     def _attend_masked(self, q_BHSd: Tensor, k_BJPd: Tensor, v_BJPd: Tensor, mask: Tensor | None) -> Tensor:
+        if k_BJPd.dtype == torch.int8:
+            k_BJPd, v_BJPd = (unpack_rows(rows, self.head_dim, q_BHSd.dtype) for rows in (k_BJPd, v_BJPd))
         return attend(q_BHSd, k_BJPd, v_BJPd, mask, self.scale, self.sinks).transpose(1, 2).flatten(2)
 
 

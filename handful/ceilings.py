@@ -245,7 +245,7 @@ def measure_overhead(folder: str | Path | None = None, repeats: int = 40) -> Ove
 
 def _step_seconds(cases: dict[str, tuple[Decoder, int]], repeats: int) -> dict[str, float]:
     """Of a model that decodes so many sequences, by turns with the others."""
-    engines = {name: Engine(model) for name, (model, _) in cases.items()}
+    engines = {name: Engine(model, speculate=False) for name, (model, _) in cases.items()}
     for name, engine in engines.items():
         for _ in range(cases[name][1]):
             engine.submit(Request(prompt=[1, 2], max_tokens=repeats + 4, sampling=Sampling(temperature=0.0)))

@@ -116,13 +116,17 @@ def chat(
     max_tokens: int = 1024,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    kv_cache_dtype: str = "auto",
+    speculate: bool | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Yield the answer to messages, piece by piece, as `generate` yields text. `options` are those of `render`."""
+    """Yield the answer to messages, piece by piece, as `generate` yields text. `speculate` is the engine's, `options`
+    are those of `render`."""
     if isinstance(model, EncoderDecoder):
         raise ConfigError("model: an encoder-decoder has no conversations: use generate")
     request = chat_request(model, messages, max_tokens=max_tokens, sampling=sampling, stop=stop, **options)
-    for delta in stream(Engine(model), request):
+    engine = Engine(model, kv_cache_dtype=kv_cache_dtype, speculate=speculate)
+    for delta in stream(engine, request):
         yield delta.text
 
 

@@ -249,6 +249,18 @@ def packed_row(inputs: int, dtype: str) -> int:
     return ((64 if dtype == "int8" else 32) + 2 * 2) * -(-inputs // 64)
 
 
+def cached_bytes(attention: Attended, dtype: str, kv_cache_dtype: str = "auto") -> int:
+    """Bytes that the cache holds of one token, in one layer: in the dtype, or in rows of 8 bits (`kv_rows`)."""
+    if kv_cache_dtype == "auto" or not attention.cached:
+        return BYTES[dtype] * attention.cached
+    if kv_cache_dtype != "int8":
+        raise ConfigError(f"kv_cache_dtype = {kv_cache_dtype!r}: auto or int8")
+    if attention.row is None:
+        raise ConfigError("kv_cache_dtype = 'int8': not with latent attention, whose cache is small as it is")
+    row = (2 * -(-attention.row // 32) + attention.row + 1) // 2 * 2
+    return attention.cached // attention.row * row
+
+
 def byte_counts(model: Counted, context: int, dtype: str, published: Precision | None = None) -> Bytes:
     held = parameters(model).incl_all_embeddings
     trained = held - sum(w.layers * w.copies * w.untrained for w in model.weights)

@@ -94,6 +94,7 @@ class Attended:
     flops         of one token attending to one: a score and a weighted value, for every head of one layer.
     decode_flops  the same in decode.
     cached        numbers that the cache holds of one token, in one layer.
+    row           how many of them are of one key-value head, which 8 bits can pack; None: they are latents.
     window        the most tokens that one attends to, and that the cache holds; None: no limit.
     every         so many tokens are compressed into one before they are attended to (DeepSeek-V4).
     causal        a token attends to itself and those before it; otherwise to the whole sequence.
@@ -104,6 +105,7 @@ class Attended:
     flops: int
     decode_flops: int
     cached: int
+    row: int | None = None
     window: int | None = None
     every: int = 1
     causal: bool = True
@@ -174,7 +176,12 @@ def scores(layers: int, heads: int, kv_heads: int, head_dim: int, window: int | 
     """Grouped-query attention's sums and cache."""
     per_token = heads * 4 * head_dim  # 2 for a score, 2 for a weighted value, in each of d numbers
     return Attended(
-        layers=layers, flops=per_token, decode_flops=per_token, cached=2 * kv_heads * head_dim, window=window
+        layers=layers,
+        flops=per_token,
+        decode_flops=per_token,
+        cached=2 * kv_heads * head_dim,
+        row=head_dim,
+        window=window,
     )
 
 

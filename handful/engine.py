@@ -4,7 +4,8 @@
 
 A step takes one token of every sequence that decodes and a chunk of those that are still read, lays them one after the
 other, and passes them through the model together: only attention looks at each sequence for itself. So a long prompt
-does not stop the others' streams, and experts are read once for all tokens that chose them.
+does not stop the others' streams, and experts are read once for all tokens that chose them. While no prompt is read, a
+sequence's token may be followed by a draft of the next ones (`speculation`): a step makes several tokens of it then.
 
 Legend: S tokens · T tokens of all sequences · D model width · V vocabulary
 """
@@ -25,17 +26,20 @@ from handful.errors import ConfigError, HandfulError, RankLostError
 from handful.kernels import steady_tokens
 from handful.model import Decoder
 from handful.observe import Recorder, Recording
-from handful.positions import KVCache, KVCaches
+from handful.positions import KVCache, KVCaches, cache_dtype
 from handful.prefix_cache import WORTH, Prefix, PrefixCache, common
 from handful.request import Delta, Finish, Job, Request, StopText
 from handful.routing import Routing
 from handful.routing_options import Missing, told
 from handful.sampling import Logprobs, Sampler, logprobs
+from handful.speculation import DraftCosts, PromptLookup, draft_limit, share_out
 
 __all__ = ["CHUNK", "Delta", "Engine", "EngineStats", "Finish", "Job", "Request", "StopText", "check_prompt"]
 
 CHUNK = 512  # tokens of prompts that a step reads at most, where nothing is said
 SCORED = 1 << 22  # logits of a prompt that are held at a time while its tokens are scored
+
+Passing = tuple[Job, Sequence[int]]  # a job and its tokens in a pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class EngineStats:
     kept_tokens    that are kept for prompts that begin with them.
     prompt_tokens  that were read or found; made_tokens: that were made.
     prefix_tokens  of prompts that were looked for among those kept; prefix_hits: that were found.
+    draft_tokens   that passed as drafts; accepted_tokens: that were made so.
     """
 
     running: int
@@ -57,6 +62,8 @@ class EngineStats:
     made_tokens: int
     prefix_tokens: int
     prefix_hits: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class Engine:
@@ -67,14 +74,25 @@ class Engine:
                     room. Room that is left holds prompts that were read, for those that begin alike. None: 8 times the
                     model's context.
     chunk           tokens of prompts that a step reads at most.
-    on_routing      told of every forward pass: the jobs in it, how many tokens of each, and the routings.
+    kv_cache_dtype  "auto": keys and values in the weights' dtype. "int8": in 8 bits (`handful.kv_rows`), about half of
+                    bfloat16's bytes. ConfigError for that with latent attention.
+    on_routing      told of every forward pass: the jobs in it, how many tokens of each, and the routings. Of a draft
+                    what came true.
     before_pass     called before every forward pass, and again where a rank was lost in it, which is then made again:
                     says which experts are not to be had. What is computed without them begins no other prompt.
+    speculate       pass drafts of coming tokens, found in what a sequence said before, where that makes more tokens a
+                    second. None: if it changes no bit, and all experts are in this process's memory; True: anyhow;
+                    False: never.
 
     A prompt that begins as one in memory does is not computed again as far as they are alike. Nor does that change a
     bit: our kernels give a token the same ones in every pass of at least so many tokens (`kernels.steady_tokens`), so
     that what was read in such passes is kept, and at least so many of a prompt's tokens are read. Without our kernels,
     on a GPU and with latent attention results are the same up to rounding, as they are beside other neighbours.
+
+    A draft changes no token: each is drawn from its own logits, with the random numbers that it would have. Nor does it
+    change a bit of them: up to so many tokens in a pass (`kernels.few_tokens`) each has those that it has alone. Where
+    they are the same up to rounding (as above, and where torch multiplies a gate of shared experts), so they are here.
+    Passes in which a prompt is read, or a request changes what routers do, have no drafts.
 
     Where tokens compete for an expert's capacity, or experts choose, a sequence's result would depend on its
     neighbours: such models run one sequence at a time, prompts whole, each computed.
@@ -89,8 +107,10 @@ class Engine:
         max_sequences: int = 16,
         cache_tokens: int | None = None,
         chunk: int = CHUNK,
+        kv_cache_dtype: str = "auto",
         on_routing: Callable[[Sequence[Job], Sequence[int], list[Routing]], None] | None = None,
         before_pass: Callable[[], Missing | None] | None = None,
+        speculate: bool | None = None,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("cache_tokens", cache_tokens), ("chunk", chunk)):
             if value is not None and value < 1:
@@ -99,10 +119,15 @@ class Engine:
         self.max_sequences = max_sequences
         self.cache_tokens = 8 * model.config.context if cache_tokens is None else cache_tokens
         self.chunk = chunk
+        self._cache_dtype = cache_dtype(kv_cache_dtype, model.config, model.embed.weight.dtype)
         self.on_routing = on_routing
         self.before_pass = before_pass
         router = model.config.router
         self._apart = router is not None and not router.independent
+        if speculate and self._apart:
+            raise ConfigError("speculate = True: this router's tokens compete for places; drafts would take some")
+        most = None if speculate is False or self._apart else draft_limit(model, exact=speculate is None)
+        self._costs = None if most is None else DraftCosts(model.config, most)
         self._steady = _steady_tokens(model)
         self._moe_layers = len(model.moe_layers)
         self._prefixes = None if self._apart else PrefixCache()
@@ -112,6 +137,7 @@ class Engine:
         self._submitted = 0
         self._prompt_tokens = self._made_tokens = 0
         self._prefix_tokens = self._prefix_hits = 0
+        self._draft_tokens = self._accepted_tokens = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Requests.
@@ -191,6 +217,8 @@ class Engine:
             made_tokens=self._made_tokens,
             prefix_tokens=self._prefix_tokens,
             prefix_hits=self._prefix_hits,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -198,7 +226,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Pass a batch through the model, and return what it made: at most one token of each request.
+        """Pass a batch through the model, and return what it made: of each request a token, or several where a draft of
+        them was right, each in a delta of its own.
 
         A batch that fails is tried again, one request at a time: those that fail alone end, the others go on.
         """
@@ -225,7 +254,7 @@ class Engine:
                 return
             self._waiting.popleft()
             job.admitted = time.monotonic()
-            job._cache = KVCache(self.model.config, 1, job._room, dtype=weight.dtype, device=weight.device)
+            job._cache = KVCache(self.model.config, 1, job._room, dtype=self._cache_dtype, device=weight.device)
             request, tokenizer = job.request, self.model.tokenizer
             stops, prefix = set(request.stop_tokens), tuple[int, ...]()
             if tokenizer is not None:
@@ -240,9 +269,9 @@ class Engine:
             if self._prefixes is not None:
                 self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
 
-    def _batches(self) -> list[list[tuple[Job, Sequence[int]]]]:
+    def _batches(self) -> list[list[Passing]]:
         """The jobs of this step and the new tokens of each: as one batch, or one of each job."""
-        left, batch = self.chunk, []
+        left, reads, batch = self.chunk, False, list[Passing]()
         for job in self._running:
             tokens: Sequence[int] = job.made[-1:]
             if not tokens:
@@ -252,9 +281,30 @@ class Engine:
                 take = unread if self._apart else self._part(unread, left)
                 tokens = job.request.prompt[job._read : job._read + take]
                 left -= min(left, len(tokens))
+                reads = True
             if tokens:
                 batch.append((job, tokens))
-        return [[one] for one in batch] if self._apart else [batch] if batch else []
+        if self._apart:
+            return [[one] for one in batch]
+        if batch and not reads and self._costs is not None and all(job._plan is None for job, _ in batch):
+            batch = self._with_drafts(batch, self._costs)
+        return [batch] if batch else []
+
+    def _with_drafts(self, batch: list[Passing], costs: DraftCosts) -> list[Passing]:
+        """A batch of sequences that decode, and what pays of their drafts."""
+        free = costs.most - len(batch)
+        if free < 1:
+            return batch
+        drafts, chances = [], []
+        for job, _ in batch:
+            if job._lookup is None:
+                job._lookup = PromptLookup(job.request.prompt)
+            left = job._room - len(job.request.prompt) - len(job.made)  # the last of them passes no more
+            drafts.append(job._lookup.draft(job.made, min(free, left - 1)))
+            chances.append(job._lookup.chances())
+        counts = share_out(costs, chances)
+        passing = zip(batch, drafts, counts, strict=True)
+        return [(job, [*tokens, *draft[:count]]) for (job, tokens), draft, count in passing]
 
     def _part(self, unread: int, left: int) -> int:
         """How many tokens of a prompt are read now, of which a step may read `left`: no few are left for the last."""
@@ -263,50 +313,70 @@ class Engine:
             return min(unread, left)
         return max(0, unread - steady)
 
-    def _forward(self, batch: list[tuple[Job, Sequence[int]]]) -> list[Delta]:
+    def _forward(self, batch: list[Passing]) -> list[Delta]:
+        began = time.perf_counter()
         device = self.model.embed.weight.device
         jobs, new = [job for job, _ in batch], [len(tokens) for _, tokens in batch]
+        decodes = all(job.made for job in jobs)
+        drafted = decodes and max(new) > 1
         caches = [job._cache for job in jobs if job._cache is not None]
         tokens_1T = torch.tensor([[token for _, tokens in batch for token in tokens]], device=device)
-        cache = caches[0] if len(caches) == 1 else KVCaches(caches, new)
+        alone = len(caches) == 1 and not drafted
+        cache = caches[0] if alone else KVCaches(caches, new, singly=drafted)
         parts = [(job._plan, own.length, count) for job, own, count in zip(jobs, caches, new, strict=True)]
         try:
             missing, x_1TD, routings = self._pass(tokens_1T, cache, parts)
         except Exception as error:  # such as a disk that is gone: no cache has advanced
+            if drafted:  # by a token that may never be made
+                return self._forward([(job, tokens[:1]) for job, tokens in batch])
             if len(batch) == 1:
                 return [self._end(jobs[0], "failed", error=error)]
             return [delta for one in batch for delta in self._forward([one])]
-        if self.on_routing is not None:
+        if self.on_routing is not None and not drafted:
             self.on_routing(jobs, new, routings)
         steady = self._steady is None or len(tokens_1T[0]) >= self._steady
-        ready, last, end, deltas = [], [], 0, []
-        for job, count in zip(jobs, new, strict=True):
-            end += count
-            if _records(job.request):
-                _record(job, routings, end - count, end)
+        # Who draws, its draft, after which of the tokens, and whether no expert was missing.
+        ready: list[tuple[Job, Sequence[int], range, bool]] = []
+        end, deltas = 0, list[Delta]()
+        for job, tokens in batch:
+            start, end = end, end + len(tokens)
             lacks = None if job._plan is not None and job._plan.whole else missing
             if lacks is not None and (job._missing is None or job._missing.count <= lacks.count):
                 job._missing = lacks
-            if not job.made:
-                if job.request.prompt_logprobs is not None:
-                    self._score(job, x_1TD[0, end - count : end])
-                if steady and lacks is None and job._shareable == job._read:
-                    job._shareable += count
-                job._read += count
-                self._prompt_tokens += count
-            elif self._steady is None and lacks is None and job._shareable == job._read + len(job.made) - 1:
-                job._shareable += count
+            if job.made:
+                ready.append((job, tokens[1:], range(start, end), lacks is None))
+                continue
+            if _records(job.request):
+                _record(job, routings, start, end)
+            if job.request.prompt_logprobs is not None:
+                self._score(job, x_1TD[0, start:end])
+            if steady and lacks is None and job._shareable == job._read:
+                job._shareable += len(tokens)
+            job._read += len(tokens)
+            self._prompt_tokens += len(tokens)
             if job._read < len(job.request.prompt):
                 continue
+            if job._cache is not None and job._cache.slides:  # what its prompt's end looks at may go with what comes
+                self._keep(job)
             if job.request.max_tokens == 0:
                 deltas.append(self._end(job, "length"))
             else:
-                ready.append(job)
-                last.append(end - 1)
+                ready.append((job, (), range(end - 1, end), lacks is None))
         if not ready:
             return deltas
-        logits_TV = self.model.logits(x_1TD[0] if len(last) == x_1TD.shape[1] else x_1TD[0, last])
-        return deltas + [self._token(job, logits_V) for job, logits_V in zip(ready, logits_TV, strict=True)]
+        places = [place for _, _, own, _ in ready for place in own]
+        logits_TV = self.model.logits(x_1TD[0] if len(places) == x_1TD.shape[1] else x_1TD[0, places])
+        kept, first = list[range](), 0
+        for job, draft, own, whole in ready:
+            made = self._draw(job, draft, logits_TV[first : first + len(own)], own, routings, whole)
+            kept.append(own[: len(made)])
+            deltas, first = deltas + made, first + len(own)
+        if self._costs is not None and decodes:
+            self._costs.measured(len(batch), sum(new), sum(map(len, kept)), time.perf_counter() - began)
+        if self.on_routing is not None and drafted:
+            made_so = [[routing.rows(own.start, own.stop) for own in kept] for routing in routings]
+            self.on_routing(jobs, [len(own) for own in kept], [Routing.joined(parts) for parts in made_so])
+        return deltas
 
     def _pass(
         self, tokens_1T: Tensor, cache: Any, parts: Sequence[tuple[Any, int, int]]
@@ -329,7 +399,7 @@ class Engine:
         request = job.request
         most = len(request.prompt) - (self._steady or 1)
         if self._prefixes is not None and job._plan is None and request.prompt_logprobs is None and most > 0:
-            prompt, recorded = np.asarray(request.prompt), _records(request)
+            prompt, recorded = np.asarray(request.prompt[:most]), _records(request)
             source, length = self._prefixes.find(prompt, recorded)
             coming = 0
             for other in self._running:
@@ -337,18 +407,17 @@ class Engine:
                 if not other._begun or other._plan is not None or (recorded and not _records(theirs)):
                     continue
                 alike = common(np.asarray(theirs.prompt), prompt)
-                if other._read < len(theirs.prompt) >= (self._steady or 1):
+                if other._read < alike and len(theirs.prompt) >= (self._steady or 1):
                     coming = max(coming, alike)
-                if min(alike, other._shareable) > length:
-                    length = min(alike, other._shareable)
-                    source = self._prefix_of(other, length)
-            length = min(length, most)
-            if min(coming, most) >= length + WORTH:
+                shared = min(alike, other._shareable)
+                if other._cache is not None and shared > length and shared >= other._cache.least:
+                    length, source = shared, self._prefix_of(other, shared)
+            if coming >= length + WORTH:
                 return False
-            self._prefix_tokens += len(prompt)
+            self._prefix_tokens += len(request.prompt)
             if source is not None:
                 assert job._cache is not None
-                job._cache.begin(source.keys_values, length)
+                job._cache.begin(source.held, length)
                 job.cached = job._read = job._shareable = length
                 if source.routed is not None and recorded:
                     job._routed = [source.routed.part(0, length)]
@@ -362,12 +431,15 @@ class Engine:
         assert job._cache is not None
         tokens = np.asarray([*job.request.prompt, *job.made])[:length]
         routed = Recording.joined(job._routed).part(0, length) if job._routed else None
-        return Prefix(tokens, job._cache.keys_values, routed)
+        return Prefix(tokens, job._cache.beginning(length), routed)
 
     def _keep(self, job: Job) -> None:
         """Keep what a job's cache holds that other prompts may begin with."""
-        if self._prefixes is not None and job._cache is not None and job._plan is None:
+        if self._prefixes is None or job._cache is None or job._plan is not None:
+            return
+        if job._shareable >= job._cache.least:
             self._prefixes.keep(self._prefix_of(job, job._shareable))
+            self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens.
@@ -383,6 +455,28 @@ class Engine:
         for at in range(0, len(following), step):
             tokens = following[at : at + step]
             job.prompt_logprobs += logprobs(self.model.logits(x_SD[at : at + len(tokens)]), tokens, count)
+
+    def _draw(
+        self, job: Job, draft: Sequence[int], logits_SV: Tensor, places: range, routings: Sequence[Routing],
+        whole: bool,
+    ) -> list[Delta]:  # fmt: skip
+        """Draw the token after each of a job's tokens in a pass, as long as it is what its draft passed next."""
+        deltas: list[Delta] = []
+        for place, logits_V, drafted in zip(places, logits_SV, (*draft, None), strict=True):
+            if job.made:
+                if _records(job.request):
+                    _record(job, routings, place, place + 1)
+                if whole and self._steady is None and job._shareable == job._read + len(job.made) - 1:
+                    job._shareable += 1
+            deltas.append(self._token(job, logits_V))
+            if job.finish is not None or job.made[-1] != drafted:
+                break
+        accepted = len(deltas) - 1
+        self._draft_tokens += len(draft)
+        self._accepted_tokens += accepted
+        if job._cache is not None:
+            job._cache.length -= len(draft) - accepted
+        return deltas
 
     def _token(self, job: Job, logits_V: Tensor) -> Delta:
         """Draw a job's next token, and see whether it ends with it."""
@@ -425,10 +519,9 @@ class Engine:
         self._running = [other for other in self._running if other is not job]
         if job in self._waiting:
             self._waiting.remove(job)
-        if self._prefixes is not None and finish != "failed":
+        if finish != "failed":
             self._keep(job)
-            self._prefixes.shrink(self.cache_tokens - self.cached_tokens)
-        job._cache = job._sampler = job._text = job._plan = None
+        job._cache = job._sampler = job._text = job._plan = job._lookup = None
         job._routed, job._routings = [], []
         return Delta(job=job, finish=finish, error=error, **told_now)
 

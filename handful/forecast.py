@@ -18,7 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from handful.ceilings import Ceilings
-from handful.cost import BYTES, attended_flops, held_bytes, held_tokens
+from handful.cost import attended_flops, cached_bytes, held_bytes, held_tokens
 from handful.count import Counted, Pass, Weights
 from handful.errors import ConfigError
 from handful.experts.expert_file import Layout
@@ -132,11 +132,13 @@ def forecast(
     sequences: int,
     layout: Layout | None,
     stored: bool,
+    kv_cache_dtype: str = "auto",
 ) -> Step:
     """A step of so many tokens: of decoding at the end of a context, or of reading one from its beginning.
 
     layout   how a pack holds the experts; None: they cannot be packed, or there are none.
     stored   with a memory budget.
+    kv_cache_dtype   as in `Engine`.
     """
     rates = _Rates.at(machine, dtype)
     parts = {"resident": 0.0, "experts": 0.0}
@@ -166,7 +168,7 @@ def forecast(
     return Step(
         tokens=tokens,
         **parts,
-        attention=_attention_seconds(model, rates, dtype, when, tokens, context),
+        attention=_attention_seconds(model, rates, dtype, kv_cache_dtype, when, tokens, context),
         overhead=_overhead_seconds(model, machine, dtype, when, tokens, sequences, stored),
         # What has come is read once more, for its checksum.
         disk=None if disk_rate is None else from_disk / disk_rate + from_disk / machine.read_bytes_per_second,
@@ -185,7 +187,9 @@ def _is_output(model: Counted, weights: Weights) -> bool:
     return weights.part == ("embeddings" if model.tied else "head")
 
 
-def _attention_seconds(model: Counted, rates: _Rates, dtype: str, when: Pass, tokens: int, context: int) -> float:
+def _attention_seconds(
+    model: Counted, rates: _Rates, dtype: str, kv_cache_dtype: str, when: Pass, tokens: int, context: int
+) -> float:
     """Scores and values of all tokens."""
     seconds = 0.0
     for attention in model.attention:
@@ -194,7 +198,8 @@ def _attention_seconds(model: Counted, rates: _Rates, dtype: str, when: Pass, to
         flops = tokens * attended_flops(attention, when, context)
         read = 0
         if when == "decode":
-            read = tokens * BYTES[dtype] * attention.layers * attention.cached * held_tokens(attention, context)
+            held = cached_bytes(attention, dtype, kv_cache_dtype) * held_tokens(attention, context)
+            read = tokens * attention.layers * held
         seconds += max(flops / (rates.product * rates.of.attention_product), read / (rates.read * rates.of.attention))
     return seconds
 

@@ -87,11 +87,13 @@ def generate(
     max_tokens: int = 200,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    kv_cache_dtype: str = "auto",
 ) -> Iterator[str]:
     """Yield the text that follows a prompt, piece by piece, until the document ends, a text of `stop` comes or
     `max_tokens` are made. Of an encoder-decoder: its answer to the prompt.
 
-    sampling   None: as the model's checkpoint asks, or else the defaults (`sampling_of`).
+    sampling         None: as the model's checkpoint asks, or else the defaults (`sampling_of`).
+    kv_cache_dtype   as in `Engine`; of decoders.
 
     The model must have a tokenizer (`handful.load` sets it). A character that several tokens spell is yielded whole.
     """
@@ -99,7 +101,7 @@ def generate(
         yield from _answer(model, prompt, max_tokens, sampling, stop)
         return
     request = text_request(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)
-    for delta in stream(Engine(model), request):
+    for delta in stream(Engine(model, kv_cache_dtype=kv_cache_dtype), request):
         yield delta.text
 
 

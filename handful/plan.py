@@ -23,13 +23,14 @@ import torch
 
 from handful.ceilings import Ceilings
 from handful.config import EncoderDecoderConfig, ModelConfig
-from handful.cost import BYTES, byte_counts, held_bytes, held_tokens
-from handful.count import Counted, Weights, counted
+from handful.cost import byte_counts, cached_bytes, held_bytes, held_tokens
+from handful.count import Attended, Counted, Weights, counted
 from handful.engine import CHUNK
 from handful.errors import ConfigError
 from handful.experts.expert_file import Layout, layout_of
 from handful.experts.store import GUESSES
 from handful.forecast import FORMATS, Step, forecast
+from handful.positions import window_room
 from handful.units import size
 
 __all__ = ["FitVerdict", "Plan", "plan"]
@@ -61,6 +62,7 @@ class Plan:
     """
 
     dtype: str
+    kv_cache_dtype: str
     context: int
     batch: int
     lacks: str
@@ -120,6 +122,7 @@ def plan(
     machine: Ceilings,
     *,
     dtype: str = "bfloat16",
+    kv_cache_dtype: str = "auto",
     memory: int | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -129,6 +132,7 @@ def plan(
 
     model      a config, or what a family that is not run was counted as.
     dtype      "float32", "bfloat16", or how the weights are packed: "int8", "int4", in groups of 32.
+    kv_cache_dtype   "auto": as what is not packed; "int8": in 8 bits (`Engine`).
     memory     the bytes that weights may take; None: as many as they need, or where these are not free, as many as are.
     context    tokens of each sequence; None: 4096, or the model's own if that is shorter.
     batch      B, sequences that decode together.
@@ -143,7 +147,7 @@ def plan(
             raise ConfigError(f"{name} = {value}: at least 1")
     model = counted(model)
     context = min(model.context or CONTEXT, CONTEXT) if context is None else context
-    sizes = _sizes(model, dtype, context, batch)
+    sizes = _sizes(model, dtype, kv_cache_dtype, context, batch)
     layout = _layout(model, dtype)
     pack = sizes.experts * sizes.expert if layout is None else layout.nbytes
     fit = _fit(sizes, machine, memory, pack, download, model.lacks)
@@ -151,13 +155,14 @@ def plan(
     decode = prefill = None
     if not unforecast:
         stored, chunk = fit.memory is not None, min(CHUNK, context)
-        decode = forecast(model, machine, dtype, "decode", batch, context, batch, layout, stored)
-        prefill = forecast(model, machine, dtype, "prefill", chunk, chunk, 1, layout, stored)
+        decode = forecast(model, machine, dtype, "decode", batch, context, batch, layout, stored, kv_cache_dtype)
+        prefill = forecast(model, machine, dtype, "prefill", chunk, chunk, 1, layout, stored, kv_cache_dtype)
     scratch = sizes.cache + sizes.working
     return Plan(
         **vars(sizes),
         **vars(fit),
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         context=context,
         batch=batch,
         lacks=model.lacks,
@@ -223,13 +228,17 @@ def _top_k(model: Counted) -> int:
     return max((min(w.active, w.copies) for w in _routed(model)), default=0)
 
 
-def _sizes(model: Counted, dtype: str, context: int, batch: int) -> _Sizes:
+def _with_room(attention: Attended, context: int) -> Attended:
+    return dataclasses.replace(attention, window=window_room(attention.window, context))
+
+
+def _sizes(model: Counted, dtype: str, kv_cache_dtype: str, context: int, batch: int) -> _Sizes:
     held = byte_counts(model, context, dtype)
     routed = sum(held_bytes(weights, dtype) for weights in _routed(model))
     experts = sum(weights.layers * weights.copies for weights in _routed(model))
-    # Of models that are run, what `KVCache` takes: layers with a window have room for as much as the others.
-    room = model.attention if model.lacks else [dataclasses.replace(a, window=None) for a in model.attention]
-    cache = BYTES[dtype] * sum(a.layers * a.cached * held_tokens(a, context) for a in room)
+    # Of models that are run, what `KVCache` takes.
+    room = model.attention if model.lacks else [_with_room(a, context) for a in model.attention]
+    cache = sum(a.layers * cached_bytes(a, dtype, kv_cache_dtype) * held_tokens(a, context) for a in room)
     layout = _layout(model, dtype)
     expert = layout.record_bytes if layout is not None else -(-routed // experts) if experts else 0
     top_k, resident = _top_k(model), held.weights - routed

@@ -1,19 +1,18 @@
 """Keys and values of prompts that were read, kept for prompts that begin as they do: system prompts, chats that go on.
 
 What is kept is never changed and copied where it is used, which costs a thousandth of computing it: so any number of
-prompts may begin with it, at any of its tokens.
+prompts may begin with it, at any of its tokens; of layers with a window the last few hundred alone are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from handful.observe import Recording
+from handful.positions import Held
 
 __all__ = ["Prefix", "PrefixCache", "common"]
 
@@ -25,7 +24,7 @@ class Prefix:
     """Tokens from a sequence's first on, what a cache held of them, and their routing, where it was recorded."""
 
     tokens: NDArray[np.int64]
-    keys_values: Sequence[tuple[Tensor, ...]]
+    held: Held
     routed: Recording | None = None
 
     def __len__(self) -> int:
@@ -33,13 +32,17 @@ class Prefix:
 
     def copy(self) -> Prefix:
         """Of these tokens alone, whatever else the cache holds or will hold."""
-        length = len(self)
-        keys_values = [tuple(held[:, :, :length].clone() for held in layer) for layer in self.keys_values]
-        return Prefix(self.tokens, keys_values, self.routed)
+        return Prefix(self.tokens, self.held.copy(), self.routed)
 
     def fits(self, prompt: NDArray[np.int64], recorded: bool) -> int:
-        """With how many of its tokens a prompt begins. recorded: their routing must be there too."""
-        return 0 if recorded and self.routed is None else common(self.tokens, prompt)
+        """With how many of its tokens a prompt can begin. recorded: their routing must be there too."""
+        length = common(self.tokens, prompt)
+        return 0 if length < self.held.least or (recorded and self.routed is None) else length
+
+    def serves(self, other: Prefix) -> bool:
+        """Whoever begins with the other may begin with as many tokens of this one."""
+        alike = common(self.tokens, other.tokens) == len(other) and self.held.least <= other.held.least
+        return alike and (other.routed is None or self.routed is not None)
 
 
 def common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
@@ -80,11 +83,10 @@ class PrefixCache:
         if len(new) < WORTH:
             return
         for prefix in [*self._prefixes]:
-            alike = common(prefix.tokens, new.tokens)
-            if alike == len(new) and (new.routed is None or prefix.routed is not None):
+            if prefix.serves(new):
                 self._use(prefix)
                 return
-            if alike == len(prefix) and (new.routed is not None or prefix.routed is None):
+            if new.serves(prefix):
                 self._prefixes.remove(prefix)
         self._prefixes.append(new.copy())
 

@@ -18,6 +18,7 @@ from handful.positions import KVCache
 from handful.routing import Routing
 from handful.routing_options import Missing, RoutingOptions, RoutingPlan
 from handful.sampling import Logprobs, Sampler, Sampling
+from handful.speculation import PromptLookup
 from handful.text import Stream
 
 __all__ = ["Delta", "Finish", "Job", "Request", "StopText"]
@@ -56,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What a step made for one request.
+    """What a step made for one request: one token of it, or that it ended.
 
     token       None where the request ended without one.
     text        that is certain now: a character that several tokens spell comes whole, and what may be the beginning of
@@ -114,6 +115,7 @@ class Job:
         self._stops: frozenset[int] = frozenset()
         self._text: StopText | None = None
         self._plan: RoutingPlan | None = None
+        self._lookup: PromptLookup | None = None
         self._routed: list[Recording] = []  # of all tokens that passed, where it is recorded
         self._routings: list[Routing] = []  # of the last of them
         self._missing: Missing | None = None  # what it was computed without, and was not told of

@@ -20,6 +20,7 @@ from torch import Tensor
 from handful.errors import ConfigError
 from handful.evaluate import autocast
 from handful.model import Decoder
+from handful.positions import KVCache, cache_dtype
 
 __all__ = ["Difference", "Scored", "difference", "score", "together"]
 
@@ -73,12 +74,14 @@ def score(
     *,
     context: int,
     dtype: str = "float32",
+    kv_cache_dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Scored:
     """A decoder's loss on documents (UTF-8), in windows of `context` tokens.
 
-    dtype      "bfloat16" is autocast's.
-    progress   called with (windows done, windows in all).
+    dtype            "bfloat16" is autocast's.
+    kv_cache_dtype   as in `Engine`: "int8" tells what keys and values in 8 bits cost.
+    progress         called with (windows done, windows in all).
 
     ConfigError for a model without a tokenizer, and for a context that it does not have.
     """
@@ -108,13 +111,18 @@ def score(
         ends = torch.tensor([0, *(lengths[token] for token in row[1:-1])]).cumsum(0)
         places.append(first[place] + (ends // BLOCK).clamp(max=max(0, (len(document) - 1) // BLOCK)))
     was_training, device = model.training, model.embed.weight.device
+    held = cache_dtype(kv_cache_dtype, model.config, model.embed.weight.dtype)
     model.eval()
     done, total = 0, sum(map(len, windows.values()))
     for length, starts in windows.items():
         for at in range(0, len(starts), BATCH):
             group = starts[at : at + BATCH]
             tokens_BS = torch.tensor([rows[place][start : start + length + 1] for place, start in group], device=device)
-            nats_BS = _losses(model, tokens_BS[:, :-1], tokens_BS[:, 1:], dtype).view(len(group), length).cpu().double()
+            cache = None
+            if held == torch.int8:
+                cache = KVCache(model.config, len(group), length, dtype=held, device=device)
+            nats_T = _losses(model, tokens_BS[:, :-1], tokens_BS[:, 1:], dtype, cache)
+            nats_BS = nats_T.view(len(group), length).cpu().double()
             for nats_S, (place, start) in zip(nats_BS, group, strict=True):
                 blocks.index_add_(0, places[place][start : start + length], nats_S)
             done += len(group)
@@ -126,10 +134,10 @@ def score(
     )
 
 
-def _losses(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str) -> Tensor:
+def _losses(model: Decoder, inputs_BS: Tensor, targets_BS: Tensor, dtype: str, cache: KVCache | None) -> Tensor:
     """(T,) nats of every target, float32."""
     with autocast(inputs_BS, dtype):
-        x_TD = model.hidden_states(inputs_BS)[0].flatten(0, 1)
+        x_TD = model.hidden_states(inputs_BS, cache)[0].flatten(0, 1)
         step = max(1, CHUNK // model.config.vocab)
         parts = [
             torch.nn.functional.cross_entropy((x @ model.output_weight.mT).float(), targets, reduction="none")

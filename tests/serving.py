@@ -113,10 +113,12 @@ class Served:
 def serving(
     model: Decoder, *, max_sequences: int = 16, cache_tokens: int | None = None, **options: Any
 ) -> Iterator[Served]:
-    """A server on a free port of this computer. options: of `ServerSettings`, the server's store, and `buffer`."""
-    store, buffer = options.pop("store", None), options.pop("buffer", None)
+    """A server on a free port of this computer. options: of `ServerSettings`, the server's `store` and `speculate`, and
+    `buffer`."""
+    own = {name: options.pop(name, None) for name in ("store", "speculate")}
+    buffer = options.pop("buffer", None)
     chosen = ServerSettings(**{"name": "tiny", "port": 0, **options})
-    server = Server(model, chosen, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
+    server = Server(model, chosen, max_sequences=max_sequences, cache_tokens=cache_tokens, **own)
     with listen(chosen.host, chosen.port) as sock:
         if buffer is not None:  # of each connection, in bytes
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

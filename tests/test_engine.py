@@ -293,7 +293,8 @@ def test_statistics() -> None:
     engine.step()
     assert vars(engine.stats()) == {
         "running": 1, "waiting": 1, "cached_tokens": 8, "cache_tokens": 40, "kept_tokens": 0,
-        "prompt_tokens": 5, "made_tokens": 1, "prefix_tokens": 5, "prefix_hits": 0,
+        "prompt_tokens": 5, "made_tokens": 1, "prefix_tokens": 5, "prefix_hits": 0, "draft_tokens": 0,
+        "accepted_tokens": 0,
     }  # fmt: skip
     assert first.admitted is not None
     assert first.submitted <= first.admitted

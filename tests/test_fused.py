@@ -629,7 +629,7 @@ def test_one_position_s_turn(fraction: float, scaling: RopeScaling | None) -> No
     caches = [KVCache(config, 1, 5000) for _ in range(3)]
     for at in (0, 1, 63, 64, 65, 130, 7, 127, 4096, 4999):
         for i, cache in enumerate(caches):
-            cache.length = max(0, at - 40 * i)
+            cache.length = cache.first = max(0, at - 40 * i)
         span = caches[0].span(config, 1)
         together = KVCaches(caches, [1] * 3).span(config, 3)
         want = rope_table(caches[0].rope_frequencies, torch.tensor([cache.length for cache in caches]))

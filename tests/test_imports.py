@@ -48,6 +48,7 @@ TIERS = [
     [
         "sampling",
         "origin",
+        "kv_rows",
         "positions",
         "attention",
         "moe",
@@ -68,6 +69,7 @@ TIERS = [
         "train_step",
         "train",
         "routing_options",
+        "speculation",
         "request",
         "prefix_cache",
         "engine",

@@ -90,8 +90,10 @@ def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_pat
     found = plan(shape, QUICK, dtype=dtype, batch=3)
     assert found.expert == layout.record_bytes
     assert found.experts == layout.records == 12
-    cache = KVCache(shape, 3, shape.context, dtype=wide)
-    assert found.cache == sum(t.nbytes for held in cache.keys_values for t in held)
+    assert found.cache == KVCache(shape, 3, shape.context, dtype=wide).nbytes
+    assert plan(shape, QUICK, dtype=dtype, batch=3, context=3000).cache == KVCache(shape, 3, 3000, dtype=wide).nbytes
+    held = KVCache(shape, 3, 3000, dtype=torch.int8)
+    assert plan(shape, QUICK, dtype=dtype, kv_cache_dtype="int8", batch=3, context=3000).cache == held.nbytes
     if bits:
         quantize_model(Decoder(shape).to(wide), bits)
         with pytest.MonkeyPatch.context() as patch:
@@ -289,6 +291,12 @@ def test_decoding_reads_every_weight_that_a_token_uses() -> None:
     assert step.attention == pytest.approx(128 * 2 * 2 * 64 * 2 / 1e9 / share.attention)
     assert step.overhead == 0
     assert total(plan(SHAPE, READS)) == pytest.approx(step.resident + step.experts + step.attention)
+    # Keys and values in 8 bits: rows of 16 codes and a scale.
+    packed = plan(SHAPE, READS, kv_cache_dtype="int8").decode
+    assert packed is not None
+    row = 16 + 2
+    assert packed.attention == pytest.approx(128 * 2 * 2 * 4 * row / 1e9 / share.attention)
+    assert packed.resident == step.resident
 
 
 @pytest.mark.parametrize(("dtype", "row64", "row32"), [("int8", 68, 68), ("int4", 36, 36)])
@@ -770,6 +778,9 @@ def test_a_budget_a_format_and_a_trace(handful_: Call, tmp_path: Path) -> None:
         (["olmoe", "--memory", "much"], "memory = 'much': a size such as 4GB, 3.5GiB or 500MB"),
         (["olmoe", "--quant", "int3"], "quant = 'int3': one of float32, bfloat16, int8, int4"),
         (["olmoes"], "'olmoes': no such file or folder"),
+        (["olmoe", "--kv-cache-dtype", "fp8"], "kv_cache_dtype = 'fp8': auto or int8"),
+        (["deepseek-v3", "--kv-cache-dtype", "int8"], "kv_cache_dtype = 'int8': not with latent attention"),
+        (["olmoe", "--ranks", "2", "--kv-cache-dtype", "int8"], "kv-cache-dtype = 'int8': not with --ranks"),
         (["olmoe", "--trace", "nothing.safetensors"], "nothing.safetensors"),
     ],
 )

@@ -14,6 +14,7 @@ from builders import VOCAB, dense, moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handful import positions
 from handful.config import MLAConfig, ModelConfig
 from handful.engine import Delta, Engine, Job, Request
 from handful.experts.quantize_model import quantize_model
@@ -21,6 +22,7 @@ from handful.kernels import steady_tokens
 from handful.machine import native_error
 from handful.model import Decoder
 from handful.moe import NotCausalWarning
+from handful.positions import Held
 from handful.prefix_cache import Prefix, PrefixCache, common
 from handful.routing_options import RoutingOptions
 from handful.sampling import Sampling
@@ -98,6 +100,37 @@ def test_bits_are_those_of_the_run_without_it(kind: str, shape: str) -> None:
     assert engine.stats().kept_tokens >= 1600 - 2 * steady
     assert seen(engine, asked) == want
     assert engine.stats().prefix_hits >= 650 - steady
+
+
+@pytest.mark.skipif(native_error() is not None, reason="the bits are the kernels'")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_layers_hold_their_window_alone(dtype: torch.dtype) -> None:
+    """A prompt's end is kept before its answer makes it go: others may leave out some hundred tokens, not more."""
+    model = decoder(moe(width=64, context=4096, layers=3, window=70, full_layers=(1,), sinks=True), dtype)
+    first = request(prompt((1, 1500)), max_tokens=900)
+    for asked, found in (
+        (request(prompt((1, 1450), (2, 200)), logprobs=3), range(1450, 1451)),
+        (request(prompt((1, 1500)), logprobs=3), range(1500 - 257, 1500)),
+        (request(prompt((1, 400), (2, 300)), logprobs=3), range(1)),
+        (request(prompt((5, 300)), logprobs=3), range(1)),
+    ):
+        engine = Engine(model)
+        list(deltas(engine, first))
+        want = seen(Engine(model), asked)
+        assert seen(engine, asked) == want
+        assert engine.stats().prefix_hits in found
+    # Read at once: what comes later waits only for what it can still begin with.
+    for after in (0, 1, 3):
+        engine = Engine(model, chunk=600)
+        engine.submit(request(prompt((1, 3000))))
+        for _ in range(after):
+            engine.step()
+        job = engine.submit(request(prompt((1, 700), (2, 300)), logprobs=3))
+        engine.step()
+        assert job._begun == (after > 1)
+        engine.run([])
+        assert job.cached == (700 if after < 3 else 0)
+        assert job.made == Engine(model).run([job.request])[0].made
 
 
 @pytest.mark.skipif(native_error() is not None, reason="the bits are the kernels'")
@@ -235,9 +268,18 @@ def test_a_failure_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 KINDS = {
     "moe": moe(context=64),
     "latent": dense(mla=MLAConfig(q_rank=None, kv_rank=6, nope_dim=4, rope_dim=4, v_dim=5), context=64),
+    "window": moe(window=3, full_layers=(1,), context=64),
 }
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers with a window."""
+    for name, value in (("WINDOW_ROOM", 24), ("WINDOW_LEFT", 8), ("WINDOW_GRID", 1)):
+        monkeypatch.setattr(positions, name, value)
+
+
+@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**30))
@@ -264,7 +306,7 @@ def test_many_requests_that_begin_alike_get_what_each_gets_alone(kind: str, seed
 
 
 def kept(*seeds: int, length: int = 20, routed: bool = False) -> list[Prefix]:
-    held = [(torch.zeros(1, 1, 99, 2), torch.zeros(1, 1, 99, 2))]
+    held = Held([(torch.zeros(1, 1, 99, 2), torch.zeros(1, 1, 99, 2))], 0, 0)
     return [Prefix(np.asarray(prompt((seed, length))), held, object() if routed else None) for seed in seeds]  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from handful.errors import ConfigError
 from handful.model import Decoder
+from handful.positions import KVCache
 from handful.scores import BLOCK, Difference, Scored, difference, score, together
 
 
@@ -67,6 +68,24 @@ def test_the_loss_by_hand(model: Decoder, context: int, begin: int | None, monke
     assert together([score(model, [each], context=context) for each in documents]).blocks == pytest.approx(
         found.blocks, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("context", [7, 32])
+def test_keys_and_values_in_8_bits(model: Decoder, context: int) -> None:
+    """The loss of attention on rounded numbers, not that on whole ones."""
+    assert model.tokenizer is not None
+    found = score(model, [LONG], context=context, kv_cache_dtype="int8")
+    eos, nats = model.tokenizer.eos_id, 0.0
+    first = model.tokenizer.prefix[0] if model.tokenizer.prefix else eos
+    row = [first, *model.tokenizer.encode(LONG.decode()), eos]
+    for start in range(0, len(row) - 1, context):
+        window = torch.tensor([row[start : start + context + 1]])
+        with torch.no_grad():
+            cache = KVCache(model.config, 1, context, dtype=torch.int8)
+            parts = [model(part, cache)[0] for part in window[:, :-1].split(3, dim=1)]
+        nats -= float(torch.cat(parts, dim=1).log_softmax(-1).gather(2, window[:, 1:, None]).sum())
+    assert found.nats == pytest.approx(nats, rel=1e-4)
+    assert 1e-7 < abs(found.loss - score(model, [LONG], context=context).loss) < 1e-2
 
 
 def test_a_token_counts_where_it_begins(model: Decoder) -> None:

@@ -48,6 +48,9 @@ PenaltyOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Of the draws. Default: a new one each time, which is shown.")]
 QuantOption = Annotated[str | None, typer.Option(help="Hold the weights as int8 or int4.")]
+KvCacheOption = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, as the weights, or int8, half of bfloat16.")
+]
 MemoryOption = Annotated[
     str | None, typer.Option(help="What the weights may take, such as 4GB; the other experts wait on disk.")
 ]
@@ -67,6 +70,14 @@ RankMemoryOption = Annotated[
 TokenOption = Annotated[
     str | None,
     typer.Option("--rank-token", envvar="HANDFUL_RANK_TOKEN", help="The secret of ranks of several computers."),
+]
+SpeculateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Pass drafts of coming tokens, found in what was said before, where it is quicker. Default: where it "
+        "changes no bit.",
+    ),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="The system message, before all others.")]
 VariableOption = Annotated[

@@ -28,8 +28,10 @@ def run(
     repetition_penalty: answers.PenaltyOption = None,
     seed: answers.SeedOption = None,
     quant: answers.QuantOption = None,
+    kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
+    speculate: answers.SpeculateOption = None,
     template_arg: answers.VariableOption = None,
     as_json: Json = False,
 ) -> None:
@@ -50,8 +52,9 @@ def run(
             raise ConfigError(f"{model}: it has no tokenizer")
         sampling, told = answers.settle(found, given)
         conversation = Conversation(
-            found, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop or (), variables=variables
-        )
+            found, system=system, max_tokens=max_tokens, sampling=sampling, stop=stop or (), variables=variables,
+            kv_cache_dtype=kv_cache_dtype, speculate=speculate,
+        )  # fmt: skip
         # That there is a template, and that it takes a system message, is found out before anybody types.
         render(found.tokenizer, [*conversation.messages, {"role": "user", "content": "…"}], variables=variables)
         if told is not None:

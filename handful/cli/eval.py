@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from handful.cli.answers import KvCacheOption
 from handful.cli.shared import ColumnOption, DeviceOption, Json, device_of, open_screen, print_json
 from handful.errors import ConfigError
 
@@ -25,6 +26,7 @@ def run(
         int | None, typer.Option(min=1, help="Tokens in a window. Default: the models' own, at most 2048.")
     ] = None,
     quant: Annotated[str | None, typer.Option(help="int8 or int4: how the models are held.")] = None,
+    kv_cache_dtype: KvCacheOption = "auto",
     device: DeviceOption = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -79,7 +81,15 @@ def run(
             results.append([])
             for file, documents in files:
                 bar.update(task, description=escape(f"{name}: {file}"))
-                results[-1].append(score(each, documents, context=context, progress=told(f"{name}: {file}")))
+                results[-1].append(
+                    score(
+                        each,
+                        documents,
+                        context=context,
+                        kv_cache_dtype=kv_cache_dtype,
+                        progress=told(f"{name}: {file}"),
+                    )
+                )
                 bar.advance(task)
             if not screen.is_terminal:
                 screen.print(f"{name}: {len(files):,} {'file' if len(files) == 1 else 'files'} read")

@@ -42,8 +42,10 @@ def run(
     repetition_penalty: answers.PenaltyOption = None,
     seed: answers.SeedOption = None,
     quant: answers.QuantOption = None,
+    kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
+    speculate: answers.SpeculateOption = None,
     template_arg: answers.VariableOption = None,
     logprobs: Annotated[
         int | None,
@@ -87,7 +89,12 @@ def run(
     began, finish = time.perf_counter(), "stop"
     try:
         if isinstance(found, EncoderDecoder):
-            for name, value in (("logprobs", logprobs), ("routing", routing), ("chat", chat or None)):
+            kv_cache = None if kv_cache_dtype == "auto" else kv_cache_dtype
+            of_decoders = {
+                "logprobs": logprobs, "routing": routing, "chat": chat or None, "speculate": speculate or None,
+                "kv-cache-dtype": kv_cache,
+            }  # fmt: skip
+            for name, value in of_decoders.items():
                 if value is not None:
                     raise ConfigError(f"{name}: of decoders alone, and {model} is an encoder-decoder")
             for piece in generate(found, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
@@ -105,7 +112,8 @@ def run(
             else:
                 request = text_request(found, prompt, **how)
             opening = "" if chat else prompt
-            engine = Engine(found, on_routing=(lambda *told: recorder.add(told[2])) if routing else None)
+            on_routing = (lambda *told: recorder.add(told[2])) if routing else None
+            engine = Engine(found, on_routing=on_routing, kv_cache_dtype=kv_cache_dtype, speculate=speculate)
             for delta in stream(engine, request):
                 print(delta.text if pieces else opening + delta.text, end="", file=shown, flush=True)
                 pieces.append(delta.text)
@@ -118,8 +126,9 @@ def run(
             store.close()
     print(file=shown)
     seconds = time.perf_counter() - began
-    given = 0
+    given = drafted = accepted = 0
     if not isinstance(found, EncoderDecoder):
+        drafted, accepted = engine.stats().draft_tokens, engine.stats().accepted_tokens
         tokens = [delta.token for delta in deltas if delta.token is not None]
         made, given = len(tokens), len(request.prompt)
         if routing is not None and deltas:
@@ -131,12 +140,13 @@ def run(
         print_json(
             {"model": model, "prompt": prompt, "text": "".join(pieces), "finish": finish, "tokens": made,
              "seconds": seconds, "tokens_per_second": made / seconds, "seed": sampling.seed,
-             "sampling": asdict(sampling),
+             "sampling": asdict(sampling), "draft_tokens": drafted, "accepted_tokens": accepted,
              "logprobs": _logprobs(deltas, found.tokenizer), "memory": within}
         )  # fmt: skip
     else:
         drawn = "" if sampling.seed is None else f", seed {sampling.seed}"
-        open_screen().print(f"{made} tokens, {made / seconds:,.0f} tokens/s{drawn}", style="dim")
+        speculated = f", {accepted} of {drafted} drafted tokens accepted" if drafted else ""
+        open_screen().print(f"{made} tokens, {made / seconds:,.0f} tokens/s{speculated}{drawn}", style="dim")
         if within is not None:
             open_screen().print(memory_line(within), style="dim")
     if finish == "interrupted":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from handful.cli.answers import KvCacheOption
 from handful.cli.shared import Json, config_of, open_screen, precision_of, print_json
 from handful.errors import ConfigError
 
@@ -23,6 +24,7 @@ def run(
         str | None, typer.Option(help="What the weights may take, such as 4GB. Default: what is free.")
     ] = None,
     quant: Annotated[str | None, typer.Option(help="float32, bfloat16, int8 or int4. Default: the last three.")] = None,
+    kv_cache_dtype: KvCacheOption = "auto",
     context: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence. Default: at most 4096.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that decode together.")] = 1,
     trace: Annotated[
@@ -66,6 +68,8 @@ def run(
         wrong = next((name for name, value in given.items() if value is not None), None)
         if wrong:
             raise ConfigError(f"{wrong}: not with --ranks, where all experts are in memory")
+        if kv_cache_dtype != "auto":
+            raise ConfigError(f"kv-cache-dtype = {kv_cache_dtype!r}: not with --ranks, which counts it in the dtype")
         places = _places(ranks, nodes, link, node_link)
         steps = _deployments(
             model, places, rates, load, copies, placement, quant or "bfloat16", context, batch, measure
@@ -89,7 +93,16 @@ def run(
     machine = ceilings(folder, fresh=measure)
     formats = ("bfloat16", "int8", "int4") if quant is None else (quant,)
     plans = [
-        plan(config, machine, dtype=dtype, memory=budget, context=context, batch=batch, download=download)
+        plan(
+            config,
+            machine,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            memory=budget,
+            context=context,
+            batch=batch,
+            download=download,
+        )
         for dtype in formats
     ]
     replays = [

@@ -48,7 +48,9 @@ def run(
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer at most. Default: the model's context.")] = None,
     max_batch: Annotated[int, typer.Option(help="Prompts × n of a request at most.")] = 128,
     max_body: Annotated[str, typer.Option(help="Of a request at most.")] = "4MiB",
+    speculate: answers.SpeculateOption = None,
     quant: answers.QuantOption = None,
+    kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
     ranks: Annotated[
@@ -126,6 +128,8 @@ def run(
                 ranks=ranks,
                 max_sequences=max_sequences,
                 cache_tokens=cache_tokens,
+                kv_cache_dtype=kv_cache_dtype,
+                speculate=speculate,
                 rank_port=rank_port,
                 token=rank_token,
                 on_loss=on_loss.value,
@@ -140,7 +144,15 @@ def run(
         try:
             if isinstance(found, EncoderDecoder):
                 raise ConfigError(f"{model}: is an encoder-decoder: a decoder is needed")
-            server = Server(found, settings, max_sequences=max_sequences, cache_tokens=cache_tokens, store=store)
+            server = Server(
+                found,
+                settings,
+                max_sequences=max_sequences,
+                cache_tokens=cache_tokens,
+                kv_cache_dtype=kv_cache_dtype,
+                speculate=speculate,
+                store=store,
+            )
             ready(found.config.context)
             serve(server, sock, say=screen.print)
         finally:

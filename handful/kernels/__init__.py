@@ -9,10 +9,10 @@ forwards      the kernels that forwards are decorated with
 from __future__ import annotations
 
 from handful.kernels.dispatch import with_kernel
-from handful.kernels.extension import exact_activations, set_exact_activations, steady_tokens
+from handful.kernels.extension import exact_activations, few_tokens, set_exact_activations, steady_tokens
 from handful.kernels.forwards import argmax, decode_attention, linear, prefill_attention, rms_norm, route
 
 __all__ = [
-    "argmax", "decode_attention", "exact_activations", "linear", "prefill_attention", "rms_norm", "route",
+    "argmax", "decode_attention", "exact_activations", "few_tokens", "linear", "prefill_attention", "rms_norm", "route",
     "set_exact_activations", "steady_tokens", "with_kernel",
 ]  # fmt: skip

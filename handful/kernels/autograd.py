@@ -93,7 +93,8 @@ def _fake_moe_layer(
 
 
 def _fake_prefill_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1] * v.shape[3]))
+    width = q.shape[3] if v.dtype == torch.int8 else v.shape[3]  # rows in 8 bits: of as many numbers as q
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1] * width))
 
 
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "Level",
     "available",
     "exact_activations",
+    "few_tokens",
     "gemv_max_tokens",
     "inference_only",
     "levels",
@@ -43,7 +44,7 @@ NATIVE_MAX_TOKENS_AMX, NATIVE_MAX_TOKENS_PAIRS, NATIVE_MAX_TOKENS = 16, 128, 4
 
 _available: bool | None = None  # None: nobody has asked yet
 _max_tokens_bfloat16: int | None = None
-_gemv_max_tokens = _gemv_max_call = 0
+_gemv_max_tokens = _gemv_max_tokens_floats = _gemv_max_call = 0
 
 
 def available() -> bool:
@@ -56,11 +57,12 @@ def available() -> bool:
 
 
 def _load() -> bool:
-    global _available, _gemv_max_tokens, _gemv_max_call, _max_tokens_bfloat16
+    global _available, _gemv_max_tokens, _gemv_max_tokens_floats, _gemv_max_call, _max_tokens_bfloat16
     found = native_error() is None
     if found:
         limits = dict(line.split(": ") for line in torch.ops.handful.limits().splitlines())
         _gemv_max_tokens = int(limits["gemv_max_tokens_packed"])
+        _gemv_max_tokens_floats = int(limits["gemv_max_tokens"])
         _gemv_max_call = int(limits["gemv_max_call"])
         register(panel=int(limits["panel"]))
         isa = set(torch.ops.handful.isa().split())
@@ -127,6 +129,19 @@ def steady_tokens(dtype: torch.dtype, experts: int = 0, top_k: int = 1) -> int |
         return None
     few_of_experts = min(_gemv_max_tokens * experts // top_k, _gemv_max_call)
     return max(ROUTER_KERNEL_MAX_TOKENS, native_max_tokens(dtype) or 0, _gemv_max_tokens, few_of_experts) + 1
+
+
+def few_tokens(dtype: torch.dtype, experts: int = 0, top_k: int = 1) -> int | None:
+    """Tokens of a forward pass up to which each has the bits that it has alone: all are multiplied by the same kernels,
+    which take each for itself. None where there is no such number: without our kernels, and in other dtypes.
+
+    experts, top_k   of the model's MoE layers; 0: it has none.
+    """
+    if not available() or dtype not in DTYPES:
+        return None
+    few_of_experts = [min(_gemv_max_tokens_floats * experts // top_k, _gemv_max_call)] if experts else []
+    of_floats = native_max_tokens(dtype) or _gemv_max_tokens_floats
+    return min(ROUTER_KERNEL_MAX_TOKENS, of_floats, _gemv_max_tokens, *few_of_experts)
 
 
 def prefers_native(weight: Tensor, tokens: int, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from handful.kernels import operations
@@ -79,12 +80,12 @@ def decode_operands(attention: Any, span: Any, q_norm: Tensor | None, k_norm: Te
         return None
     caches = span.caches
     (cos, sin), keys_values = span.rope, [cache.keys_values[attention.layer] for cache in caches]
-    if any(keys.dtype not in DTYPES for keys, _ in keys_values):
+    if any(keys.dtype not in (*DTYPES, torch.int8) for keys, _ in keys_values):
         return None
     return DecodeAttention(
         q_norm, k_norm, attention.eps, attention.qk_norm == "full", cos, sin, attention.adjacent,
-        [keys for keys, _ in keys_values], [values for _, values in keys_values], [cache.length for cache in caches],
-        attention.window or 0, attention.scale, attention.sinks,
+        [keys for keys, _ in keys_values], [values for _, values in keys_values],
+        [cache.held(attention.layer) for cache in caches], attention.window or 0, attention.scale, attention.sinks,
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def decode_attention(attention: Any, q_BSHd: Tensor, k_BSJd: Tensor, v_BSJd: Ten
 
 def prefill_attention(attention: Any, q_BHSd: Tensor, k_BJPd: Tensor, v_BJPd: Tensor, mask: Tensor | None) -> Any:
     """One sequence's attention: a mask of two dimensions says no more than causality and the window."""
-    alike = available() and inference_only(q_BHSd) and q_BHSd.dtype == k_BJPd.dtype
+    alike = available() and inference_only(q_BHSd) and k_BJPd.dtype in (q_BHSd.dtype, torch.int8)
     if not alike or q_BHSd.shape[2] == 1 or (mask is not None and mask.dim() != 2):
         return NotImplemented
     return operations.prefill_attention(q_BHSd, k_BJPd, v_BJPd, attention.window, attention.scale, attention.sinks)

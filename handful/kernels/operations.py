@@ -120,8 +120,8 @@ class DecodeAttention(NamedTuple):
     q_norm, k_norm  weights of the norms of queries and keys; None: there are none. whole_norm: over all heads, not in
                     each.
     cos, sin        of the new tokens' positions, (caches, r/2).
-    keys, values    (b, J, C, d) of the caches that the sequences lie in, in order, for b sequences each; lengths: how
-                    many tokens each cache holds.
+    keys, values    (b, J, C, d) of the caches that the sequences lie in, in order, for b sequences each, or rows in
+                    8 bits (`kv_rows`); lengths: how many tokens each cache holds.
     window          to how many tokens each looks, itself included; 0: to all.
     sinks           a score per head that takes part in the softmax and gives no value; None: there is none.
     """
@@ -154,7 +154,7 @@ def prefill_attention(
     q_BHSd: Tensor, k_BJPd: Tensor, v_BJPv: Tensor, window: int | None, scale: float, sinks_H: Tensor | None
 ) -> Tensor:
     """Attention of the last S of P tokens, each to the tokens up to itself, with a window to the last so many of them:
-    (B, S, H·v)."""
+    (B, S, H·v). Keys and values may be rows in 8 bits (`kv_rows`)."""
     sinks = None if sinks_H is None else sinks_H.float()
     out: Tensor = torch.ops.handful.prefill_attention(q_BHSd, k_BJPd, v_BJPv, sinks, scale, window or 0)
     return out

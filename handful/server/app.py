@@ -61,6 +61,7 @@ SMALL = 1 << 15  # bytes of a body that is read on the event loop: it takes less
 class Server:
     """An ASGI application around a model, and the engine's thread, which `close` ends.
 
+    max_sequences, cache_tokens, speculate   of its engine.
     store            of the model's experts, under a memory budget: for its metrics. It stays the caller's.
     keeper, layout   where ranks hold the experts: who knows them, and how they are packed.
     """
@@ -72,6 +73,8 @@ class Server:
         *,
         max_sequences: int = 16,
         cache_tokens: int | None = None,
+        kv_cache_dtype: str = "auto",
+        speculate: bool | None = None,
         store: Store | None = None,
         keeper: Keeper | None = None,
         layout: Layout | None = None,
@@ -85,8 +88,10 @@ class Server:
             model,
             max_sequences=max_sequences,
             cache_tokens=cache_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             on_routing=self._load,
             before_pass=None if keeper is None else keeper.before_pass,
+            speculate=speculate,
         )
         self.metrics = Metrics(settings.name, engine, self._load, store, keeper)
         self.worker = Worker(engine, queue=settings.queue, told=self.metrics.told)

@@ -74,6 +74,8 @@ def run(options: dict) -> None:  # type: ignore[type-arg]
         settings,
         max_sequences=options["max_sequences"],
         cache_tokens=options["cache_tokens"],
+        kv_cache_dtype=options["kv_cache_dtype"],
+        speculate=options["speculate"],
         keeper=keeper,
         layout=layout,
     )

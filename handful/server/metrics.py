@@ -91,6 +91,9 @@ class Metrics:
         yield self._counter("generation_tokens", "Tokens that were made.", stats.made_tokens)
         yield self._counter("prefix_cache_queries", "Prompt tokens looked for in memory.", stats.prefix_tokens)
         yield self._counter("prefix_cache_hits", "Prompt tokens found in memory, and not computed.", stats.prefix_hits)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens that passed as drafts.", stats.draft_tokens)
+        accepted = stats.accepted_tokens
+        yield self._counter("spec_decode_num_accepted_tokens", "Tokens of drafts that were made.", accepted)
         yield from self._of_load()
         if self.store is not None:
             yield from self._of_store(self.store)

@@ -23,13 +23,14 @@ from typing import Any
 import pytest
 import torch
 from builders import Call, Ended, calling, document, mistake, of_kind, read_lines, write_text
+from serving import chat_model
 
 from handful import __version__
 from handful.cli import main
 from handful.config_io import to_dict
 from handful.data import Batches, load_data
 from handful.evaluate import batch_loss
-from handful.families.io import load
+from handful.families.io import load, save
 from handful.machine import Measured
 from handful.model import Decoder
 from handful.observe import Recording
@@ -454,6 +455,9 @@ def test_eval_of_one_model_and_of_two(handful: Call, at_home: Path, dense_run: P
         (tmp_path / f"{name}.txt").write_text(f"the router of {name} chooses tokens\n" * 90, encoding="utf-8")
     text = ["--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.*")]
     one = document(handful("eval", "run", *text, "--json"))
+    rounded = document(handful("eval", "run", *text, "--json", *EIGHT_BITS))
+    gap = rounded["files"][0]["models"][0]["loss"] - one["files"][0]["models"][0]["loss"]
+    assert 0 < abs(gap) < 0.01
     assert [Path(row["file"]).name for row in one["files"]] == ["a.txt", "b.txt", "all of them"]
     a, b, both = (row["models"][0] for row in one["files"])
     assert both["loss"] == pytest.approx((a["loss"] * a["tokens"] + b["loss"] * b["tokens"]) / both["tokens"])
@@ -628,6 +632,8 @@ def test_training_that_diverges(handful: Call, at_home: Path, tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------------------------------
 # generate.
 
+EIGHT_BITS = ["--kv-cache-dtype", "int8"]
+
 
 def test_a_seed_repeats_the_text(handful: Call, at_home: Path) -> None:
     def text(*options: str) -> str:
@@ -673,11 +679,28 @@ def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> N
     cut = document(handful("generate", "run", "the", *options, "--json", "--stop", "never here", "--stop", stop))
     assert (cut["text"], cut["finish"]) == (found["text"][: found["text"].find(stop)], "stop")
     assert document(handful("generate", "run", "the", "--max-tokens", "3", "--quant", "int4", "--json"))["tokens"] == 3
+    rounded = document(handful("generate", "run", "the", *options, "--json", "--logprobs", "2", *EIGHT_BITS))
+    apart = [one["token"] - other["token"] for one, other in zip(rounded["logprobs"], found["logprobs"], strict=False)]
+    assert 0 < max(map(abs, apart[:3])) < 0.1
+
+
+def test_drafts_change_no_text(handful: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handful.speculation.DraftCosts.steps", lambda *_: 1.0)
+    save(chat_model(), tmp_path)
+    options = [tmp_path, "the cat sat, the cat sat, the cat", "--temperature", "0", "--max-tokens", "80"]
+    without = document(handful("generate", *options, "--no-speculate", "--json"))
+    found = document(handful("generate", *options, "--speculate", "--json"))
+    assert found["text"] == without["text"]
+    assert 0 < found["accepted_tokens"] <= found["draft_tokens"]
+    assert (without["accepted_tokens"], without["draft_tokens"]) == (0, 0)
+    shown = handful("generate", *options, "--speculate").err
+    assert f"{found['accepted_tokens']} of {found['draft_tokens']} drafted tokens accepted" in shown
 
 
 def test_the_seed_that_was_drawn_is_shown(handful: Call, at_home: Path) -> None:
     first = handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1")
-    shown = re.fullmatch(r"\d+ tokens, [\d,]+ tokens/s, seed (\d+)", first.err.strip())
+    drafted = r"(?:, \d+ of \d+ drafted tokens accepted)?"
+    shown = re.fullmatch(rf"\d+ tokens, [\d,]+ tokens/s{drafted}, seed (\d+)", first.err.strip())
     assert shown
     again = handful("generate", "run", "the", "--max-tokens", "20", "--temperature", "1", "--seed", shown[1])
     assert again.out == first.out

@@ -30,6 +30,7 @@ STEMS = {
     "prompt_tokens": "counter", "generation_tokens": "counter", "request_success": "counter",
     "time_to_first_token_seconds": "histogram", "inter_token_latency_seconds": "histogram",
     "e2e_request_latency_seconds": "histogram", "request_queue_time_seconds": "histogram",
+    "spec_decode_num_draft_tokens": "counter", "spec_decode_num_accepted_tokens": "counter",
 }  # fmt: skip
 
 
@@ -51,6 +52,21 @@ def test_the_parser_takes_it(model: Decoder) -> None:
                 assert family.documentation
                 assert all(sample.labels["model_name"] == "tiny" for sample in family.samples)
                 assert all(len(sample.labels) <= 2 for sample in family.samples)
+
+
+def test_drafts_are_counted(model: Decoder) -> None:
+    asked = {"prompt": [5, 6, 7] * 8, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    with serving(model, speculate=False) as served:
+        want = served.post(COMPLETIONS, **asked)["choices"]
+    with serving(model, speculate=True) as served:
+        engine = served.server.worker.engine
+        assert engine._costs is not None
+        engine._costs.steps = lambda sequences, tokens: 1.0  # type: ignore[method-assign]
+        assert served.post(COMPLETIONS, **asked)["choices"] == want
+        found, stats = served.metrics(), engine.stats()
+    assert found["handful:spec_decode_num_draft_tokens_total", ""] == stats.draft_tokens
+    assert found["handful:spec_decode_num_accepted_tokens_total", ""] == stats.accepted_tokens
+    assert 0 < stats.accepted_tokens <= stats.draft_tokens
 
 
 def test_numbers(model: Decoder) -> None:
