@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +52,13 @@ QuantOption = Annotated[str | None, typer.Option(help="Hold the weights as int8 
 KvCacheOption = Annotated[
     str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, as the weights, or int8, half of bfloat16.")
 ]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact-activations",
+        help="In bfloat16: let activations that meet quantized weights keep more than 8 bits; slower.",
+    ),
+]
 MemoryOption = Annotated[
     str | None, typer.Option(help="What the weights may take, such as 4GB; the other experts wait on disk.")
 ]
@@ -84,6 +92,12 @@ VariableOption = Annotated[
     list[str] | None,
     typer.Option("--template-arg", help="NAME=VALUE for the chat template, such as enable_thinking=false."),
 ]
+
+
+def keep_exact(asked: bool) -> None:
+    """For this process, and for the ranks that it starts. To be said before a model is run."""
+    if asked:
+        os.environ["HANDFUL_EXACT_ACTIVATIONS"] = "1"
 
 
 def open_model(

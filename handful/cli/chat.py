@@ -28,6 +28,7 @@ def run(
     repetition_penalty: answers.PenaltyOption = None,
     seed: answers.SeedOption = None,
     quant: answers.QuantOption = None,
+    exact_activations: answers.ExactOption = False,
     kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
@@ -44,6 +45,7 @@ def run(
     given = answers.given_settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     variables = answers.variables_of(template_arg)
     screen, shown = open_screen(), sys.stderr if as_json else sys.stdout
+    answers.keep_exact(exact_activations)
     found, store = answers.open_model(model, quant, memory, pack)
     try:
         if isinstance(found, EncoderDecoder):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from handful.cli.answers import KvCacheOption
+from handful.cli.answers import ExactOption, KvCacheOption, keep_exact
 from handful.cli.shared import ColumnOption, DeviceOption, Json, device_of, open_screen, print_json
 from handful.errors import ConfigError
 
@@ -26,6 +26,7 @@ def run(
         int | None, typer.Option(min=1, help="Tokens in a window. Default: the models' own, at most 2048.")
     ] = None,
     quant: Annotated[str | None, typer.Option(help="int8 or int4: how the models are held.")] = None,
+    exact_activations: ExactOption = False,
     kv_cache_dtype: KvCacheOption = "auto",
     device: DeviceOption = "cpu",
     as_json: Json = False,
@@ -43,6 +44,7 @@ def run(
     from handful.scores import Scored, difference, score, together
     from handful.width import show
 
+    keep_exact(exact_activations)
     screen = open_screen()
     bits = {None: None, "int8": 8, "int4": 4}
     if quant not in bits:

@@ -42,6 +42,7 @@ def run(
     repetition_penalty: answers.PenaltyOption = None,
     seed: answers.SeedOption = None,
     quant: answers.QuantOption = None,
+    exact_activations: answers.ExactOption = False,
     kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
@@ -78,6 +79,7 @@ def run(
     prompt = _prompt(prompt, file)
     if as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    answers.keep_exact(exact_activations)
     found, store = answers.open_model(model, quant, memory, pack)
     sampling, told = answers.settle(found, settings)
     if told is not None and not as_json:

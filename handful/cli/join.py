@@ -18,6 +18,7 @@ def run(
     model: answers.ModelArgument,
     ranks: Annotated[int, typer.Option(help="Processes that hold experts here.")] = 1,
     quant: answers.QuantOption = None,
+    exact_activations: answers.ExactOption = False,
     memory: answers.RankMemoryOption = None,
     pack: answers.PackOption = None,
     token: answers.TokenOption = None,
@@ -28,6 +29,7 @@ def run(
 
     screen = open_screen()
     where = address_of(address)
+    answers.keep_exact(exact_activations)
     held = answers.held_by_ranks(model, quant, memory, pack)
     if token is None:
         raise ConfigError("token: the secret that the server was started with; give it by HANDFUL_RANK_TOKEN")

@@ -50,6 +50,7 @@ def run(
     max_body: Annotated[str, typer.Option(help="Of a request at most.")] = "4MiB",
     speculate: answers.SpeculateOption = None,
     quant: answers.QuantOption = None,
+    exact_activations: answers.ExactOption = False,
     kv_cache_dtype: answers.KvCacheOption = "auto",
     memory: answers.MemoryOption = None,
     pack: answers.PackOption = None,
@@ -94,11 +95,13 @@ def run(
         max_output=max_tokens,
     )
     model = model or str(newest_run(Path("runs")))
+    answers.keep_exact(exact_activations)
     of_torchrun = start.of_torchrun()
     if of_torchrun is not None and ranks:
         number, host_of_first, port_of_first = of_torchrun
         if number:
-            join.run(f"{host_of_first}:{port_of_first}", model, ranks, quant, memory, pack, rank_token)
+            address = f"{host_of_first}:{port_of_first}"
+            join.run(address, model, ranks, quant, exact_activations, memory, pack, rank_token)
             return
         rank_port = rank_port or port_of_first
     sock = listen(host, port)  # before the model, which may take minutes

@@ -684,6 +684,16 @@ def test_everything_that_generate_can_be_told(handful: Call, at_home: Path) -> N
     assert 0 < max(map(abs, apart[:3])) < 0.1
 
 
+@pytest.mark.parametrize("verb", [["generate", "run", "the", "--max-tokens", "1"], ["eval", "run"]])
+def test_exact_activations(verb: list[str], handful: Call, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For this process, before the kernels ask, and for those that it starts."""
+    monkeypatch.setenv("HANDFUL_EXACT_ACTIVATIONS", "0")
+    assert handful(*verb, "--quant", "int8").code == 0
+    assert os.environ["HANDFUL_EXACT_ACTIVATIONS"] == "0"
+    assert handful(*verb, "--quant", "int8", "--exact-activations").code == 0
+    assert os.environ["HANDFUL_EXACT_ACTIVATIONS"] == "1"
+
+
 def test_drafts_change_no_text(handful: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handful.speculation.DraftCosts.steps", lambda *_: 1.0)
     save(chat_model(), tmp_path)
