@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -256,7 +257,11 @@ def test_drafts_over_windows_that_slide_and_caches_of_bytes(
 
     monkeypatch.setattr(KVCache, "advance", watched)
     engine = drafting(model, kv_cache_dtype=cache)
+    forward, step = Mock(wraps=engine._forward), Mock(wraps=engine.step)
+    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(engine, "step", step)
     assert seen(engine, request) == [want]
+    assert forward.call_count == step.call_count  # one that failed would be made again, without its drafts
     assert 0 < engine.stats().accepted_tokens < engine.stats().draft_tokens
     assert any(slid) == (config.window is not None)
 
