@@ -25,6 +25,7 @@ __all__ = ["ELEMENT", "Subject", "WrongError", "bounds", "distance", "expected",
 
 # A largest single error of this many bounds, in units of the largest value: one wrong element hardly moves a norm.
 ELEMENT = 8
+LINEAR = 1e-2  # of a linear map by codes: its x made bytes, and the output rounded
 
 # A backend (or "linear", the native linear map) and the name of a format.
 Subject = tuple[str, str]
@@ -54,6 +55,8 @@ def bounds(backend: str, name: str) -> tuple[float, float | None]:
     """How far off the output and the gradients may be; None: forward only."""
     kind = FORMATS[name]
     if backend == "linear":
+        if kind.bits:
+            return LINEAR, None
         return (roundings(2) if name == "bfloat16" else kind.output), None
     if kind.bits and backend != "native":
         return roundings(9), None  # x may be in bfloat16, and then so is every step
