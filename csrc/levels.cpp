@@ -32,6 +32,16 @@ Gemm with(Gemm table, const ByteGemm& bytes) {
   return table;
 }
 
+// The levels' tables for codes of one kind.
+struct OfCodes {
+  Gemm avx2, avx_vnni, avx512, avx512_vnni;
+};
+
+OfCodes of_codes(ByteGemm ByteGemms::*kind) {
+  return {with(kAvx2Gemm, kAvx2Bytes.*kind), with(kAvx2Gemm, kAvxVnniBytes.*kind), with(kAvx512Gemm, kAvx512Bytes.*kind),
+          with(kAvx512Gemm, kAvx512VnniBytes.*kind)};
+}
+
 // The first table, in order of preference, whose needs the features cover.
 template <class Table, class... Tables>
 const Table* first(uint32_t features, const Table& best, const Tables&... others) {
@@ -62,12 +72,7 @@ std::atomic<bool>& exact() {
 
 Chosen choose(uint32_t features) {
   static const Gemm amx = with(kAvx512Bf16Gemm, kAmxGemm);
-  static const struct OfCodes {
-    Gemm avx2, avx_vnni, avx512, avx512_vnni;
-  } int8 = {with(kAvx2Gemm, kAvx2Bytes.int8), with(kAvx2Gemm, kAvxVnniBytes.int8), with(kAvx512Gemm, kAvx512Bytes.int8),
-            with(kAvx512Gemm, kAvx512VnniBytes.int8)},
-    int4 = {with(kAvx2Gemm, kAvx2Bytes.int4), with(kAvx2Gemm, kAvxVnniBytes.int4), with(kAvx512Gemm, kAvx512Bytes.int4),
-            with(kAvx512Gemm, kAvx512VnniBytes.int4)};
+  static const OfCodes int8 = of_codes(&ByteGemms::int8), int4 = of_codes(&ByteGemms::int4);
   static const Gemm exact_int8 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int8);
   static const Gemm exact_int4 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int4);
   const auto bytes = [&](const OfCodes& of) {
