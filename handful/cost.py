@@ -34,6 +34,7 @@ __all__ = ["Bytes", "Communication", "Cost", "Flops", "Parameters", "Parts", "Pr
 
 # Bytes of a number of the cache and of what is sent; and of a weight, but for those that a format packs.
 NUMBER, ANSWER = 4, 4  # bytes of an expert's number that is sent, and of a number of an expert's answer
+CACHE_GROUP = 32  # numbers that share a scale in a cache of 8 bits; kCacheGroup in csrc/kernels.h
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2, "mxfp4": 2, "fp8": 2}
 
 
@@ -249,16 +250,26 @@ def packed_row(inputs: int, dtype: str) -> int:
     return ((64 if dtype == "int8" else 32) + 2 * 2) * -(-inputs // 64)
 
 
+def cache_row_bytes(width: int) -> int:
+    """Bytes of a row of so many numbers in a cache of 8 bits (`kv_rows`)."""
+    return (2 * -(-width // CACHE_GROUP) + width + 1) // 2 * 2
+
+
+def check_cache_dtype(name: str, *, latent: bool) -> None:
+    """ConfigError for a kv_cache_dtype that there is not, or not for latent attention."""
+    if name not in ("auto", "int8"):
+        raise ConfigError(f"kv_cache_dtype = {name!r}: auto or int8")
+    if name == "int8" and latent:
+        raise ConfigError("kv_cache_dtype = 'int8': not with latent attention, whose cache is small as it is")
+
+
 def cached_bytes(attention: Attended, dtype: str, kv_cache_dtype: str = "auto") -> int:
     """Bytes that the cache holds of one token, in one layer: in the dtype, or in rows of 8 bits (`kv_rows`)."""
     if kv_cache_dtype == "auto" or not attention.cached:
         return BYTES[dtype] * attention.cached
-    if kv_cache_dtype != "int8":
-        raise ConfigError(f"kv_cache_dtype = {kv_cache_dtype!r}: auto or int8")
-    if attention.row is None:
-        raise ConfigError("kv_cache_dtype = 'int8': not with latent attention, whose cache is small as it is")
-    row = (2 * -(-attention.row // 32) + attention.row + 1) // 2 * 2
-    return attention.cached // attention.row * row
+    check_cache_dtype(kv_cache_dtype, latent=attention.row is None)
+    assert attention.row is not None
+    return attention.cached // attention.row * cache_row_bytes(attention.row)
 
 
 def byte_counts(model: Counted, context: int, dtype: str, published: Precision | None = None) -> Bytes:

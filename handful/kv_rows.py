@@ -17,19 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pack_rows", "row_bytes", "unpack_rows"]
+from handful.cost import CACHE_GROUP as GROUP
+from handful.cost import cache_row_bytes
 
-GROUP = 32  # numbers that share a scale; kCacheGroup in csrc/kernels.h
+__all__ = ["pack_rows", "unpack_rows"]
+
 TINY = torch.finfo(torch.bfloat16).tiny  # the least scale
 
 
-def row_bytes(width: int) -> int:
-    """Bytes of a row of so many numbers."""
-    return (2 * -(-width // GROUP) + width + 1) // 2 * 2
-
-
 def pack_rows(x: Tensor) -> Tensor:
-    """Rows of numbers (..., d) in 8 bits, (..., row_bytes(d)) int8. A group with a number that is not finite is NaN."""
+    """Rows of numbers (..., d) in 8 bits: int8 (..., `cache_row_bytes`). A group with one that is not finite is NaN."""
     d = x.shape[-1]
     groups = -(-d // GROUP)
     x_Gd = F.pad(x.float(), (0, groups * GROUP - d)).unflatten(-1, (groups, GROUP))
@@ -37,7 +34,7 @@ def pack_rows(x: Tensor) -> Tensor:
     scales_G = largest_G.clamp_min(TINY).to(torch.bfloat16)
     codes_Gd = (x_Gd / scales_G.float().unsqueeze(-1)).nan_to_num().round().to(torch.int8)
     rows = torch.cat([scales_G.view(torch.int8), codes_Gd.flatten(-2)[..., :d]], dim=-1)
-    return F.pad(rows, (0, row_bytes(d) - rows.shape[-1]))
+    return F.pad(rows, (0, cache_row_bytes(d) - rows.shape[-1]))
 
 
 def unpack_rows(rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from handful.config import ModelConfig, RopeScaling
+from handful.cost import cache_row_bytes, check_cache_dtype
 from handful.errors import ConfigError
-from handful.kv_rows import pack_rows, row_bytes
+from handful.kv_rows import pack_rows
 
 __all__ = [
     "Held", "KVCache", "KVCaches", "Span", "cache_dtype", "rope_frequencies", "rope_table", "rotate", "window_room",
@@ -120,10 +121,7 @@ def window_room(window: int | None, capacity: int) -> int:
 def cache_dtype(name: str, config: ModelConfig, weights: torch.dtype) -> torch.dtype:
     """What keys and values are held in: "auto", as the weights, or "int8" (`kv_rows`). ConfigError for another name,
     and for int8 with latent attention."""
-    if name not in ("auto", "int8"):
-        raise ConfigError(f"kv_cache_dtype = {name!r}: auto or int8")
-    if name == "int8" and config.mla is not None:
-        raise ConfigError("kv_cache_dtype = 'int8': not with latent attention, whose cache is small as it is")
+    check_cache_dtype(name, latent=config.mla is not None)
     return torch.int8 if name == "int8" else weights
 
 
@@ -164,7 +162,8 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         if config.mla is None:
-            heads, widths = config.n_kv_heads, [row_bytes(config.d_head) if dtype == torch.int8 else config.d_head] * 2
+            width = cache_row_bytes(config.d_head) if dtype == torch.int8 else config.d_head
+            heads, widths = config.n_kv_heads, [width, width]
         else:
             cache_dtype("int8" if dtype == torch.int8 else "auto", config, dtype)
             heads, widths = 1, [config.mla.kv_rank + config.mla.rope_dim]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from handful.attention import attend
 from handful.config import ModelConfig
+from handful.cost import cache_row_bytes
 from handful.engine import Engine, Request
 from handful.errors import ConfigError
 from handful.kernels.extension import available
-from handful.kv_rows import pack_rows, row_bytes, unpack_rows
+from handful.kv_rows import pack_rows, unpack_rows
 from handful.machine import native_error
 from handful.model import Decoder
 from handful.positions import WINDOW_ROOM, KVCache
@@ -58,7 +59,7 @@ def test_a_row_by_hand() -> None:
     x[0], x[1], x[2], x[32], x[33] = 2.0, -1.0, 0.009, 127.0, -3.0
     row = pack_rows(x)
     assert row.dtype == torch.int8
-    assert row_bytes(34) == len(row) == 2 * 2 + 34
+    assert cache_row_bytes(34) == len(row) == 2 * 2 + 34
     scales = row[:4].view(BF16)
     assert scales.tolist() == [torch.tensor(2 / 127).bfloat16().item(), 1.0]
     assert row[4:8].tolist() == [127, -64, 1, 0]
@@ -66,8 +67,8 @@ def test_a_row_by_hand() -> None:
     found = unpack_rows(row, 34, torch.float32)
     assert found[32:].tolist() == [127, -3]
     assert found[:3].tolist() == pytest.approx([2, -1.008, 0.01575], rel=3e-3)
-    assert row_bytes(1) == 4
-    assert row_bytes(128) == 136
+    assert cache_row_bytes(1) == 4
+    assert cache_row_bytes(128) == 136
 
 
 @settings(max_examples=100, deadline=None)
@@ -332,7 +333,7 @@ def test_windows_hold_no_more_rows() -> None:
     config = SHAPES["window, sinks"]
     model, cache = decoder(config), KVCache(config, 1, 3000, dtype=torch.int8)
     read(model, cache, tokens(1, 2500), [1200, 900, 400])
-    assert cache.keys_values[0][0].shape == (1, 2, 70 + WINDOW_ROOM, row_bytes(32))
+    assert cache.keys_values[0][0].shape == (1, 2, 70 + WINDOW_ROOM, cache_row_bytes(32))
     assert cache.first > 0
 
 
