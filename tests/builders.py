@@ -6,7 +6,8 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -28,6 +29,7 @@ from handful.config import (
 )
 from handful.data import Data, load_data
 from handful.experts import Experts
+from handful.kernels import exact_activations, set_exact_activations
 from handful.positions import KVCache
 from handful.routing import Routing
 
@@ -200,6 +202,17 @@ def run(
         assert value.grad.dtype == value.dtype
         gradients[name] = value.grad
     return Result(y_TD.detach(), gradients)
+
+
+@contextmanager
+def activations(*, exact: bool) -> Iterator[None]:
+    """Whether activations that meet codes keep more than 8 bits."""
+    before = exact_activations()
+    set_exact_activations(exact)
+    try:
+        yield
+    finally:
+        set_exact_activations(before)
 
 
 def distance(got: Tensor, want: Tensor) -> float:

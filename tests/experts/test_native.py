@@ -17,7 +17,7 @@ import fresh
 import levels
 import pytest
 import torch
-from builders import ACTIVATIONS, Case, Result, agree, case, cases, distance, routing_of, run
+from builders import ACTIVATIONS, Case, Result, activations, agree, case, cases, distance, routing_of, run
 from hypothesis import given
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts import Experts
 from handful.experts.native import native
 from handful.experts.weights import ExpertWeights
-from handful.kernels.extension import available, exact_activations, gemv_max_tokens, set_exact_activations
+from handful.kernels.extension import available, exact_activations, gemv_max_tokens
 from handful.kernels.operations import linear
 from handful.machine import native_error
 from handful.quantize import Packed, pack, unpack
@@ -361,10 +361,8 @@ def packed_expert(D: int, F: int, bits: int, group: int) -> tuple[Packed, Packed
 @pytest.fixture
 def exact() -> Iterator[None]:
     """Activations keep more than 8 bits."""
-    before = exact_activations()
-    set_exact_activations(True)
-    yield
-    set_exact_activations(before)
+    with activations(exact=True):
+        yield
 
 
 KINDS = ["normal", "heavy tails", "an outlier", "an outlier in every group"]
@@ -402,8 +400,8 @@ def test_activations_are_exact_where_it_is_asked_for(exact: None) -> None:
     gate_up, down = packed_expert(512, 128, 8, 32)
     x_TD = tokens_like("normal", 3, 512)
     got = one_expert(x_TD, gate_up, down)
-    set_exact_activations(False)
-    rounded = one_expert(x_TD, gate_up, down)
+    with activations(exact=False):
+        rounded = one_expert(x_TD, gate_up, down)
     want = silu_layer(x_TD, gate_up, down)
     assert distance(got, want) <= 4e-3 < distance(rounded, want)
     float32 = one_expert(x_TD.float(), gate_up, down)  # always exact

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FORMATS, dense, distance, moe
+from builders import FORMATS, activations, dense, distance, moe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedL
 from handful.experts.reference import reference
 from handful.experts.weights import ExpertWeights
 from handful.generate import generate_tokens
-from handful.kernels.extension import available, exact_activations, set_exact_activations
+from handful.kernels.extension import available
 from handful.model import Decoder
 from handful.quantize import Packed, error, pack, unpack
 from handful.routing import Routing
@@ -149,12 +149,8 @@ def test_experts_in_bfloat16(c: Case, form: tuple[int, int], exact: bool) -> Non
     """Against float64 on the same rounded inputs. The loop rounds the unpacked weights once more, and then as any
     bfloat16 layer: see the bound in test_experts.py. Kernels whose activations have 8 bits may be off by what their
     limits grant: inputs by 0.7 %, through a gate and its product, and hidden values by 1.15 %."""
-    before = exact_activations()
-    set_exact_activations(exact)
-    try:
+    with activations(exact=exact):
         compare(c, *form, BF16, 1.2e-2 if exact else 2e-2)
-    finally:
-        set_exact_activations(before)
 
 
 @pytest.mark.parametrize("bias", [False, True])
