@@ -24,7 +24,7 @@ from upcycle import BETWEEN, CONTEXT, WAYS, write_prose
 
 from handful.data import heldout_batches, load_data
 from handful.experts.quantize_model import quantize_model
-from handful.families.io import load, save
+from handful.families.io import find_folder, load, save
 from handful.kernels import set_exact_activations
 from handful.model import Decoder
 from handful.positions import KVCache
@@ -86,7 +86,7 @@ def main() -> None:
         for bits in (8, 4):
             found = load(asked.run, dtype=torch.bfloat16, quantize=bits)
             assert isinstance(found, Decoder)
-            text = load_data(None, tokenizer=str(asked.run))
+            text = load_data(None, tokenizer=str(find_folder(str(asked.run))))
             rows += rows_of(f"{asked.run.name}, int{bits}", found, {"its own": text}, asked.tokens)
     show(rows)
     keep("activations", rows, {"tokens": asked.tokens})
