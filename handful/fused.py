@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from handful.attention import Attention, RMSNorm
 from handful.block import Block
 from handful.config import GATED
-from handful.experts.dense import FeedForward, Linear
+from handful.experts.dense import FeedForward
 from handful.experts.layer import Experts
+from handful.experts.linear import Linear
 from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedLinear
 from handful.experts.weights import ExpertWeights
 from handful.kernels.dispatch import is_unmodified, unobserved

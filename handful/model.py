@@ -19,7 +19,7 @@ from handful.block import Block
 from handful.config import ModelConfig
 from handful.errors import ConfigError, RoutingError
 from handful.experts import Linear
-from handful.experts.dense import linear
+from handful.experts.linear import linear
 from handful.kernels import with_kernel
 from handful.moe import MoE
 from handful.origin import Origin

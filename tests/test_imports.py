@@ -322,7 +322,8 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 # Read for the mathematics of a mixture of experts: how it is made quick is told elsewhere.
-LESSONS = ["moe.py", "block.py", "model.py", "attention.py", "positions.py", "encoder_decoder.py", "experts/dense.py"]
+LESSONS = ["moe.py", "block.py", "model.py", "attention.py", "positions.py", "encoder_decoder.py"]
+LESSONS += ["experts/dense.py", "experts/linear.py"]
 
 
 def kernels_used(source: str) -> list[str]:

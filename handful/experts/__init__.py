@@ -7,7 +7,7 @@ native      our C++ kernels for CPUs (csrc/); quantized weights too.
 backends    these by name, and "auto" among them; selection: what it picks, and how quick each is here.
 layer       experts in a module; quantized: with weights in 8 or 4 bits; offload: with weights on disk.
 parallel    experts of which each rank holds some: tokens travel.
-dense       what every token is multiplied by.
+linear, dense   what every token is multiplied by.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from handful.experts.backends import BACKENDS
-from handful.experts.dense import FeedForward, Linear
+from handful.experts.dense import FeedForward
 from handful.experts.layer import Experts
+from handful.experts.linear import Linear
 from handful.experts.reference import activate
 from handful.routing import Routing
 

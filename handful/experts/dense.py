@@ -1,33 +1,17 @@
-"""What every token is multiplied by: a linear map, and a dense feed-forward network, which shared experts are too."""
+"""A dense feed-forward network, which every token passes through; shared experts are one too."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handful import kernels
 from handful.config import Activation
+from handful.experts.linear import Linear
+from handful.experts.native import one_expert
 from handful.experts.reference import activate
 from handful.experts.weights import first_rows
 from handful.kernels import with_kernel
 
-__all__ = ["FeedForward", "Linear", "linear"]
-
-
-@with_kernel(kernels.linear)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias."""
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that leaves few tokens in inference to our kernels."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        super().__init__(inputs, outputs, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+__all__ = ["FeedForward"]
 
 
 class FeedForward(nn.Module):
@@ -39,6 +23,7 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(width, first_rows(hidden, activation), bias=False)
         self.down = Linear(hidden, width, bias=False)
 
+    @with_kernel(one_expert)
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(activate(self.gate_up(x), self.activation))
         return out

@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handful.errors import ConfigError, HandfulError, RoutingError
+from handful.experts.linear import Linear
 from handful.experts.reference import Fetch
 from handful.experts.weights import ExpertWeights, compute_dtype
+from handful.kernels.dispatch import is_unmodified, unhooked
 from handful.kernels.extension import DTYPES, available, translate_error
 from handful.machine import native_error
 from handful.routing import Routing
 
 __all__ = [
     "native", "native_in_parts", "native_in_slots", "native_rows", "native_rows_with_gradients", "native_sum",
-    "needs_gradients", "supports", "uses_native",
+    "needs_gradients", "one_expert", "supports", "uses_native",
 ]  # fmt: skip
 
 
@@ -72,6 +74,34 @@ def native(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         torch.ops.handful.experts_forward, *tokens, *_floats(weights), compute_dtype(x_TD) == torch.bfloat16, False
     )
     return y_TD  # type: ignore[no-any-return]
+
+
+def one_expert(network: Any, x: Tensor) -> Any:
+    """FeedForward.forward with gradients: one expert that every token chose. Through torch, hidden values go to memory
+    and come back for each product, for the activation, and for all their gradients."""
+    if not (torch.is_grad_enabled() and available() and unhooked()):
+        return NotImplemented
+    gate_up, down = network.gate_up, network.down
+    if not (_is_plain(gate_up) and _is_plain(down)) or x.shape[-1] != gate_up.in_features:
+        return NotImplemented
+    first, second = gate_up.weight, down.weight
+    weights = ExpertWeights(
+        first.unsqueeze(0), None, second.unsqueeze(0), None, None, None, network.activation, down.in_features
+    ).contiguous()
+    alike = torch.is_autocast_enabled(x.device.type) or x.dtype == first.dtype == second.dtype
+    needed = x.requires_grad or first.requires_grad or second.requires_grad
+    if not (alike and needed and supports(x, weights)):
+        return NotImplemented
+    x_TD, bf16 = x.reshape(-1, x.shape[-1]).contiguous(), compute_dtype(x) == torch.bfloat16
+    routing = torch.zeros(len(x_TD), 1, dtype=torch.long), torch.ones(len(x_TD), 1), None
+    y_TD, _ = _call(torch.ops.handful.experts_forward, x_TD, *routing, *_floats(weights), bf16, False)
+    return y_TD.view(x.shape)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does no more, forwards and backwards."""
+    watched = module._backward_hooks or module._backward_pre_hooks
+    return is_unmodified(module, Linear) and module.bias is None and not watched
 
 
 def native_rows_with_gradients(x_ND: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from handful.errors import ConfigError
-from handful.experts.dense import Linear
 from handful.experts.layer import Experts
+from handful.experts.linear import Linear
 from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedLinear
 from handful.quantize import Packed, check_format, check_weight, error
 
