@@ -121,7 +121,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
     gemv().to_float(sink_buffer.as<float>(), data_of(*sinks), float_type(*sinks, "sinks"), H);
   }
 
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = fresh_like(q);
   const Buffer q_buffer(B * H * d * 4);
   const int64_t bytes = row_bytes(cached, d);
   each(B, kRowCost * static_cast<double>((H + 2 * J) * d), [&](int64_t b) {

@@ -175,7 +175,7 @@ Tensor prefill_attention(Tensor q, Tensor k, Tensor v, MaybeTensor sinks, double
                              sinks->scalar_type() == ScalarType::Float),
                   "sinks are not ", H, " float32 numbers");
   STD_TORCH_CHECK(window >= 0, "window = ", window, ": it is at least 1, or 0 for none");
-  Tensor y = torch::stable::new_empty(q, {B, S, H * values.width});
+  Tensor y = fresh({B, S, H * values.width}, q.scalar_type());
   const float* of_heads = sinks ? sinks->const_data_ptr<float>() : nullptr;
   const Job job = {queries, keys, values, type, of_heads, static_cast<float>(scale), window,
                    static_cast<char*>(y.mutable_data_ptr()), gemm_for(type == Type::kBFloat16)};

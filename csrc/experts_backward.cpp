@@ -328,13 +328,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   const auto like = [&](const Tensor& t, bool wanted) {
     std::vector<int64_t> shape;
     for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(wanted ? t.size(d) : 0);
-    Tensor grad = torch::stable::new_empty(t, shape);
+    Tensor grad = fresh(shape, t.scalar_type());
     use_huge_pages(grad.mutable_data_ptr(), grad.numel() * bytes_of(float_type(t, "weights")));
     return grad;
   };
   const bool biases = for_parameters && gate_up_bias.has_value() && down_bias.has_value();
   const auto bias_like = [&](const Stack& stack) {
-    return torch::stable::new_empty(x, {biases ? stack.count : 0, biases ? stack.rows : 0}, ScalarType::Float);
+    return fresh({biases ? stack.count : 0, biases ? stack.rows : 0}, ScalarType::Float);
   };
   Tensor grad_x = like(x, for_x), grad_weights = like(weights, true), grad_gate_up = like(gate_up, for_parameters),
          grad_down = like(down, for_parameters), grad_gate_up_bias = bias_like(call.gate_up),

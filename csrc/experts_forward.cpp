@@ -194,7 +194,7 @@ int64_t experts_step(int64_t tokens, int64_t count, int64_t top_k) {
 Tensor experts(const Tensor& x, const Assignments& assignments, const ExpertsWeights& weights, bool bf16) {
   const ExpertsCall call = make_call(x, assignments, weights, bf16);
   const int64_t tokens = x.size(0), step = experts_step(tokens, call.experts, assignments.experts.size(1));
-  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16));
+  Tensor y = fresh({tokens, call.width}, type_of(bf16));
   char* out = static_cast<char*>(y.mutable_data_ptr());
   for (int64_t t = 0; t < tokens; t += step) run(call, t, std::min(t + step, tokens), out, call.type(), nullptr);
   return y;
@@ -217,8 +217,8 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor chosen, Tensor weigh
   const ExpertsWeights given = float_weights(gate_up, down, gate_up_bias, down_bias, activation);
   const ExpertsCall call = make_call(x, assignments, given, bf16);
   const int64_t tokens = x.size(0), panels = most_panels(chosen.size(0) * chosen.size(1), call.experts);
-  Tensor y = torch::stable::new_empty(x, {tokens, call.width}, type_of(bf16 && !whole));
-  Tensor kept = torch::stable::new_empty(x, {panels, call.gate_up.rows, kPanel}, type_of(bf16));
+  Tensor y = fresh({tokens, call.width}, type_of(bf16 && !whole));
+  Tensor kept = fresh({panels, call.gate_up.rows, kPanel}, type_of(bf16));
   use_huge_pages(kept.mutable_data_ptr(), kept.numel() * bytes_of(call.type()));
   const Type type = whole ? Type::kFloat32 : call.type();
   run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), type, kept.mutable_data_ptr());
@@ -276,7 +276,7 @@ Tensor experts_sum(Tensor rows, Tensor chosen, Tensor weights, MaybeTensor dropp
   check_assignments(assignments, chosen.dim() == 2 ? chosen.size(0) : 0);
   const ExpertSort sorted = sort_by_expert(assignments, 0, chosen.size(0), count);
   check_rows(rows, sorted.size(), rows.size(1));
-  Tensor y = torch::stable::new_empty(rows, {chosen.size(0), rows.size(1)}, type_of(bf16));
+  Tensor y = fresh({chosen.size(0), rows.size(1)}, type_of(bf16));
   sum_rows(rows.size(1), sorted, rows.const_data_ptr<float>(), weights.const_data_ptr<float>(),
            static_cast<char*>(y.mutable_data_ptr()), bf16 ? Type::kBFloat16 : Type::kFloat32);
   return y;

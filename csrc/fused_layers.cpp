@@ -1,7 +1,9 @@
 // A layer of few tokens as two operations: attention, and the dense network or the mixture, each with the norm before
-// it and the sum after it. They call the separate operations' functions and round as those do: the bits are the same.
+// it and the sum after it; and all layers of a decoding step as one. They call the separate operations' functions and
+// round as those do: the bits are the same.
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "operations.h"
@@ -44,16 +46,15 @@ Tensor torch_op(const char* name, const char* overload, const Given&... given) {
 
 // x (..., D), normed, as rows (T, D).
 Tensor norm_rows(const Tensor& x, const Norm& norm) {
-  const int64_t width = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
-  STD_TORCH_CHECK(width >= 1, "x has no width");
-  return torch::stable::view(rms_norm(x, norm), {x.numel() / width, width});
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) >= 1, "x has no width");
+  return rms_norm(x, norm, true);
 }
 
 // x + scale · y in x's shape and type. scale · y is rounded first, as torch does it.
 Tensor add_scaled(const Tensor& x, const Tensor& y, double scale) {
   const Type type = float_type(x, "x");
   STD_TORCH_CHECK(float_type(y, "y") == type && y.numel() == x.numel() && y.is_contiguous(), "y does not fit x");
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   const char *left = data_of(x), *right = data_of(y);
   char* sums = static_cast<char*>(out.mutable_data_ptr());
   constexpr int64_t kSome = 4096;
@@ -121,27 +122,98 @@ Tensor shared_experts(const Tensor& x, const SharedExperts& shared) {
   return torch_op("aten::mul", "Tensor", y, torch_op("aten::sigmoid", "", open));
 }
 
-// x (..., D) -> x + residual_scale · attention of the normed x, of one new token of each sequence. `weights` and
-// `scales` are of q, k, v and o; `biases` of q, k and v, or of none.
+// What the halves of a layer are given beside x, in the order of their operations' schemas.
+
+// Attention's: `weights` and `scales` are of q, k, v and o; `biases` of q, k and v, or of none.
+struct AttentionHalf {
+  Tensor norm;
+  double norm_eps;
+  Tensors weights, scales, biases;
+  MaybeTensor o_bias;
+  int64_t bits, group;
+  MaybeTensor q_norm, k_norm;
+  double eps;
+  bool whole_norm, adjacent;
+  int64_t window;
+  double scale;
+  MaybeTensor sinks;
+  double residual_scale;
+};
+
+struct MixtureHalf {
+  Tensor norm;
+  double norm_eps;
+  Tensor router;
+  MaybeTensor router_bias, balance_bias, chosen, dropped;
+  RouterRules rules;
+  ExpertsWeights experts;
+  LinearMaps shared, gate;
+  double residual_scale;
+};
+
+struct DenseHalf {
+  Tensor norm;
+  double norm_eps;
+  LinearMaps maps;  // gate_up and down
+  std::string activation;
+  double residual_scale;
+};
+
+// x (..., D) -> x + residual_scale · attention of the normed x, of one new token of each sequence.
+Tensor attend(Tensor x, const AttentionHalf& half, const Tensor& cos, const Tensor& sin, Caches caches) {
+  const LinearMaps maps = {half.weights, half.scales, {}, half.bits, half.group};
+  const DecodeAttention attention = {{half.q_norm, half.k_norm, half.eps, half.whole_norm}, {cos, sin, half.adjacent},
+                                     std::move(caches), half.window, half.scale, half.sinks};
+  STD_TORCH_CHECK(maps.weights.size() == 4 && (maps.scales.empty() || maps.scales.size() == 4),
+                  "weights are not of q, k, v and o");
+
+  x = whole(x);
+  const Tensors qkv = linears(norm_rows(x, {half.norm, half.norm_eps}), part(maps, 0, 3, half.biases));
+  const Tensor answer = decode_attention(qkv[0], qkv[1], qkv[2], attention);
+  const Tensor y = linears(answer, part(maps, 3, 4, list_of(half.o_bias)))[0];
+  return add_scaled(x, y, half.residual_scale);
+}
+
+// x (..., D) -> x + residual_scale · the mixture of the normed x; and what `route` gives.
+std::pair<Tensor, Routed> mix(Tensor x, const MixtureHalf& half) {
+  const Router routing = {whole(half.router), half.router_bias, half.balance_bias, half.chosen, half.rules};
+  const ExpertsWeights& given = half.experts;
+  const bool codes = given.bits != 0;
+  const ExpertsWeights routed = {codes ? given.gate_up : whole(given.gate_up), given.gate_up_scales,
+                                 codes ? given.down : whole(given.down), given.down_scales,
+                                 whole(given.gate_up_bias), whole(given.down_bias), given.activation, given.hidden,
+                                 given.bits, given.group};
+  STD_TORCH_CHECK(!codes || (given.gate_up_scales.has_value() && given.down_scales.has_value()),
+                  "codes have no scales");
+
+  x = whole(x);
+  const Tensor rows = norm_rows(x, {half.norm, half.norm_eps});
+  Routed found = route(rows, routing);
+  const bool bf16 = float_type(x, "x") == Type::kBFloat16;
+  Tensor y = experts(rows, {found.experts, found.weights, half.dropped}, routed, bf16);
+  if (!half.shared.weights.empty()) {
+    y = add_scaled(y, shared_experts(rows, {{half.shared, given.activation}, half.gate}), 1);
+  }
+  return {add_scaled(x, y, half.residual_scale), std::move(found)};
+}
+
+// x (..., D) -> x + residual_scale · a dense network of the normed x.
+Tensor feed(Tensor x, const DenseHalf& half) {
+  x = whole(x);
+  const Tensor rows = norm_rows(x, {half.norm, half.norm_eps});
+  return add_scaled(x, feed_forward(rows, {half.maps, half.activation}), half.residual_scale);
+}
+
 Tensor attend_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Tensors scales, Tensors biases,
                     MaybeTensor o_bias, int64_t bits, int64_t group, MaybeTensor q_norm, MaybeTensor k_norm, double eps,
                     bool whole_norm, Tensor cos, Tensor sin, bool adjacent, Tensors keys, Tensors values,
                     std::vector<int64_t> lengths, int64_t window, double scale, MaybeTensor sinks,
                     double residual_scale) {
-  const LinearMaps maps = {std::move(weights), std::move(scales), {}, bits, group};
-  const DecodeAttention attention = {{q_norm, k_norm, eps, whole_norm}, {cos, sin, adjacent},
-                                     {std::move(keys), std::move(values), std::move(lengths)}, window, scale, sinks};
-  STD_TORCH_CHECK(maps.weights.size() == 4 && (maps.scales.empty() || maps.scales.size() == 4),
-                  "weights are not of q, k, v and o");
-
-  x = whole(x);
-  const Tensors qkv = linears(norm_rows(x, {norm, norm_eps}), part(maps, 0, 3, biases));
-  const Tensor answer = decode_attention(qkv[0], qkv[1], qkv[2], attention);
-  const Tensor y = linears(answer, part(maps, 3, 4, list_of(o_bias)))[0];
-  return add_scaled(x, y, residual_scale);
+  return attend(x, {norm, norm_eps, weights, scales, biases, o_bias, bits, group, q_norm, k_norm, eps, whole_norm,
+                    adjacent, window, scale, sinks, residual_scale},
+                cos, sin, {std::move(keys), std::move(values), std::move(lengths)});
 }
 
-// x (..., D) -> x + residual_scale · the mixture of the normed x, and what `route` gives.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer(
     Tensor x, Tensor norm, double norm_eps, Tensor router, MaybeTensor router_bias, MaybeTensor balance_bias,
     MaybeTensor chosen, MaybeTensor dropped, bool sigmoids, int64_t groups, int64_t top_groups, bool two_best,
@@ -150,32 +222,123 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_layer(
     int64_t bits, int64_t group, Tensors shared, Tensors shared_scales, int64_t shared_bits, int64_t shared_group,
     MaybeTensor shared_gate, MaybeTensor shared_gate_scales, int64_t gate_bits, int64_t gate_group,
     double residual_scale) {
-  const RouterRules rules = {sigmoids, groups, top_groups, two_best, top_k, normalize, route_scale};
-  const Router routing = {whole(router), router_bias, balance_bias, chosen, rules};
-  const bool codes = bits != 0;
-  const ExpertsWeights routed = {codes ? gate_up : whole(gate_up), gate_up_scales,
-                                 codes ? down : whole(down), down_scales,
-                                 whole(gate_up_bias), whole(down_bias), activation, hidden, bits, group};
-  const LinearMaps maps = {std::move(shared), std::move(shared_scales), {}, shared_bits, shared_group};
-  const LinearMaps gate = {list_of(shared_gate), list_of(shared_gate_scales), {}, gate_bits, gate_group};
-  STD_TORCH_CHECK(!codes || (gate_up_scales.has_value() && down_scales.has_value()), "codes have no scales");
-
-  x = whole(x);
-  const Tensor rows = norm_rows(x, {norm, norm_eps});
-  const Routed found = route(rows, routing);
-  const bool bf16 = float_type(x, "x") == Type::kBFloat16;
-  Tensor y = experts(rows, {found.experts, found.weights, dropped}, routed, bf16);
-  if (!maps.weights.empty()) y = add_scaled(y, shared_experts(rows, {{maps, activation}, gate}), 1);
-  return {add_scaled(x, y, residual_scale), found.logits, found.scores, found.experts, found.weights};
+  const auto [y, found] = mix(
+      x, {norm, norm_eps, router, router_bias, balance_bias, chosen, dropped,
+          {sigmoids, groups, top_groups, two_best, top_k, normalize, route_scale},
+          {gate_up, gate_up_scales, down, down_scales, gate_up_bias, down_bias, activation, hidden, bits, group},
+          {shared, shared_scales, {}, shared_bits, shared_group},
+          {list_of(shared_gate), list_of(shared_gate_scales), {}, gate_bits, gate_group}, residual_scale});
+  return {y, found.logits, found.scores, found.experts, found.weights};
 }
 
-// x (..., D) -> x + residual_scale · a dense network of the normed x; its weights are gate_up and down.
+// `weights` are gate_up and down.
 Tensor feed_forward_layer(Tensor x, Tensor norm, double norm_eps, Tensors weights, Tensors scales, int64_t bits,
                           int64_t group, std::string activation, double residual_scale) {
-  const FeedForward network = {{std::move(weights), std::move(scales), {}, bits, group}, activation};
+  return feed(x, {norm, norm_eps, {weights, scales, {}, bits, group}, activation, residual_scale});
+}
 
-  x = whole(x);
-  return add_scaled(x, feed_forward(norm_rows(x, {norm, norm_eps}), network), residual_scale);
+// The operands of many operations, one after the other: numbers as they are, of a tensor whether it is there (1 or 0),
+// of a list or a text first how long it is; and the tensors themselves.
+class Operands {
+ public:
+  Operands(const Tensors& tensors, const Tensor& numbers)
+      : tensors_(tensors), numbers_(numbers.const_data_ptr<double>()), count_(numbers.numel()) {}
+
+  double number() {
+    STD_TORCH_CHECK(next_ < count_, "operands end too early");
+    return numbers_[next_++];
+  }
+  int64_t integer() { return static_cast<int64_t>(number()); }
+  bool flag() { return number() != 0; }
+  std::string text() {
+    std::string found;
+    for (int64_t left = integer(); left > 0; --left) found += static_cast<char>(integer());
+    return found;
+  }
+  Tensor tensor() {
+    STD_TORCH_CHECK(number() == 1 && next_tensor_ < tensors_.size(), "operands lack a tensor");
+    return tensors_[next_tensor_++];
+  }
+  MaybeTensor maybe() { return next_ < count_ && numbers_[next_] == 0 ? (++next_, MaybeTensor()) : tensor(); }
+  Tensors list() {
+    Tensors found;
+    for (int64_t left = integer(); left > 0; --left) found.push_back(tensor());
+    return found;
+  }
+
+  bool done() const { return next_ == count_ && next_tensor_ == tensors_.size(); }
+
+ private:
+  const Tensors& tensors_;
+  const double* numbers_;
+  int64_t count_, next_ = 0;
+  size_t next_tensor_ = 0;
+};
+
+// What stands in braces is read in its order.
+LinearMaps maps_of(Operands& next) { return {next.list(), next.list(), {}, next.integer(), next.integer()}; }
+
+// A map to one number, or none.
+LinearMaps gate_of(Operands& next) {
+  return {list_of(next.maybe()), list_of(next.maybe()), {}, next.integer(), next.integer()};
+}
+
+AttentionHalf attention_half(Operands& next) {
+  return {next.tensor(), next.number(),  next.list(),  next.list(),    next.list(), next.maybe(),
+          next.integer(), next.integer(), next.maybe(), next.maybe(),   next.number(), next.flag(),
+          next.flag(),    next.integer(), next.number(), next.maybe(), next.number()};
+}
+
+MixtureHalf mixture_half(Operands& next) {
+  return {next.tensor(),
+          next.number(),
+          next.tensor(),
+          next.maybe(),
+          next.maybe(),
+          next.maybe(),
+          next.maybe(),
+          {next.flag(), next.integer(), next.integer(), next.flag(), next.integer(), next.flag(), next.number()},
+          {next.tensor(), next.maybe(), next.tensor(), next.maybe(), next.maybe(), next.maybe(), next.text(),
+           next.integer(), next.integer(), next.integer()},
+          maps_of(next),
+          gate_of(next),
+          next.number()};
+}
+
+DenseHalf dense_half(Operands& next) {
+  return {next.tensor(), next.number(), maps_of(next), next.text(), next.number()};
+}
+
+// All layers of a step. `numbers` (float64) and `tensors`: how many layers there are, and of each the operands of
+// `attend_layer`, without those that change with every step, whether it is a mixture, and the operands of `moe_layer`
+// (nothing chosen nor dropped) or of `feed_forward_layer`. Keys, values and lengths: those of each layer's caches.
+// Gives x, and for each mixture what `route` gives.
+Tensors layers(Tensor x, Tensors tensors, Tensor numbers, Tensor cos, Tensor sin, Tensors keys, Tensors values,
+               std::vector<int64_t> lengths) {
+  STD_TORCH_CHECK(numbers.dim() == 1 && numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Double,
+                  "numbers is not a contiguous vector of type float64");
+  Operands next(tensors, numbers);
+  const int64_t count = next.integer(), caches = count > 0 ? static_cast<int64_t>(keys.size()) / count : 0;
+  STD_TORCH_CHECK(count >= 1 && static_cast<int64_t>(keys.size()) == count * caches && values.size() == keys.size() &&
+                      lengths.size() == keys.size(),
+                  "keys, values and lengths are not of the same caches");
+  Tensors made = {x};
+  for (int64_t l = 0; l < count; ++l) {
+    const auto own = [&](const auto& all) {
+      return std::decay_t<decltype(all)>(all.begin() + l * caches, all.begin() + (l + 1) * caches);
+    };
+    x = attend(x, attention_half(next), cos, sin, {own(keys), own(values), own(lengths)});
+    if (next.flag()) {
+      const auto [y, found] = mix(x, mixture_half(next));
+      x = y;
+      made.insert(made.end(), {found.logits, found.scores, found.experts, found.weights});
+    } else {
+      x = feed(x, dense_half(next));
+    }
+  }
+  STD_TORCH_CHECK(next.done(), "operands are left over");
+  made[0] = x;
+  return made;
 }
 
 }  // namespace
@@ -196,12 +359,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
   m.def(
       "feed_forward_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, int bits, "
       "int group, str activation, float residual_scale) -> Tensor");
+  m.def(
+      "layers(Tensor x, Tensor[] tensors, Tensor numbers, Tensor cos, Tensor sin, Tensor(a!)[] keys, "
+      "Tensor(b!)[] values, int[] lengths) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("attend_layer", TORCH_BOX(&attend_layer));
   m.impl("moe_layer", TORCH_BOX(&moe_layer));
   m.impl("feed_forward_layer", TORCH_BOX(&feed_forward_layer));
+  m.impl("layers", TORCH_BOX(&layers));
 }
 
 }  // namespace handful

@@ -110,7 +110,7 @@ Tensors linears(const Tensor& x, const LinearMaps& maps) {
     const MaybeTensor scale = maps.scales.empty() ? MaybeTensor() : MaybeTensor(maps.scales[m]);
     const MaybeTensor bias = maps.biases.empty() ? MaybeTensor() : MaybeTensor(maps.biases[m]);
     stacks.push_back(make_stack({weight, scale, maps.bits, maps.group}, bias, "weight", 0, weight.size(0), x.size(1)));
-    results.push_back(torch::stable::new_empty(x, {tokens, stacks[m].rows}));
+    results.push_back(fresh({tokens, stacks[m].rows}, x.scalar_type()));
     y.push_back(static_cast<char*>(results[m].mutable_data_ptr()));
     round_vectors(stacks[m].first, type == Type::kBFloat16);
     alike = alike && stacks[m].first.type == stacks[0].first.type;

@@ -13,8 +13,8 @@ struct Norm {
   double eps;
 };
 
-// x (..., D) of float32 or bfloat16 -> the same.
-Tensor rms_norm(const Tensor& x, const Norm& norm);
+// x (..., D) of float32 or bfloat16 -> the same, or as rows (T, D).
+Tensor rms_norm(const Tensor& x, const Norm& norm, bool as_rows = false);
 
 // Linear maps of the same x: weights (O, I) of float32 or bfloat16 (bits 0), or codes. Scales and biases are of all of
 // them, or there are none.

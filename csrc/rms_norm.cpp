@@ -7,12 +7,12 @@
 
 namespace handful {
 
-Tensor rms_norm(const Tensor& x, const Norm& norm) {
+Tensor rms_norm(const Tensor& x, const Norm& norm, bool as_rows) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.is_contiguous(), "x is not contiguous");
   const Type type = float_type(x, "x");
   const int64_t width = x.size(x.dim() - 1);
   const NormWeight weight = norm_weight(norm.weight, width, "weight");
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = as_rows ? fresh({x.numel() / std::max<int64_t>(width, 1), width}, x.scalar_type()) : fresh_like(x);
   if (x.numel() == 0) return y;
   const char* from = data_of(x);
   char* to = static_cast<char*>(y.mutable_data_ptr());

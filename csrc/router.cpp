@@ -70,10 +70,10 @@ Routed route(const Tensor& x, const Router& router) {
   if (router.chosen) check_assignments({*router.chosen, {}, {}}, T);
   STD_TORCH_CHECK(!router.chosen || router.chosen->size(1) == K, "chosen is not of top_k experts");
 
-  Tensor logits = torch::stable::new_empty(x, {T, E}, ScalarType::Float);
-  Tensor scores = torch::stable::new_empty(x, {T, E}, ScalarType::Float);
-  Tensor experts = torch::stable::new_empty(x, {T, K}, ScalarType::Long);
-  Tensor weights = torch::stable::new_empty(x, {T, K}, ScalarType::Float);
+  Tensor logits = fresh({T, E}, ScalarType::Float);
+  Tensor scores = fresh({T, E}, ScalarType::Float);
+  Tensor experts = fresh({T, K}, ScalarType::Long);
+  Tensor weights = fresh({T, K}, ScalarType::Float);
   if (T == 0) return {logits, scores, experts, weights};
   auto* logit = logits.mutable_data_ptr<float>();
   auto* score = scores.mutable_data_ptr<float>();

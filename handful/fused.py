@@ -1,15 +1,16 @@
 """A decoding step as few operations: who may be passed by, and what is taken from them.
 
 A block of a decoding step is some tens of modules, views and questions, which can take longer than its maths. Each of
-its halves is one operation (csrc/README.md), with the bits of the modules that it stands for. These are the user's, who
-may hook into any of them, replace it, or turn it to another dtype between two steps: so nothing is kept, and what they
-hold is looked up in every step.
+its halves is one operation (csrc/README.md), with the bits of the modules that it stands for; and where every block has
+both, all of them are one. The modules are the user's, who may hook into any of them, replace it, or turn it to another
+dtype between two steps: what a plan remembers (`fused_step.py`) is compared with what they are in every step.
 
 Legend: B batch · S new tokens · T = B·S · D width · E experts · K experts per token · F an expert's hidden width
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +25,11 @@ from handful.experts.layer import Experts
 from handful.experts.linear import Linear
 from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedLinear
 from handful.experts.weights import ExpertWeights
+from handful.fused_step import Plan
 from handful.kernels.dispatch import is_unmodified, unobserved
 from handful.kernels.extension import DTYPES, ROUTER_KERNEL_MAX_TOKENS, available, prefers_native, translate_error
 from handful.kernels.forwards import decode_operands, routes
-from handful.kernels.operations import RouterRules
+from handful.kernels.operations import DecodeAttention, RouterRules
 from handful.moe import MoE, Router
 from handful.positions import Span
 from handful.quantize import Packed
@@ -39,6 +41,8 @@ __all__ = ["layers"]
 KINDS = (
     Attention, Block, Experts, FeedForward, Linear, MoE, QuantizedExperts, QuantizedLinear, RMSNorm, Router, nn.Linear,
 )  # fmt: skip
+
+CACHED = frozenset({*DTYPES, torch.int8})  # what keys and values are held in
 
 # What dense networks are activated by in one operation.
 ACTIVATIONS = frozenset({"swiglu", "geglu", "gelu", "relu"})
@@ -53,6 +57,9 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
     tokens = x_BSD.shape[:-1].numel()
     if not (span.decodes or tokens <= ROUTER_KERNEL_MAX_TOKENS) or not available() or not unobserved(x_BSD, KINDS):
         return NotImplemented
+    plannable = span.decodes and all(choice is None for choice in choices)
+    if plannable and (step := _planned(decoder, x_BSD, tokens, span)) is not None:
+        return step.run(x_BSD)
     routings, left, fusible = [], list(zip(decoder.layers, choices, strict=True)), True
     while left:
         ready: list[Halves] = []
@@ -64,6 +71,9 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
             ready.append((attention, feed))
             if feed is None:
                 break
+        if plannable and len(ready) == len(decoder.layers) and ready[-1][1] is not None:
+            _plan(decoder, x_BSD, tokens, span, ready)
+        plannable = False
         for (block, choice), halves in zip(left, ready, strict=False):
             x_BSD, routing = _run(block, x_BSD, tokens, span, choice, halves, fusible)
             if routing is not None:
@@ -71,6 +81,37 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
         del left[: len(ready)]
         fusible = bool(left) and unobserved(x_BSD, KINDS)
     return x_BSD, routings
+
+
+def _planned(decoder: Any, x_BSD: Tensor, tokens: int, span: Span) -> Step | None:
+    """The step that was planned of such an x, if it can be made."""
+    plan = _plans.get(decoder, {}).get(_kind(x_BSD, tokens, span))
+    operands = None if plan is None else plan.operands(decoder._modules["layers"], span)
+    return (
+        None if plan is None or operands is None else Step(Operation(torch.ops.handful.layers.default, operands), plan)
+    )
+
+
+def _plan(decoder: Any, x_BSD: Tensor, tokens: int, span: Span, halves: Sequence[Halves]) -> None:
+    """Plan the next steps of such an x."""
+    given = []
+    for attention, feed in halves:
+        assert attention is not None
+        assert feed is not None
+        fixed = [value for name, value in zip(ATTENTION, attention.operands, strict=True) if name not in CHANGING]
+        given.append((fixed, feed.operation.operands, feed.routes))
+    plan = Plan(decoder._modules["layers"], given)
+    if plan.usable:
+        _plans.setdefault(decoder, {})[_kind(x_BSD, tokens, span)] = plan
+
+
+def _kind(x_BSD: Tensor, tokens: int, span: Span) -> tuple[Any, ...]:
+    """What a plan depends on beside the modules."""
+    return x_BSD.dtype, tokens, {cache.keys_values[0][0].dtype for cache in span.caches} <= CACHED
+
+
+# Of each decoder, by `_kind`.
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Plan]] = weakref.WeakKeyDictionary()
 
 
 def _run(
@@ -122,6 +163,17 @@ class Feed(NamedTuple):
         return x, Routing(logits_TE, scores_TE, experts_TK, weights_TK, self.dropped_TK)
 
 
+class Step(NamedTuple):
+    """The operation of all layers."""
+
+    operation: Operation
+    plan: Plan
+
+    def run(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
+        x, *made = self.operation.run(x)
+        return x, [Routing.of_kernel(*made[i : i + 4]) for i in range(0, len(made), 4)]
+
+
 # Of a block; None for a half whose modules must be called.
 Halves = tuple[Operation | None, Feed | None]
 
@@ -140,6 +192,11 @@ class AttentionProjections(NamedTuple):
     o_bias: Tensor | None
     bits: int
     group: int
+
+
+# By name, what `attention_half` gives; and what of it changes from step to step.
+ATTENTION = (*NormOperands._fields, *AttentionProjections._fields, *DecodeAttention._fields, "residual_scale")
+CHANGING = frozenset({"cos", "sin", "keys", "values", "lengths"})
 
 
 class FeedForwardWeights(NamedTuple):

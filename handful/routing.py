@@ -106,6 +106,14 @@ class Routing:
             raise RoutingError(f"routing.real_T has shape {tuple(self.real_T.shape)}: it must be ({self.tokens},)")
 
     @staticmethod
+    def of_kernel(logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
+        """What a kernel made, whose shapes fit: to look at them takes longer than a small layer."""
+        routing = object.__new__(Routing)
+        made = {"logits_TE": logits_TE, "scores_TE": scores_TE, "experts_TK": experts_TK, "weights_TK": weights_TK}
+        routing.__dict__.update(made, dropped_TK=None, real_T=None)
+        return routing
+
+    @staticmethod
     def joined(routings: Sequence[Routing]) -> Routing:
         """One after the other. Where a token has fewer experts than another, the rest of its places is dropped."""
         K = max(routing.top_k for routing in routings)

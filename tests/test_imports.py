@@ -53,6 +53,7 @@ TIERS = [
         "attention",
         "moe",
         "block",
+        "fused_step",
         "fused",
         "model",
         "encoder_decoder",
