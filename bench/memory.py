@@ -11,11 +11,11 @@
           this layer's input, names the experts that are then chosen.
 --model   a checkpoint folder: its experts are packed there (once), then decoded with a budget that holds 100, 50 and
           25 % of them, with and without reading ahead by turns, ROUNDS times: the medians are shown. "forecast" is
-          `handful plan`'s with the hit rate of the same run, "beforehand" with the one that it takes where none is
-          known; both from rates measured before each round. The same tokens are read every time, and outputs must be
-          the same, bit for bit. With --run the model chooses as that one did in its first text (it must have as many
-          experts, and as many layers or more): random weights choose alike for every token, which is not what trained
-          ones do.
+          `handful plan`'s with the hits and guesses of the same run, "beforehand" with the hit rate that it takes where
+          none is known; both from rates measured before each round. The same tokens are read every time, and outputs
+          must be the same, bit for bit. With --run the model chooses as that one did in its first text (it must have as
+          many experts, and as many layers or more): random weights choose alike for every token, which is not what
+          trained ones do.
           With --llama-bench it decodes the same shape from a GGUF file, mapped, in a memory control group that is
           granted the same bytes for weights and LLAMA beside them (as root; the file leaves the system's cache first).
 """
@@ -233,9 +233,11 @@ def speed(
                 right = right or outputs
                 assert all(a.equal(b) for a, b in zip(outputs, right, strict=True)), "a budget changed the output"
                 planned = plan(model.config, machine, dtype=dtype, memory=granted, context=prompt + tokens)
-                can, unknown = planned.decode_tokens_per_second(stats.hit_rate), planned.decode_tokens_per_second()
-                assert can is not None
-                ahead = stats.total("ahead")
+                assert planned.decode is not None
+                needed, ahead = stats.total("hits") + stats.total("misses"), stats.total("ahead")
+                seconds = planned.decode.seconds(stats.hit_rate, guessed=stats.guesses / needed, right=ahead / needed)
+                assert seconds is not None
+                can, unknown = 1 / seconds, planned.decode_tokens_per_second()
                 disk = machine.disk_bytes_per_second or 0.0
                 found[read_ahead].append({
                     "weights, GB": granted / 1e9, "hits %": 100 * stats.hit_rate, "tokens/s": 1 / took,
@@ -250,7 +252,7 @@ def speed(
             row: dict[str, Any] = {"experts in memory": f"{share} %", "read ahead": "yes" if read_ahead else ""}
             for name in each[0]:
                 row[name] = None if each[0][name] is None else statistics.median(one[name] for one in each)
-            row["÷ without"] = None
+            row |= {"÷ without": None, "from": None, "to": None}
             if read_ahead:
                 pairs = [one["tokens/s"] / other["tokens/s"] for one, other in zip(each, found[False], strict=True)]
                 row |= {"÷ without": statistics.median(pairs), "from": min(pairs), "to": max(pairs)}
@@ -262,7 +264,8 @@ def speed(
     print(f"{layout.format}, an expert {layout.record_bytes / 1e6:.2f} MB")
     notes = {"format": layout.format, "prompt": prompt, "tokens": tokens,
              "routings": "random" if trace is None else "of a run"}  # fmt: skip
-    publish(f"memory-{layout.format.replace('/', '-')}", rows, notes)
+    kind = "" if trace is None else "-routed"
+    publish(f"memory-{layout.format.replace('/', '-')}{kind}", rows, notes)
 
 
 def decode(model: Decoder, store: Store, prompt: int, tokens: int) -> tuple[list[Tensor], float, float]:

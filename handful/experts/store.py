@@ -6,7 +6,7 @@ them.
     held ───── in slots, as long as they are held
     needed ─┬─ in a slot ─► ready
             └─ not ─► read into another's slot ─► ready then
-               guessed by the next layer's router ─► read ahead, into slots kept for that
+               guessed by the next layer's router ─► read ahead if asked to, into slots kept for that
 
 Legend: T tokens · D model width · K experts per token · S slots
 """
@@ -111,7 +111,7 @@ class Store:
         *,
         top_k: int,
         policy: str = DEFAULT_POLICY,
-        read_ahead: bool = True,
+        read_ahead: bool = False,
         readers: int = READERS,
     ) -> None:
         check_policy(policy)

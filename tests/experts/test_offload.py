@@ -60,6 +60,7 @@ def packed(folder: Path, layers: Sequence[Experts], bits: int = 0, group: int = 
 
 def opened(path: Path, slots: int, *, top_k: int = K, direct: bool = True, **kwargs: Any) -> Store:
     file = PackFile(path, direct=direct)
+    kwargs.setdefault("read_ahead", True)
     return Store(file, slots * file.layout.record_bytes, top_k=top_k, **kwargs)
 
 
