@@ -2,19 +2,20 @@
 
     python bench/memory.py --run RUN [--documents 24] [--prompt 64] [--tokens 64]
     python bench/memory.py --model FOLDER [--run RUN] [--shares 100 50 25] [--prompt 64] [--tokens 64] [--quantize 4]
-                           [--llama-bench FILE --gguf FILE]
+                           [--rounds 3] [--llama-bench FILE --gguf FILE]
 
 --run     a run of `handful train` (or any model with its tokenizer): the routings of texts of Python's standard library
           are recorded, prompts at once and then token by token, and every policy is simulated on them, beside the best
-          that one who knows the future could do. "all" counts every use, "decode" those of tokens read one by one.
-          It also counts how often the router of the next layer, given this layer's input, names the experts that are
-          then chosen.
+          that could be done by one who knows the future, and by one who knows it for a token alone. "all" counts every
+          use, "decode" those of tokens read one by one. It also counts how often the router of the next layer, given
+          this layer's input, names the experts that are then chosen.
 --model   a checkpoint folder: its experts are packed there (once), then decoded with a budget that holds 100, 50 and
-          25 % of them, with and without reading ahead. "forecast" is `handful plan`'s with the hit rate of the same
-          run, "beforehand" with the one that it takes where none is known; both from rates measured before. The same
-          tokens are read every time, and outputs must be the same, bit for bit. With --run the model chooses as that
-          one did in its first text (it must have as many experts, and as many layers or more): random weights choose
-          alike for every token, which is not what trained ones do.
+          25 % of them, with and without reading ahead by turns, ROUNDS times: the medians are shown. "forecast" is
+          `handful plan`'s with the hits and guesses of the same run, "beforehand" with the hit rate that it takes where
+          none is known; both from rates measured before each round. The same tokens are read every time, and outputs
+          must be the same, bit for bit. With --run the model chooses as that one did in its first text (it must have as
+          many experts, and as many layers or more): random weights choose alike for every token, which is not what
+          trained ones do.
           With --llama-bench it decodes the same shape from a GGUF file, mapped, in a memory control group that is
           granted the same bytes for weights and LLAMA beside them (as root; the file leaves the system's cache first).
 """
@@ -24,11 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,15 +44,13 @@ from torch import Tensor
 import handful
 from handful import memory
 from handful.ceilings import ceilings
-from handful.experts.cache import POLICIES, belady, simulate
+from handful.experts.cache import NOTHING, POLICIES, Call, Key, NextUse, belady, play, simulate
 from handful.experts.store import Store
 from handful.model import Decoder
 from handful.moe import Router
 from handful.plan import plan
 from handful.positions import KVCache
 from handful.routing import Routing
-
-Key = tuple[int, int]
 
 LLAMA = 200_000_000  # bytes that llama.cpp is granted beside the weights: its cache, its working memory and itself
 
@@ -74,10 +75,10 @@ class Trace:
     routings: list[list[Routing]] = field(default_factory=list)
     guesses: list[list[Routing | None]] = field(default_factory=list)
 
-    def calls(self) -> list[list[Key]]:
-        """The experts that each layer needs, call by call."""
+    def calls(self) -> list[Call]:
+        """What each layer needs, call by call."""
         return [
-            [(index, e) for e in routing.experts_TK.unique().tolist()]
+            Call(index, routing.tokens, Counter(routing.experts_TK.flatten().tolist()))
             for call in self.routings
             for index, routing in enumerate(call)
         ]
@@ -127,6 +128,27 @@ def record(run: str, documents: int, prompt: int, tokens: int) -> Trace:
     return trace
 
 
+class ATokenAhead(NextUse):
+    """`next-use` by one who knows what every layer needs when it comes next, and no more of what is to come."""
+
+    def __init__(self, layers: int, experts: int, calls: Sequence[Call]) -> None:
+        super().__init__(layers, experts)
+        self._calls, self._now = calls, -1
+
+    def call(self, call: Call) -> None:
+        super().call(call)
+        self._now += 1
+
+    def evict(self, pinned: Container[Key] = NOTHING) -> Key | None:
+        if self._due is None:
+            layers = len(self._layers)
+            due = 1 + self.due()
+            for i, call in enumerate(self._calls[self._now + 1 : self._now + 1 + layers]):
+                due[call.layer, list(call.counts)] = i / layers
+            self._due = due
+        return super().evict(pinned)
+
+
 def policies(trace: Trace, run: str, documents: int, prompt: int, tokens: int) -> None:
     layers, experts, top_k = len(trace.routings[0]), trace.routings[0][0].experts, trace.routings[0][0].top_k
     calls, decoding, right = trace.calls(), trace.decoding(), trace.right()
@@ -135,7 +157,9 @@ def policies(trace: Trace, run: str, documents: int, prompt: int, tokens: int) -
     for share in (10, 25, 50, 75):
         capacity = max(top_k, total * share // 100)
         row: dict[str, Any] = {"% of experts in memory": f"{share}"}
-        cases = {name: partial(simulate, name, calls) for name in POLICIES} | {"best": partial(belady, calls)}
+        cases = {name: partial(simulate, name, calls) for name in POLICIES}
+        cases["a token ahead"] = partial(play, ATokenAhead(layers, experts, calls), calls)
+        cases["best"] = partial(belady, calls)
         for name, case in cases.items():
             found = case(capacity=capacity)
             hits = [hit for call in found for hit in call]
@@ -181,6 +205,7 @@ def speed(
     prompt: int,
     tokens: int,
     quantize: int | None,
+    rounds: int,
     llama: tuple[Path, Path] | None,
 ) -> None:
     rows: list[dict[str, Any]] = []
@@ -188,42 +213,59 @@ def speed(
     model, store = memory.load(folder, 1 << 50, quantize=quantize)
     layout, held = store.layout, memory.resident_bytes(model)
     store.close()
-    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as beside:
-        machine = ceilings(beside, fresh=True)
+    beside = Path(folder).parent
     right: list[Tensor] = []
     for share in shares:
         granted = held + layout.records * share // 100 * layout.record_bytes
-        for read_ahead in (True, False) if share < 100 else (False,):
-            model, store = memory.load(folder, granted, quantize=quantize, read_ahead=read_ahead)
-            assert isinstance(model, Decoder)
-            assert model.config.router is not None
-            with store:
-                if trace is not None:
-                    replay(model, store, trace)
-                outputs, read, took = decode(model, store, prompt, tokens)
-                stats = store.stats()
-            right = right or outputs
-            assert all(a.equal(b) for a, b in zip(outputs, right, strict=True)), "a budget changed the output"
-            planned = plan(model.config, machine, dtype=dtype, memory=granted, context=prompt + tokens)
-            can, unknown = planned.decode_tokens_per_second(stats.hit_rate), planned.decode_tokens_per_second()
-            assert can is not None
-            ahead = stats.total("ahead")
-            disk = machine.disk_bytes_per_second or 0.0
-            rows.append({
-                "experts in memory": f"{share} %", "read ahead": "yes" if read_ahead else "",
-                "weights, GB": granted / 1e9, "hits %": 100 * stats.hit_rate, "tokens/s": 1 / took,
-                "forecast": can, "forecast ÷ measured": can * took, "beforehand": unknown,
-                "waiting %": 100 * stats.total("wait_seconds") / (took * tokens),
-                "read, MB a token": stats.total("bytes_read") / 1e6 / tokens,
-                "guesses right %": 100 * ahead / stats.guesses if stats.guesses else None, "prompt, s": read,
-                "memory, GB/s": machine.read_bytes_per_second / 1e9, "disk, GB/s": disk / 1e9,
-                "llama.cpp, mapped": llama_rate(*llama, granted + LLAMA, tokens) if llama and not read_ahead else None,
-            })  # fmt: skip
+        ways = (True, False) if share < 100 else (False,)
+        found: dict[bool, list[dict[str, Any]]] = {way: [] for way in ways}
+        for turn in range(rounds):
+            machine = ceilings(beside, fresh=True)
+            for read_ahead in ways if turn % 2 == 0 else ways[::-1]:
+                model, store = memory.load(folder, granted, quantize=quantize, read_ahead=read_ahead)
+                assert isinstance(model, Decoder)
+                assert model.config.router is not None
+                with store:
+                    if trace is not None:
+                        replay(model, store, trace)
+                    outputs, read, took = decode(model, store, prompt, tokens)
+                    stats = store.stats()
+                right = right or outputs
+                assert all(a.equal(b) for a, b in zip(outputs, right, strict=True)), "a budget changed the output"
+                planned = plan(model.config, machine, dtype=dtype, memory=granted, context=prompt + tokens)
+                assert planned.decode is not None
+                needed, ahead = stats.total("hits") + stats.total("misses"), stats.total("ahead")
+                seconds = planned.decode.seconds(stats.hit_rate, guessed=stats.guesses / needed, right=ahead / needed)
+                assert seconds is not None
+                can, unknown = 1 / seconds, planned.decode_tokens_per_second()
+                disk = machine.disk_bytes_per_second or 0.0
+                found[read_ahead].append({
+                    "weights, GB": granted / 1e9, "hits %": 100 * stats.hit_rate, "tokens/s": 1 / took,
+                    "forecast": can, "forecast ÷ measured": can * took, "beforehand": unknown,
+                    "waiting %": 100 * stats.total("wait_seconds") / (took * tokens),
+                    "read, MB a token": stats.total("bytes_read") / 1e6 / tokens,
+                    "guesses right %": 100 * ahead / stats.guesses if stats.guesses else None, "prompt, s": read,
+                    "memory, GB/s": machine.read_bytes_per_second / 1e9, "disk, GB/s": disk / 1e9,
+                })  # fmt: skip
+        for read_ahead in ways:
+            each = found[read_ahead]
+            row: dict[str, Any] = {"experts in memory": f"{share} %", "read ahead": "yes" if read_ahead else ""}
+            for name in each[0]:
+                row[name] = None if each[0][name] is None else statistics.median(one[name] for one in each)
+            row |= {"÷ without": None, "from": None, "to": None}
+            if read_ahead:
+                pairs = [one["tokens/s"] / other["tokens/s"] for one, other in zip(each, found[False], strict=True)]
+                row |= {"÷ without": statistics.median(pairs), "from": min(pairs), "to": max(pairs)}
+            row["llama.cpp, mapped"] = None
+            if llama and not read_ahead:
+                row["llama.cpp, mapped"] = llama_rate(*llama, granted + LLAMA, tokens)
+            rows.append(row)
             show(rows[-1:])
     print(f"{layout.format}, an expert {layout.record_bytes / 1e6:.2f} MB")
     notes = {"format": layout.format, "prompt": prompt, "tokens": tokens,
              "routings": "random" if trace is None else "of a run"}  # fmt: skip
-    publish(f"memory-{layout.format.replace('/', '-')}", rows, notes)
+    kind = "" if trace is None else "-routed"
+    publish(f"memory-{layout.format.replace('/', '-')}{kind}", rows, notes)
 
 
 def decode(model: Decoder, store: Store, prompt: int, tokens: int) -> tuple[list[Tensor], float, float]:
@@ -272,6 +314,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--quantize", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--gguf", type=Path)
     asked = parser.parse_args()
@@ -279,7 +322,7 @@ def main() -> None:
     if trace is not None and not asked.model:
         policies(trace, asked.run, asked.documents, asked.prompt, asked.tokens)
     if asked.model:
-        speed(asked.model, trace, asked.shares, asked.prompt, asked.tokens, asked.quantize,
+        speed(asked.model, trace, asked.shares, asked.prompt, asked.tokens, asked.quantize, asked.rounds,
               (asked.llama_bench, asked.gguf) if asked.llama_bench else None)  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from handful.config import EncoderDecoderConfig, ModelConfig
 from handful.count import Counted, counted
 from handful.errors import ConfigError
-from handful.experts.cache import belady, simulate
+from handful.experts.cache import Call, belady, simulate
 from handful.experts.store import DEFAULT_POLICY
 from handful.observe import Recording
 
@@ -51,7 +51,7 @@ def replay(recording: Recording, capacity: int, *, policy: str = DEFAULT_POLICY)
     uses = sum(layer.shape[1] for layer in recording.experts_TK)
     tokens = min(recording.tokens, max(1, USES // uses))
     calls = list(_calls(recording, tokens))
-    count = sum(map(len, calls))
+    count = sum(len(call.counts) for call in calls)
 
     def share(found: list[list[bool]]) -> float:
         return sum(map(sum, found)) / count
@@ -80,9 +80,9 @@ def check_recording(recording: Recording, model: ModelConfig | EncoderDecoderCon
         )
 
 
-def _calls(recording: Recording, tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """The experts that are needed together: a token's of a layer, once each."""
+def _calls(recording: Recording, tokens: int) -> Iterator[Call]:
+    """What is needed together: a token's experts of a layer."""
     layers = [layer[:tokens].tolist() for layer in recording.experts_TK]
     for token in range(tokens):
         for layer, chosen_TK in enumerate(layers):
-            yield [(layer, expert) for expert in dict.fromkeys(chosen_TK[token])]
+            yield Call(layer, 1, dict.fromkeys(chosen_TK[token], 1))

@@ -7,7 +7,8 @@ decode    each weight that a step uses is read once: bytes / (memory's rate x th
           chose: E · (1 - (1 - K/E)^B) for B sequences.
 prefill   multiplications / (the product's rate x the format's share of it), or its bytes, if they take longer.
 disk      (1 - hit rate) x the experts that a step needs / the rate at which a store reads them, and what a layer waits
-          that misses any; added, for reads hardly move on while all cores multiply.
+          that misses any; added, for a layer's reads begin with its products. What is read ahead is read while the
+          layer before computes, as far as that takes as long, and adds the guesses that were wrong.
 
 Legend: E experts · K experts per token · B sequences · T tokens
 """
@@ -86,19 +87,27 @@ class Step:
     layers: int
     chosen: float
 
-    def seconds(self, hit_rate: float) -> float | None:
+    def seconds(self, hit_rate: float, *, guessed: float = 0.0, right: float = 0.0) -> float | None:
         """Of the step, if of the experts that it needs so many are in memory, from 0 to 1; None if the disk's rate is
-        not known and some of it is needed."""
+        not known and some of it is needed.
+
+        guessed   experts that are read ahead, for each that the step needs; right: those of them that it needs, none of
+                  which counts as in memory.
+        """
         if not 0 <= hit_rate <= 1:
             raise ConfigError(f"hit_rate = {hit_rate}: from 0 to 1")
+        there = min(1.0, hit_rate + right)
+        if not 0 <= right <= guessed or hit_rate + right > 1 + 1e-9:
+            raise ConfigError(f"right = {right}: from 0 to guessed = {guessed} and 1 - hit_rate = {1 - hit_rate}")
         beside = self.resident + self.attention + self.overhead
-        if hit_rate == 1 or not self.layers:
+        if (hit_rate == 1 and not guessed) or not self.layers:
             return beside + self.experts
         if self.disk is None:
             return None
         # The share of layers that miss any, if all experts are as likely to be there.
-        waits = 1 - float(hit_rate**self.chosen)
-        return beside + self.experts + waits * self.layers * self.fetch + (1 - hit_rate) * self.disk
+        waits = 1 - float(there**self.chosen)
+        missing, ahead = (1 - there) * self.disk, guessed * self.disk
+        return max(beside + self.experts, ahead) + waits * self.layers * self.fetch + missing
 
     def rate(self, hit_rate: float) -> float | None:
         """Tokens a second; None as `seconds`."""
@@ -118,7 +127,9 @@ class _Rates:
     @staticmethod
     def at(machine: Ceilings, dtype: str) -> _Rates:
         wide = "float32" if dtype == "float32" else "bfloat16"
-        product = machine.float32_flops if wide == "float32" else machine.bfloat16_flops
+        product = machine.float32_flops
+        if wide == "bfloat16":  # a CPU that does not multiply it does as well in float32
+            product = max(product, machine.bfloat16_flops)
         return _Rates(read=machine.read_bytes_per_second, product=product, of=EFFICIENCY[dtype], plain=EFFICIENCY[wide])
 
 

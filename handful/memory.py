@@ -70,13 +70,14 @@ def pack(
 
 
 def attach(
-    model: nn.Module, path: str | Path, memory_bytes: int, *, policy: str = DEFAULT_POLICY, read_ahead: bool = True
+    model: nn.Module, path: str | Path, memory_bytes: int, *, policy: str = DEFAULT_POLICY, read_ahead: bool = False
 ) -> Store:
     """Let a loaded model's experts go, and take them from a pack of them from now on.
 
     memory_bytes   for all of the model's weights: what every token needs, and the experts that are in memory.
     policy         which experts stay (see `handful.experts.cache`).
-    read_ahead     guess the next layer's experts, and read them while this layer computes.
+    read_ahead     guess the next layer's experts, and read them while this layer computes; it may cost more than
+                   it saves (docs/memory.md).
 
     Close the store that is returned when the model is done with. CheckpointError for a pack of other experts;
     ConfigError, with the least that would do, for too little memory.
@@ -102,7 +103,7 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     policy: str = DEFAULT_POLICY,
-    read_ahead: bool = True,
+    read_ahead: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Model, Store]:
     """A model in evaluation mode, and the store of its experts, within `memory_bytes` of weights.

@@ -28,7 +28,6 @@ from handful.count import Attended, Counted, Weights, counted
 from handful.engine import CHUNK
 from handful.errors import ConfigError
 from handful.experts.expert_file import Layout, layout_of
-from handful.experts.store import GUESSES
 from handful.forecast import FORMATS, Step, forecast
 from handful.positions import window_room
 from handful.units import size
@@ -54,7 +53,7 @@ class Plan:
     expert, experts  of one expert as a pack holds it (weights hold it without its padding); how many there are in all.
     least            the smallest budget that runs: `resident`, and one token's experts of a layer.
     memory           the budget: as asked, or the largest that fits where the model does not; None: none.
-    slots, capacity  experts that a budget holds, and of them those that are not kept for guesses; all without one.
+    slots            experts that a budget holds; all without one.
     pack, download   on disk: a pack of the experts (0 without a budget), and the checkpoint, if it is not there.
     hit_rate         taken where nothing better is known: with routers that choose evenly, the share that is held.
     decode, prefill  the seconds of a step; None: not forecast, and `unforecast` says why.
@@ -77,7 +76,6 @@ class Plan:
     least: int
     memory: int | None
     slots: int
-    capacity: int
     pack: int
     download: int
     hit_rate: float
@@ -167,7 +165,7 @@ def plan(
         batch=batch,
         lacks=model.lacks,
         download=download,
-        hit_rate=min(1.0, fit.capacity / sizes.experts) if sizes.experts else 1.0,
+        hit_rate=min(1.0, fit.slots / sizes.experts) if sizes.experts else 1.0,
         decode=decode,
         prefill=prefill,
         unforecast=unforecast,
@@ -196,7 +194,6 @@ class _Fit:
     reason: str
     memory: int | None
     slots: int
-    capacity: int
     pack: int
 
 
@@ -261,7 +258,7 @@ def _fit(sizes: _Sizes, machine: Ceilings, memory: int | None, pack: int, downlo
     beside = f"{_size(sizes.cache)} of cache and {_size(sizes.working)} to work with"
 
     def whole(verdict: FitVerdict, reason: str) -> _Fit:
-        return _Fit(verdict=verdict, reason=reason, memory=memory, slots=sizes.experts, capacity=sizes.experts, pack=0)
+        return _Fit(verdict=verdict, reason=reason, memory=memory, slots=sizes.experts, pack=0)
 
     if lacks:
         return whole("not run", lacks)
@@ -279,9 +276,6 @@ def _fit(sizes: _Sizes, machine: Ceilings, memory: int | None, pack: int, downlo
     elif memory < sizes.least:
         return whole("does not fit", f"memory = {memory:,} bytes: at least {sizes.least:,}")
     slots = min((memory - sizes.resident) // sizes.expert, sizes.experts)
-    # As `Store` does it: guesses have slots of their own, unless all experts are there.
-    top_k = (sizes.least - sizes.resident) // sizes.expert
-    spare = min(GUESSES * top_k, (slots - top_k) // 2) if slots < sizes.experts else 0
     lacking = _disk(machine, pack, download)
     held = f"{slots:,} of {sizes.experts:,} experts are held, the others wait on disk"
     if slots == sizes.experts:
@@ -293,7 +287,6 @@ def _fit(sizes: _Sizes, machine: Ceilings, memory: int | None, pack: int, downlo
         reason=lacking or held,
         memory=memory,
         slots=slots,
-        capacity=slots - spare,
         pack=pack,
     )
 

@@ -91,7 +91,7 @@ def test_attach_and_load_agree_and_guess(tmp_path: Path) -> None:
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     assert held == sum(p.nbytes for p in model.parameters()) - experts
     granted = held + 20 * size + size // 2
-    with memory.attach(model, tmp_path / "own.pack", granted) as store:
+    with memory.attach(model, tmp_path / "own.pack", granted, read_ahead=True) as store:
         assert store.slots == 20
         assert memory.resident_bytes(model) == held == sum(p.nbytes for p in model.parameters())
         assert not any(".experts." in name for name in model.state_dict())

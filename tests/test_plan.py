@@ -105,7 +105,7 @@ def test_a_plan_knows_what_a_store_holds(shape: ModelConfig, dtype: str, tmp_pat
         budget = found.resident + slots * found.expert
         planned = plan(shape, QUICK, dtype=dtype, memory=budget)
         store = Store(PackFile(tmp_path / "pack"), budget - found.resident, top_k=2)
-        assert (planned.slots, planned.capacity) == (store.slots, store.capacity)
+        assert planned.slots == store.slots == store.capacity
         assert planned.pack == (tmp_path / "pack").stat().st_size
         store.close()
     with pytest.raises(ConfigError, match="at least"):
@@ -393,17 +393,16 @@ def test_what_is_not_held_is_read_from_disk() -> None:
     machine = replace(QUICK, disk_bytes_per_second=1e6)
     budget = SIZES.resident + 4 * SIZES.expert
     found = plan(SHAPE, machine, memory=budget)
-    # 4 of 8 slots; one of them is for guesses: half of what is beyond a token's 2 experts.
-    assert (found.slots, found.capacity, found.held_share) == (4, 3, 0.5)
-    assert found.hit_rate == 3 / 8
+    assert (found.slots, found.held_share) == (4, 0.5)
+    assert found.hit_rate == 4 / 8
     step = found.decode
     assert step is not None
     assert step.disk is not None
     assert step.disk == pytest.approx(2 * 2 * SIZES.expert / 1e6)
-    assert total(found) == pytest.approx(5 / 8 * step.disk)
+    assert total(found) == pytest.approx(step.disk / 2)
     assert found.decode_tokens_per_second(hit_rate=0.75) == pytest.approx(4 / step.disk)
     # A prompt needs all experts.
-    assert found.prefill_tokens_per_second() == pytest.approx(128 / (5 / 8 * 2 * 4 * SIZES.expert / 1e6), rel=1e-3)
+    assert found.prefill_tokens_per_second() == pytest.approx(128 / (2 * 2 * SIZES.expert / 1e6), rel=1e-3)
     assert found.needed == budget + BESIDE
 
 
@@ -420,6 +419,32 @@ def test_reading_and_waiting_are_added_to_computing() -> None:
     # One layer in four misses neither of its two.
     assert step.seconds(0.5) == pytest.approx(computing + 2 * 0.75 * 0.1 + step.disk / 2)
     assert step.rate(0.5) == pytest.approx(1 / (computing + 2 * 0.75 * 0.1 + step.disk / 2))
+
+
+def test_what_is_read_ahead_is_read_while_others_compute() -> None:
+    machine = replace(READS, disk_bytes_per_second=1e6, overhead=replace(NONE, fetch_seconds=0.1))
+    step = plan(SHAPE, machine, memory=SIZES.resident + 4 * SIZES.expert).decode
+    assert step is not None
+    assert step.disk is not None
+    computing = step.resident + step.experts + step.attention
+    # Of the missing half, half was guessed, and as many wrong ones: a layer in four does without both of its two.
+    rest = 2 * (1 - 0.75**2) * 0.1 + step.disk / 4
+    assert step.disk / 2 > computing
+    assert step.seconds(0.5, guessed=0.5, right=0.25) == pytest.approx(step.disk / 2 + rest)
+    quick = replace(step, disk=computing)
+    assert quick.seconds(0.5, guessed=0.5, right=0.25) == pytest.approx(computing + rest - (step.disk - computing) / 4)
+    # A wrong guess beside nothing that misses.
+    assert step.seconds(1.0, guessed=0.5) == pytest.approx(step.disk / 2)
+    with pytest.raises(ConfigError, match=r"^right = 0.6: from 0 to guessed = 0.7 and 1 - hit_rate = 0.5$"):
+        step.seconds(0.5, guessed=0.7, right=0.6)
+
+
+def test_what_does_not_multiply_bfloat16_multiplies_float32() -> None:
+    # A prompt is bound by products here: torch's rate for bfloat16 is not what the kernels reach on such a CPU.
+    machine = replace(READS, float32_flops=1e9, bfloat16_flops=1e8)
+    slow, right = (plan(SHAPE, replace(machine, bfloat16_flops=rate)).prefill for rate in (1e8, 1e9))
+    assert slow == right
+    assert plan(SHAPE, replace(machine, bfloat16_flops=4e9)).prefill != right
 
 
 def test_what_was_read_is_read_again_for_its_checksum() -> None:
@@ -510,26 +535,15 @@ def test_a_replay_hits_as_the_store_does(read_ahead: bool, tmp_path: Path) -> No
     memory.pack(model, tmp_path / "pack")
     found = plan(shape, QUICK, dtype="float32", memory=memory.resident_bytes(model) + 13 * 4096)
     assert found.expert == 4096
-    recorder, passes = Recorder(), 0
+    recorder = Recorder()
     with memory.attach(model, tmp_path / "pack", found.memory or 0, read_ahead=read_ahead) as store:
-
-        def keep(*seen: Any) -> None:
-            nonlocal passes
-            passes += 1
-            if passes > 1:
-                recorder.add(seen[2])
-
-        engine = Engine(model, on_routing=keep)
+        engine = Engine(model, on_routing=lambda *seen: recorder.add(seen[2]))
         engine.submit(Request(prompt=[5], max_tokens=100, sampling=Sampling(temperature=1.0, seed=1)))
-        engine.step()
-        store.reset()
         engine.run([])
         stats = store.stats()
         played = replay(recorder.recording(), store.capacity)
-    assert played.tokens == 99
-    # The store was warm by one token: at most its 2 experts in 3 layers.
-    uses = 99 * 6
-    assert played.hit_rate * uses == pytest.approx(stats.hit_rate * uses, abs=6)
+    assert played.tokens == 100
+    assert played.hit_rate == stats.hit_rate
     assert played.hit_rate < played.best
 
 
@@ -757,11 +771,12 @@ def test_a_budget_a_format_and_a_trace(handful_: Call, tmp_path: Path) -> None:
         "intermediate_size": 12, "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
-    recorded([[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [2, 3]]).save(tmp_path / "trace.safetensors")
+    tokens = [[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [2, 3]], [[4, 5], [2, 3]]
+    recorded(*tokens).save(tmp_path / "trace.safetensors")
     options = ["--memory", "50kB", "--quant", "bfloat16", "--trace", str(tmp_path / "trace.safetensors")]
     (found,) = document(handful_("plan", folder, *options, "--json"))["plans"]
     assert (found["dtype"], found["memory"], found["verdict"]) == ("bfloat16", 50_000, "fits with memory")
-    assert found["trace"]["hit_rate"] == found["trace"]["best"] == 6 / 12
+    assert found["trace"]["hit_rate"] == found["trace"]["best"] == 10 / 16
     assert found["trace"]["decode_tokens_per_second"] > found["decode_tokens_per_second"] > 0
     assert found["download"] > 0
     (folder / "model.safetensors").write_bytes(b"")

@@ -106,7 +106,7 @@ def run(
         for dtype in formats
     ]
     replays = [
-        replay(recording, found.capacity) if recording is not None and found.capacity < found.experts else None
+        replay(recording, found.slots) if recording is not None and found.slots < found.experts else None
         for found in plans
     ]
     for note in notes:

@@ -1,12 +1,10 @@
 """Which experts stay in memory: policies that name the one to give way, and a count of what each would have missed.
 
-A policy is told of every use, and asked for a victim when there is no room. Keys are anything hashable; the store's are
-(layer, expert). Nothing here knows of tensors, files or threads.
+A policy is told of every call and use, and asked for a victim when there is no room. Keys are (layer, expert). Nothing
+here knows of tensors, files or threads.
 
-    lru      the one not used for the longest time
-    lfu      the one used least often, where a use counts less the older it is (ageing)
-    s3-fifo  three queues: what was used but once leaves before what was used again, so that a scan, such as a long
-             prompt, does not empty the cache
+    lru       the one not used for the longest time
+    next-use  the one whose next use is expected latest, by how often tokens chose it and how far away its layer is
 
 `belady` knows the future: no policy misses less.
 """
@@ -15,21 +13,43 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Container, Hashable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from handful.errors import ConfigError
 
-__all__ = ["LFU", "LRU", "POLICIES", "S3FIFO", "Policy", "belady", "check_policy", "simulate"]
+__all__ = ["LRU", "POLICIES", "Call", "Key", "NextUse", "Policy", "belady", "check_policy", "play", "simulate"]
 
-Key = Hashable
-# Of 1 to 256, what misses least on the routings that docs/memory.md tells of, though 4 and 16 are next to as good.
-HALF_LIFE = 8
+Key = tuple[int, int]  # (layer, expert)
+Floats = npt.NDArray[np.float64]
+# Tokens after which a token counts half, and what the two shares weigh. Chosen on texts that docs/memory.md's tables do
+# not count; half or twice of them hit as often within 0.3 %.
+HALF_LIVES, WEIGHTS = (1.0, 32.0), np.array((0.25, 0.75))
+NEVER = 1e-9  # a chance of none
 NOTHING: frozenset[Key] = frozenset()
+
+
+class Call(NamedTuple):
+    """What one call of a layer needs: how many of its tokens chose each of the experts that any of them chose."""
+
+    layer: int
+    tokens: int
+    counts: Mapping[int, int]
+
+    @property
+    def keys(self) -> list[Key]:
+        """The experts, each once."""
+        return [(self.layer, expert) for expert in self.counts]
 
 
 class Policy(Protocol):
     """What a cache asks. Every key is added once before it is used, and is gone when `evict` or `remove` named it."""
+
+    def call(self, call: Call) -> None:
+        """What is needed next, in the `use` and `add` that follow."""
 
     def use(self, key: Key) -> None:
         """A key that is held is needed."""
@@ -47,8 +67,11 @@ class Policy(Protocol):
 class LRU:
     """The least recently used gives way."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, layers: int, experts: int) -> None:
         self._held: OrderedDict[Key, None] = OrderedDict()  # the oldest use first
+
+    def call(self, call: Call) -> None:
+        pass
 
     def use(self, key: Key) -> None:
         self._held.move_to_end(key)
@@ -66,133 +89,60 @@ class LRU:
         del self._held[key]
 
 
-class LFU:
-    """The least frequently used gives way, of equals the one whose last use is the oldest.
+class NextUse:
+    """The one whose next use is expected latest gives way: what Belady would do, as far as it can be known.
 
-    A use counts half as much after HALF_LIFE times the capacity of further uses: what was popular with another text
-    must not stay for ever. The count of what was let go is kept, so that what comes back is not taken for new.
+    A layer comes again after as many others as lie between, and whether it then needs an expert is a chance p: the
+    expected time is the way there and 1/p - 1 further rounds. p is the share of the layer's tokens that chose the
+    expert, where a token counts half as much after each of HALF_LIVES further tokens: a mean of what is popular with
+    the text and of what the last token chose. All tokens of a call count alike.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._growth = 2.0 ** (1.0 / (HALF_LIFE * max(1, capacity)))
-        self._one = 1.0  # what a use counts now: it grows, instead of all others falling
-        self._score: dict[Key, float] = {}  # of every key ever seen
-        self._turn = 0
-        self._held: dict[Key, int] = {}  # key -> the turn of its last use
-        # (score, turn, key), one for each key that is held. It may be older than the key's last use: both only grow,
-        # so that the least entry, once it is brought up to date and still the least, is the one to go.
-        self._heap: list[tuple[float, int, Key]] = []
-        self._queued: set[Key] = set()  # those that have an entry; of `remove`d ones it is still there
+    def __init__(self, layers: int, experts: int) -> None:
+        self._share = np.zeros((len(HALF_LIVES), layers, experts))
+        self._held = np.zeros((layers, experts), dtype=bool)
+        self._layers = np.arange(layers)
+        self._layer = -1  # the last that was called
+        self._due: Floats | None = None  # the rounds until each is needed, since then
+
+    def call(self, call: Call) -> None:
+        for share, half_life in zip(self._share[:, call.layer], HALF_LIVES, strict=True):
+            kept = 0.5 ** (call.tokens / half_life)
+            share *= kept
+            share[list(call.counts)] += (1 - kept) / call.tokens * np.fromiter(call.counts.values(), float)
+        self._layer, self._due = call.layer, None
 
     def use(self, key: Key) -> None:
-        self._one *= self._growth
-        self._score[key] = self._score.get(key, 0.0) + self._one
-        self._turn += 1
-        self._held[key] = self._turn
-        if self._one > 1e100:
-            self._score = {other: score / self._one for other, score in self._score.items()}
-            self._one = 1.0
-            self._heap = [(self._score[other], turn, other) for other, turn in self._held.items()]
-            heapq.heapify(self._heap)
-            self._queued = set(self._held)
+        pass
 
     def add(self, key: Key) -> None:
-        self.use(key)
-        if key not in self._queued:
-            self._queued.add(key)
-            heapq.heappush(self._heap, (self._score[key], self._turn, key))
+        self._held[key] = True
 
     def evict(self, pinned: Container[Key] = NOTHING) -> Key | None:
-        aside = []
-        victim = None
-        while self._heap and victim is None:
-            entry = heapq.heappop(self._heap)
-            key = entry[2]
-            turn = self._held.get(key)
-            if turn is None:
-                self._queued.discard(key)
-            elif turn != entry[1]:
-                heapq.heappush(self._heap, (self._score[key], turn, key))
-            elif key in pinned:
-                aside.append(entry)
-            else:
-                victim = key
-                del self._held[key]
-                self._queued.discard(key)
-        for entry in aside:
-            heapq.heappush(self._heap, entry)
-        return victim
+        if self._due is None:
+            self._due = self.due()
+        due = np.where(self._held, self._due, -1.0)
+        while True:
+            layer, expert = divmod(int(due.argmax()), due.shape[1])
+            key = (layer, expert)
+            if due[key] < 0:
+                return None
+            if key not in pinned:
+                self._held[key] = False
+                return key
+            due[key] = -1.0
 
     def remove(self, key: Key) -> None:
-        del self._held[key]
+        self._held[key] = False
+
+    def due(self) -> Floats:
+        """The rounds until each expert is needed, as expected after the last call, (layers, experts)."""
+        ahead = (self._layers - self._layer - 1) % len(self._layers) / len(self._layers)
+        chance = np.tensordot(WEIGHTS, self._share, 1)
+        return ahead[:, None] + 1 / np.maximum(chance, NEVER) - 1
 
 
-class S3FIFO:
-    """Three first-in-first-out queues (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023).
-
-    What is new waits in a small queue, a tenth of the capacity. At its end, what was used again moves on to the main
-    queue and the rest goes; its name is kept in a ghost queue, as long as the main one, and what comes back while its
-    name is there goes straight to the main queue. There, a use (counted up to three) buys another round.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._small_size = max(1, capacity // 10)
-        self._ghosts = max(1, capacity - self._small_size)
-        self._small: OrderedDict[Key, int] = OrderedDict()  # key -> uses since it came, at most 3
-        self._main: OrderedDict[Key, int] = OrderedDict()
-        self._ghost: OrderedDict[Key, None] = OrderedDict()
-
-    def use(self, key: Key) -> None:
-        queue = self._small if key in self._small else self._main
-        queue[key] = min(3, queue[key] + 1)
-
-    def add(self, key: Key) -> None:
-        if key in self._ghost:
-            del self._ghost[key]
-            self._main[key] = 0
-        else:
-            self._small[key] = 0
-
-    def evict(self, pinned: Container[Key] = NOTHING) -> Key | None:
-        first = (self._from_small, self._from_main)
-        if len(self._small) < self._small_size:
-            first = first[::-1]
-        for queue in first:
-            victim = queue(pinned)
-            if victim is not None:
-                return victim
-        return None
-
-    def _from_small(self, pinned: Container[Key]) -> Key | None:
-        for key in list(self._small):
-            if key in pinned:
-                continue
-            if self._small.pop(key) > 0:
-                self._main[key] = 0
-                continue
-            self._ghost[key] = None
-            if len(self._ghost) > self._ghosts:
-                self._ghost.popitem(last=False)
-            return key
-        return None
-
-    def _from_main(self, pinned: Container[Key]) -> Key | None:
-        # Each round takes a use from everyone, and there are at most three.
-        for _ in range(4):
-            for key in list(self._main):
-                if key in pinned:
-                    continue
-                uses = self._main.pop(key)
-                if uses == 0:
-                    return key
-                self._main[key] = uses - 1
-        return None
-
-    def remove(self, key: Key) -> None:
-        del (self._small if key in self._small else self._main)[key]
-
-
-POLICIES: dict[str, Callable[[int], Policy]] = {"lru": LRU, "lfu": LFU, "s3-fifo": S3FIFO}
+POLICIES: dict[str, Callable[[int, int], Policy]] = {"lru": LRU, "next-use": NextUse}  # of (layers, experts)
 
 
 def check_policy(name: str) -> None:
@@ -201,23 +151,30 @@ def check_policy(name: str) -> None:
         raise ConfigError(f"policy = {name!r}: one of {', '.join(POLICIES)}")
 
 
-def simulate(policy: str, calls: Iterable[Sequence[Key]], capacity: int) -> list[list[bool]]:
+def simulate(policy: str, calls: Sequence[Call], capacity: int) -> list[list[bool]]:
     """Whether each key of each call is a hit, in a cache of `capacity` keys.
 
-    A call is the keys that are needed together, each once: where they fit, none of them gives way to another.
-    ConfigError for another policy.
+    Where the keys of a call fit, none of them gives way to another. ConfigError for another policy.
     """
     check_policy(policy)
-    state = POLICIES[policy](capacity)
+    layers = max((call.layer for call in calls), default=-1) + 1
+    experts = max((max(call.counts, default=-1) for call in calls), default=-1) + 1
+    return play(POLICIES[policy](layers, experts), calls, capacity)
+
+
+def play(state: Policy, calls: Iterable[Call], capacity: int) -> list[list[bool]]:
+    """`simulate`, with a policy that is there."""
     held: set[Key] = set()
     found = []
-    for keys in calls:
+    for call in calls:
+        keys = call.keys
         wanted = set(keys) if len(keys) <= capacity else NOTHING
-        known = [key for key in keys if key in held]
-        for key in known:
-            state.use(key)
-        new = [key for key in keys if key not in held]
+        state.call(call)
         found.append([key in held for key in keys])
+        new = [key for key in keys if key not in held]
+        for key in keys:
+            if key in held:
+                state.use(key)
         for key in new:
             if len(held) >= capacity:
                 victim = state.evict(wanted)
@@ -228,10 +185,10 @@ def simulate(policy: str, calls: Iterable[Sequence[Key]], capacity: int) -> list
     return found
 
 
-def belady(calls: Sequence[Sequence[Key]], capacity: int) -> list[list[bool]]:
+def belady(calls: Sequence[Call], capacity: int) -> list[list[bool]]:
     """`simulate`, by one who knows all that will be needed: what is needed latest gives way (Belady 1966). A bound on
     the hits, not a policy."""
-    flat = [key for keys in calls for key in keys]
+    flat = [key for call in calls for key in call.keys]
     again = [len(flat)] * len(flat)  # when each is needed next; beyond the end: never
     last: dict[Key, int] = {}
     for i in range(len(flat) - 1, -1, -1):
@@ -243,9 +200,9 @@ def belady(calls: Sequence[Sequence[Key]], capacity: int) -> list[list[bool]]:
     heap: list[tuple[int, int]] = []
     found = []
     i = 0
-    for keys in calls:
+    for call in calls:
         hits = []
-        for key in keys:
+        for key in call.keys:
             hits.append(key in held)
             # What just came is not kept either, if it is needed later than all others.
             held.add(key)

@@ -65,6 +65,7 @@ class OffloadedExperts(nn.Module):
             raise HandfulError(f"offloaded experts compute on the cpu: they were given x on {x_TD.device.type}")
         with self.store.busy:
             slots = self.slots
+            self.store.called(self.layer, routing)
             if uses_native(self.backend, x_TD, slots):
                 y_TD = self._from_slots(x_TD, routing, slots)
                 return native_in_parts(x_TD, routing, slots, self._fetch) if y_TD is None else y_TD
@@ -76,6 +77,7 @@ class OffloadedExperts(nn.Module):
         check_fits(x_TD, routing, self.count, self.width)
         with self.store.busy:
             slots = self.slots
+            self.store.called(self.layer, routing, tokens)
             if uses_native(self.backend, x_TD, slots):
                 return native_rows(x_TD, routing, slots, self._fetch, tokens)
             return reference_rows(x_TD, routing, slots, self._fetch)

@@ -6,7 +6,7 @@ them.
     held ───── in slots, as long as they are held
     needed ─┬─ in a slot ─► ready
             └─ not ─► read into another's slot ─► ready then
-               guessed by the next layer's router ─► read ahead, into slots kept for that
+               guessed by the next layer's router ─► read ahead if asked to, into slots kept for that
 
 Legend: T tokens · D model width · K experts per token · S slots
 """
@@ -17,7 +17,7 @@ import contextlib
 import mmap
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from handful.errors import ConfigError, HandfulError
-from handful.experts.cache import POLICIES, check_policy
+from handful.experts.cache import POLICIES, Call, Policy, check_policy
 from handful.experts.expert_file import PackFile, view
 from handful.experts.readahead import ExpertId, Read, Reader
 from handful.routing import Routing
 
 __all__ = ["DEFAULT_POLICY", "LayerStats", "Store", "StoreStats"]
 
-DEFAULT_POLICY = "lfu"
+DEFAULT_POLICY = "next-use"
 READERS = 4  # reads at a time: a disk is quicker with a few
 GUESSES = 1  # slots kept for guesses, in a token's experts
 # Where fewer of the last guesses (about as many as LATELY) came true than this, they cost the disk more than they save:
@@ -111,7 +111,7 @@ class Store:
         *,
         top_k: int,
         policy: str = DEFAULT_POLICY,
-        read_ahead: bool = True,
+        read_ahead: bool = False,
         readers: int = READERS,
     ) -> None:
         check_policy(policy)
@@ -132,7 +132,8 @@ class Store:
         # Beside those that are held there is room for the experts of a token, or for all.
         self.holdable = self.slots if self.slots == total else max(0, self.capacity - top_k)
         self.policy = policy
-        self._policy = POLICIES[policy](self.capacity)  # of those that are not held
+        self._policy = self._fresh_policy()  # of those that are not held
+        self._experts = frozenset(range(self.layout.experts))
         self._held: frozenset[ExpertId] = frozenset()
         self._routers: dict[int, Callable[[Tensor], Routing]] = {}
         memory = mmap.mmap(-1, self.slots * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -171,6 +172,24 @@ class Store:
 
     # -----------------------------------------------------------------------------------------------------------------
     # One layer's experts.
+
+    def called(self, layer: int, routing: Routing, tokens: int | None = None) -> None:
+        """Tell the policy what a layer's next call chose, before `there` or `fetch`.
+
+        tokens   of the call, of which the routing's are a part; None: they are all.
+        """
+        tokens = routing.tokens if tokens is None else tokens
+        if tokens:
+            chosen = routing.experts_TK.flatten()
+            if routing.dropped_TK is not None:
+                chosen = routing.experts_TK[routing.computed_TK]
+            counts = Counter(chosen.tolist())
+            if counts.keys() <= self._experts:  # who multiplies refuses all others
+                with self._reader.cond:
+                    self._policy.call(Call(layer, tokens, counts))
+
+    def _fresh_policy(self) -> Policy:
+        return POLICIES[self.policy](len(self.layout.layers), self.layout.experts)
 
     def there(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of those of a layer's experts that are named, if all of them are there; None: `fetch` them. Hold
@@ -273,7 +292,7 @@ class Store:
         if self._failing and self._reads:
             return None
         victim = self._policy.evict(pinned | self._reads.keys())
-        return None if victim is None else self._slot.pop(victim)  # type: ignore[call-overload]
+        return None if victim is None else self._slot.pop(victim)
 
     def _arrived(self, read: Read) -> None:
         """A read is done. Under the reader's lock."""
@@ -308,7 +327,7 @@ class Store:
             self._reads.clear()
             self._guess.clear()
             self._free = list(range(self.slots - 1, -1, -1))
-            self._policy = POLICIES[self.policy](self.capacity)
+            self._policy = self._fresh_policy()
             self._held = frozenset()
             self._whole = True
 
@@ -385,7 +404,7 @@ class Store:
             victim = self._policy.evict(wanted | self._reads.keys())
             if victim is None:
                 return False
-            self._free.append(self._slot.pop(victim))  # type: ignore[call-overload]
+            self._free.append(self._slot.pop(victim))
         del self._guess[key]
         self._slot[key] = read.slot
         if key not in self._held:

@@ -4,157 +4,190 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Container, Hashable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handful.errors import ConfigError
-from handful.experts.cache import HALF_LIFE, LFU, LRU, POLICIES, S3FIFO, Policy, belady, simulate
+from handful.experts.cache import HALF_LIVES, LRU, POLICIES, WEIGHTS, Call, Key, NextUse, Policy, belady, simulate
 
 
-def hits(policy: str, keys: str, capacity: int) -> str:
-    """A word of h and m: what became of each key, needed one by one."""
-    return word(simulate(policy, list(keys), capacity))
+def key(letter: str) -> Key:
+    """a to z are the experts of layer 0, A to Z those of layer 1."""
+    return (0, ord(letter) - ord("a")) if letter.islower() else (1, ord(letter) - ord("A"))
 
 
-def best(keys: str, capacity: int) -> str:
-    return word(belady(list(keys), capacity))
+def letters(keys: Sequence[Key | None]) -> str:
+    return "".join("-" if k is None else chr(ord("Aa"[k[0] == 0]) + k[1]) for k in keys)
+
+
+def call(word: str, tokens: int = 1) -> Call:
+    """What one call of a layer needs; a letter twice was chosen by two tokens."""
+    counts = Counter(key(letter)[1] for letter in word)
+    return Call(key(word[0])[0] if word else 0, tokens, counts)
+
+
+def calls(words: Sequence[str]) -> list[Call]:
+    return [call(word) for word in words]
+
+
+def hits(policy: str, words: Sequence[str], capacity: int) -> str:
+    """A word of h and m: what became of each key."""
+    return word(simulate(policy, calls(words), capacity))
+
+
+def best(words: Sequence[str], capacity: int) -> str:
+    return word(belady(calls(words), capacity))
 
 
 def word(found: list[list[bool]]) -> str:
     return "".join("h" if hit else "m" for call in found for hit in call)
 
 
-def evicted(policy: Policy, count: int, pinned: Sequence[Hashable] = ()) -> list[Hashable]:
-    return [policy.evict(set(pinned)) for _ in range(count)]
+def evicted(policy: Policy, count: int, pinned: str = "") -> str:
+    return letters([policy.evict({key(letter) for letter in pinned}) for _ in range(count)])
 
 
 def filled(policy: Policy, adds: str, uses: str = "") -> Policy:
-    for key in adds:
-        policy.add(key)
-    for key in uses:
-        policy.use(key)
+    for letter in adds:
+        policy.call(call(letter))
+        policy.add(key(letter))
+    for letter in uses:
+        policy.call(call(letter))
+        policy.use(key(letter))
     return policy
 
 
 def test_lru_lets_the_oldest_use_go() -> None:
-    assert evicted(filled(LRU(3), "abc", "a"), 3) == ["b", "c", "a"]
+    assert evicted(filled(LRU(1, 3), "abc", "a"), 3) == "bca"
     assert hits("lru", "abcabc", 3) == "mmmhhh"
     assert hits("lru", "abcabc", 2) == "mmmmmm"  # a cycle longer than the cache: the worst it can meet
     assert hits("lru", "abacab", 2) == "mmhmhm"
 
 
-def test_lfu_lets_the_least_used_go_and_of_equals_the_oldest() -> None:
-    assert evicted(filled(LFU(9), "abc", "aabb"), 3) == ["c", "a", "b"]
-    assert evicted(filled(LFU(9), "abc", "cba"), 3) == ["c", "b", "a"]
+def test_next_use_keeps_what_tokens_chose_often_and_what_the_last_one_chose() -> None:
+    assert evicted(filled(NextUse(1, 3), "abc"), 3) == "abc"  # used once each: the last one's share is the largest
+    # a has 0.75 · 0.16 of nine older tokens and 0.25 · 0.25 of the last one, c 0.75 · 0.04 and 0.25 · 0.5.
+    assert evicted(filled(NextUse(1, 3), "abc", "aaaaaaaabc"), 3) == "bca"
     # What is used all the time survives a scan that would push it out of an LRU of as many.
-    assert hits("lfu", "aaabcdea", 2) == "mhhmmmmh"
-    assert hits("lru", "aaabcdea", 2) == "mhhmmmmm"
+    assert hits("next-use", "aaaaaaaaabcdea", 2) == "mhhhhhhhhmmmmh"
+    assert hits("lru", "aaaaaaaaabcdea", 2) == "mhhhhhhhhmmmmm"
 
 
-def test_lfu_remembers_what_it_let_go() -> None:
-    policy = filled(LFU(9), "ab", "aaab")
-    policy.remove("a")
-    policy.add("c")
-    policy.use("c")
-    policy.use("c")
-    policy.add("a")  # its fifth use; c's are three, b's two
-    assert evicted(policy, 3) == ["b", "c", "a"]
+def test_next_use_remembers_what_it_let_go() -> None:
+    policy = filled(NextUse(1, 4), "a", "aaaaa")
+    policy.remove(key("a"))
+    filled(policy, "bcda")
+    # a's share of six tokens and the last one; d is newer than c, and c than b.
+    assert evicted(policy, 4) == "bcda"
 
 
-def test_lfu_forgets_in_time() -> None:
-    def after(rounds: int) -> Hashable:
-        policy = filled(LFU(2), "ab", "a" * 8)
-        for _ in range(rounds):
-            policy.use("b")
-        return policy.evict()
+def test_next_use_forgets_in_time() -> None:
+    def after(rounds: int) -> str:
+        return evicted(filled(NextUse(1, 3), "abc", "a" * 40 + "b" * rounds + "cc"), 1, pinned="c")
 
-    assert after(3) == "b"
-    assert after(9) == "a"
-    # Eight old uses count less than five new ones once there were others, 8 times the capacity for each halving.
-    policy = filled(LFU(2), "ax", "a" * 8 + "x" * 64)
-    policy.remove("x")
-    filled(policy, "b", "b" * 4)
-    assert policy.evict() == "a"
+    # Of a's forty tokens 0.56 are left at first, and 0.28 after 32 others, which have 0.48.
+    assert after(1) == "b"
+    assert after(9) == "b"
+    assert after(32) == "a"
 
 
-def test_lfu_counts_on_after_very_many_uses() -> None:
-    policy = filled(LFU(1), "abc")
-    for _ in range(6000):  # a use would count 2^750 by then: beyond what is let grow
-        policy.use("a")
-    policy.use("b")
-    assert evicted(policy, 3) == ["c", "b", "a"]
+def test_next_use_counts_the_tokens_of_a_call() -> None:
+    # A prompt of four tokens: three chose b, one chose a.
+    policy = NextUse(1, 2)
+    policy.call(call("abbb", tokens=4))
+    for letter in "ab":
+        policy.add(key(letter))
+    assert evicted(policy, 1) == "a"
 
 
-class PlainLFU:
-    """The definition: of all that are held and not pinned, the one with the lowest score, of equals the oldest use."""
+def test_next_use_lets_the_layer_go_that_has_just_been() -> None:
+    # One expert of each of two layers, used by every token: the layer that has just run is needed a round later.
+    assert evicted(filled(NextUse(2, 1), "aA", "aA" * 200), 2) == "Aa"
+    assert evicted(filled(NextUse(2, 1), "aA", "aA" * 200 + "a"), 2) == "aA"
 
-    def __init__(self, capacity: int) -> None:
-        self.growth = 2.0 ** (1.0 / (HALF_LIFE * capacity))
-        self.score: dict[Hashable, float] = {}
-        self.uses: list[Hashable] = []
-        self.held: set[Hashable] = set()
 
-    def use(self, key: Hashable) -> None:
-        self.uses.append(key)
-        self.score[key] = self.score.get(key, 0.0) + self.growth ** len(self.uses)
+class PlainNextUse:
+    """When each is expected to be needed, by the definition: shares are sums over all calls of its layer."""
 
-    def add(self, key: Hashable) -> None:
+    def __init__(self, layers: int, experts: int) -> None:
+        self.layers, self.experts = layers, experts
+        self.calls: list[Call] = []
+        self.held: set[Key] = set()
+
+    def call(self, call: Call) -> None:
+        self.calls.append(call)
+
+    def use(self, key: Key) -> None:
+        pass
+
+    def add(self, key: Key) -> None:
         self.held.add(key)
-        self.use(key)
 
-    def evict(self, pinned: Container[Hashable] = frozenset()) -> Hashable | None:
-        last = {key: i for i, key in enumerate(self.uses)}
-        free = [key for key in self.held if key not in pinned]
-        victim = min(free, key=lambda key: (round(self.score[key], 9), last[key]), default=None)
-        self.held.discard(victim)
-        return victim
+    def due(self, key: Key) -> float:
+        layer, expert = key
+        chance = 0.0
+        for half_life, weight in zip(HALF_LIVES, WEIGHTS, strict=True):
+            later = 0  # tokens of the layer since then
+            for call in reversed([call for call in self.calls if call.layer == layer]):
+                part = 0.5 ** (later / half_life) - 0.5 ** ((later + call.tokens) / half_life)
+                chance += weight * part * call.counts.get(expert, 0) / call.tokens
+                later += call.tokens
+        rounds = self.calls[-1].layer if self.calls else -1
+        return (layer - rounds - 1) % self.layers / self.layers + 1 / max(chance, 1e-9)
 
-    def remove(self, key: Hashable) -> None:
+    def remove(self, key: Key) -> None:
         self.held.remove(key)
 
 
-@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from("uepr"), st.sampled_from("abcdef")), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from("ccepr"), st.text("abcd", min_size=1, max_size=6), st.booleans()), max_size=30)
+)
 @settings(max_examples=300, deadline=None)
-def test_lfu_is_what_it_says(capacity: int, steps: list[tuple[str, str]]) -> None:
-    policy, plain = LFU(capacity), PlainLFU(capacity)
-    for what, key in steps:
-        if what == "u":
+def test_next_use_is_what_it_says(steps: list[tuple[str, str, bool]]) -> None:
+    policy, plain = NextUse(2, 4), PlainNextUse(2, 4)
+    for what, letters_of, upper in steps:
+        needed = call(letters_of.upper() if upper else letters_of, tokens=len(letters_of))
+        first = needed.keys[0]
+        if what == "c":
             for each in (policy, plain):
-                (each.use if key in plain.held else each.add)(key)
-        elif what == "r" and key in plain.held:
-            policy.remove(key)
-            plain.remove(key)
+                each.call(needed)
+            for each_key in needed.keys:
+                known = each_key in plain.held
+                for each in (policy, plain):
+                    (each.use if known else each.add)(each_key)
+        elif what == "r" and first in plain.held:
+            policy.remove(first)
+            plain.remove(first)
         elif what in "ep":
-            pinned = {key} if what == "p" else set()
-            assert policy.evict(pinned) == plain.evict(pinned)
-    assert evicted(policy, 7) == evicted(plain, 7)
+            pinned = set(needed.keys) if what == "p" else set()
+            victim = policy.evict(pinned)
+            assert (victim is None) == (not plain.held - pinned)
+            if victim is not None:
+                assert victim in plain.held - pinned
+                latest = max(plain.due(other) for other in plain.held - pinned)
+                assert plain.due(victim) == pytest.approx(latest, rel=1e-6)  # of equals, any
+                plain.held.remove(victim)
 
 
-def test_s3_fifo_keeps_what_was_used_again_from_a_scan() -> None:
-    # Capacity 10: the small queue is 1. a and b were used again and move on; the scan goes first in, first out.
-    policy = filled(S3FIFO(10), "abcde", "ab")
-    assert evicted(policy, 3) == ["c", "d", "e"]
-    filled(policy, "fg")
-    assert evicted(policy, 1) == ["f"]
-    assert evicted(policy, 3) == ["g", "a", "b"]
-
-
-def test_s3_fifo_takes_back_what_its_ghost_queue_names() -> None:
-    policy = filled(S3FIFO(10), "abc")
-    assert evicted(policy, 1) == ["a"]
-    filled(policy, "ad")  # a is known: it goes to the main queue, behind nobody
-    assert evicted(policy, 3) == ["b", "c", "d"]
-    assert evicted(policy, 1) == ["a"]
-
-
-def test_s3_fifo_counts_at_most_three_uses() -> None:
-    policy = filled(S3FIFO(10), "abc", "ab")
-    assert evicted(policy, 1) == ["c"]  # a and b have moved on, and are counted anew
-    filled(policy, "", "a" * 9 + "bbb")
-    assert evicted(policy, 2) == ["a", "b"]
+def test_next_use_takes_no_longer_than_a_layer_may_wait() -> None:
+    # OLMoE's shape: what a layer adds to a token of some 50 ms.
+    policy = NextUse(16, 64)
+    draw = random.Random(0)
+    took = []
+    for _ in range(50):
+        for layer in range(16):
+            needed = Call(layer, 1, dict.fromkeys(draw.sample(range(64), 8), 1))
+            began = time.perf_counter()
+            policy.call(needed)
+            for one in needed.keys[:4]:
+                policy.add(one)
+                policy.evict(set(needed.keys))
+            took.append(time.perf_counter() - began)
+    assert sorted(took)[len(took) // 2] < 1e-3
 
 
 def test_belady_lets_go_what_is_needed_latest() -> None:
@@ -165,33 +198,34 @@ def test_belady_lets_go_what_is_needed_latest() -> None:
     assert best("abcabcabc", 2) == "mmmhhmhhm"
 
 
-def plain_belady(calls: Sequence[Sequence[str]], capacity: int) -> list[list[bool]]:
+def plain_belady(words: Sequence[str], capacity: int) -> list[list[bool]]:
     """The definition: of all that is held, what is needed latest goes."""
-    flat = "".join(key for keys in calls for key in keys)
+    once = ["".join(dict.fromkeys(word)) for word in words]
+    flat = "".join(once)
     held: set[str] = set()
     found: list[bool] = []
-    for i, key in enumerate(flat):
-        found.append(key in held)
-        held.add(key)
+    for i, letter in enumerate(flat):
+        found.append(letter in held)
+        held.add(letter)
         if len(held) > capacity:
             held.remove(max(held, key=lambda other: flat.find(other, i + 1) % (len(flat) + 1)))  # -1 is after the end
     left = iter(found)
-    return [[next(left) for _ in keys] for keys in calls]
+    return [[next(left) for _ in word] for word in once]
 
 
-@given(calls=st.lists(st.text("abcdefgh", max_size=5), max_size=25), capacity=st.integers(0, 9))
+@given(words=st.lists(st.text("abcdefgh", max_size=5), max_size=25), capacity=st.integers(0, 9))
 @settings(max_examples=300)
-def test_belady_is_what_it_is_defined_as(calls: list[str], capacity: int) -> None:
-    assert belady(calls, capacity) == plain_belady(calls, capacity)
+def test_belady_is_what_it_is_defined_as(words: list[str], capacity: int) -> None:
+    assert belady(calls(words), capacity) == plain_belady(words, capacity)
 
 
 def test_a_large_cache_takes_belady_no_longer_than_a_small_one() -> None:
     draw = random.Random(0)
-    calls = [[draw.randrange(20_000)] for _ in range(20_000)]
+    trace = [Call(0, 1, {draw.randrange(20_000): 1}) for _ in range(20_000)]
 
     def seconds(capacity: int) -> float:
         began = time.process_time()
-        belady(calls, capacity)
+        belady(trace, capacity)
         return time.process_time() - began
 
     # Where each miss looks at all that is held, it takes forty times as long.
@@ -200,46 +234,45 @@ def test_a_large_cache_takes_belady_no_longer_than_a_small_one() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_is_pinned_stays(name: str) -> None:
-    policy = filled(POLICIES[name](4), "abcd", "ccdd")
+    policy = filled(POLICIES[name](1, 4), "abcd", "ccdd")
     assert set(evicted(policy, 2, pinned="ac")) == {"b", "d"}
-    assert evicted(policy, 1, pinned="ac") == [None]
+    assert evicted(policy, 1, pinned="ac") == "-"
     assert set(evicted(policy, 2)) == {"a", "c"}
-    assert evicted(policy, 1) == [None]
+    assert evicted(policy, 1) == "-"
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_was_removed_is_gone(name: str) -> None:
-    policy = filled(POLICIES[name](4), "abc", "ab")
-    policy.remove("b")
-    assert set(evicted(policy, 3)) == {"a", "c", None}
+    policy = filled(POLICIES[name](1, 4), "abc", "ab")
+    policy.remove(key("b"))
+    assert set(evicted(policy, 3)) == {"a", "c", "-"}
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_call_that_fits_does_not_push_itself_out(name: str) -> None:
     # Three needed together in a cache of three: the two that are there must not give way to the third.
-    assert word(simulate(name, ["ab", "c", "abd", "abd"], 3)) == "mmmhhmhhh"
+    assert hits(name, ["ab", "c", "abd", "abd"], 3) == "mmmhhmhhh"
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_policy_holds_more_than_it_may_or_beats_the_best(name: str) -> None:
     draw = random.Random(0)
-    calls = [draw.sample(range(30), 4) for _ in range(400)]
+    trace = [Call(0, 1, dict.fromkeys(draw.sample(range(30), 4), 1)) for _ in range(400)]
     for capacity in (4, 9, 20):
-        found = sum(hit for call in simulate(name, calls, capacity) for hit in call)
-        bound = sum(hit for call in belady(calls, capacity) for hit in call)
+        found = sum(hit for call in simulate(name, trace, capacity) for hit in call)
+        bound = sum(hit for call in belady(trace, capacity) for hit in call)
         assert 0 < found <= bound
-    assert sum(hit for call in simulate(name, calls, 30) for hit in call) == 1600 - 30
+    assert sum(hit for call in simulate(name, trace, 30) for hit in call) == 1600 - 30
 
 
-@pytest.mark.parametrize("name", ["lfu", "s3-fifo"])
-def test_a_long_scan_does_not_empty_the_cache(name: str) -> None:
-    popular = [[0, 1, 2, 3]] * 12
-    scan = [[i] for i in range(100, 160)]
-    after = simulate(name, [*popular, *scan, *popular], 8)[-12]
+def test_a_long_scan_does_not_empty_the_cache() -> None:
+    popular = ["abcd"] * 12
+    scan = list("efghijklmnopqrst")
+    after = simulate("next-use", calls([*popular, *scan, *popular]), 8)[-12]
     assert after == [True] * 4
-    assert simulate("lru", [*popular, *scan, *popular], 8)[-12] == [False] * 4
+    assert simulate("lru", calls([*popular, *scan, *popular]), 8)[-12] == [False] * 4
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="policy = 'fifo': one of lru, lfu, s3-fifo"):
+    with pytest.raises(ConfigError, match="policy = 'fifo': one of lru, next-use"):
         simulate("fifo", [], 3)

@@ -60,6 +60,7 @@ def packed(folder: Path, layers: Sequence[Experts], bits: int = 0, group: int = 
 
 def opened(path: Path, slots: int, *, top_k: int = K, direct: bool = True, **kwargs: Any) -> Store:
     file = PackFile(path, direct=direct)
+    kwargs.setdefault("read_ahead", True)
     return Store(file, slots * file.layout.record_bytes, top_k=top_k, **kwargs)
 
 
@@ -112,7 +113,7 @@ def test_any_memory_gives_the_same_bits(
     calls = [(torch.randn(T, D).to(dtype), routing_of(T, drop=drop, taste=4)) for T, drop in
              ((1, 0), (7, 0), (60, 0), (40, 0.5), (1, 0), (0, 0))]  # fmt: skip
     with torch.no_grad():
-        for slots, policy in ((K, "lru"), (K + 2, "lfu"), (E, "s3-fifo"), (E + 5, "lfu"), (2 * E, "lru")):
+        for slots, policy in ((K, "lru"), (K + 2, "next-use"), (E, "next-use"), (E + 5, "next-use"), (2 * E, "lru")):
             with opened(path, slots, policy=policy) as store:
                 for x_TD, routing in calls:
                     for i in range(2):
@@ -619,7 +620,7 @@ def test_a_guess_on_its_way_is_hurried_and_waited_for(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("slots", [K, K + 1, K + 2, 9, 17, 30])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "s3-fifo"])
+@pytest.mark.parametrize("policy", ["lru", "next-use"])
 def test_no_deadlock_and_no_slot_lost(tmp_path: Path, slots: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random calls and guesses, reads of random length of which some fail: every output is right or an error."""
     whole = layers(3, backend=BACKEND)
