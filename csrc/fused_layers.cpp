@@ -309,10 +309,10 @@ DenseHalf dense_half(Operands& next) {
   return {next.tensor(), next.number(), maps_of(next), next.text(), next.number()};
 }
 
-// All layers of a step. `numbers` (float64) and `tensors`: how many layers there are, and of each the operands of
-// `attend_layer`, without those that change with every step, whether it is a mixture, and the operands of `moe_layer`
-// (nothing chosen nor dropped) or of `feed_forward_layer`. Keys, values and lengths: those of each layer's caches.
-// Gives x, and for each mixture what `route` gives.
+// All layers of a step and the norm after them. `numbers` (float64) and `tensors`: how many layers there are; of each the
+// operands of `attend_layer` without those that change with every step, whether it is a mixture, and the operands of
+// `moe_layer` or of `feed_forward_layer`; then the norm's. Keys, values and lengths: those of each layer's caches.
+// Gives the normed x, and for each mixture what `route` gives.
 Tensors layers(Tensor x, Tensors tensors, Tensor numbers, Tensor cos, Tensor sin, Tensors keys, Tensors values,
                std::vector<int64_t> lengths) {
   STD_TORCH_CHECK(numbers.dim() == 1 && numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Double,
@@ -336,8 +336,9 @@ Tensors layers(Tensor x, Tensors tensors, Tensor numbers, Tensor cos, Tensor sin
       x = feed(x, dense_half(next));
     }
   }
+  const Norm norm = {next.tensor(), next.number()};
   STD_TORCH_CHECK(next.done(), "operands are left over");
-  made[0] = x;
+  made[0] = rms_norm(x, norm);
   return made;
 }
 

@@ -21,4 +21,18 @@ void add_gemv_items(std::vector<GemvItem>& items, const Stack& stack, int64_t ma
   }
 }
 
+void taper(std::vector<GemvItem>& items) {
+  constexpr size_t kLast = 4;
+  constexpr int64_t kParts = 4, kLeast = 64;  // rows: fewer would make many short streams
+  if (items.size() < 2 * kLast) return;
+  const std::vector<GemvItem> last(items.end() - kLast, items.end());
+  items.resize(items.size() - kLast);
+  for (const GemvItem& item : last) {
+    const int64_t some = std::max((item.rows / kParts + 15) / 16 * 16, kLeast);
+    for (int64_t r = 0; r < item.rows; r += some) {
+      items.push_back({item.matrix, item.count, item.first, item.row + r, std::min(some, item.rows - r)});
+    }
+  }
+}
+
 }  // namespace handful

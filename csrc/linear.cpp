@@ -23,9 +23,12 @@ void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, i
   std::vector<size_t> matrix;  // of each item
   for (size_t m = 0; m < stacks.size(); ++m) {
     out[m] = m == 0 ? out_buffer.as<float>() : out[m - 1] + tokens * stacks[m - 1].rows;
+    std::vector<GemvItem> own;
     if (stacks[m].rows > 0) {
-      add_gemv_items(items, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
+      add_gemv_items(own, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
     }
+    if (m + 1 == stacks.size()) taper(own);
+    items.insert(items.end(), own.begin(), own.end());
     matrix.resize(items.size(), m);
   }
   if (items.empty()) return;

@@ -80,29 +80,34 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
                 routings.append(routing)
         del left[: len(ready)]
         fusible = bool(left) and unobserved(x_BSD, KINDS)
-    return x_BSD, routings
+    return decoder.norm(x_BSD), routings
 
 
 def _planned(decoder: Any, x_BSD: Tensor, tokens: int, span: Span) -> Step | None:
     """The step that was planned of such an x, if it can be made."""
     plan = _plans.get(decoder, {}).get(_kind(x_BSD, tokens, span))
-    operands = None if plan is None else plan.operands(decoder._modules["layers"], span)
-    return (
-        None if plan is None or operands is None else Step(Operation(torch.ops.handful.layers.default, operands), plan)
-    )
+    operands = None if plan is None else plan.operands(span, *_planned_of(decoder))
+    return None if operands is None else Step(Operation(torch.ops.handful.layers.default, operands))
 
 
 def _plan(decoder: Any, x_BSD: Tensor, tokens: int, span: Span, halves: Sequence[Halves]) -> None:
     """Plan the next steps of such an x."""
-    given = []
+    norm, given = norm_operands(decoder._modules["norm"]), []
+    if norm is None:
+        return
     for attention, feed in halves:
         assert attention is not None
         assert feed is not None
         fixed = [value for name, value in zip(ATTENTION, attention.operands, strict=True) if name not in CHANGING]
         given.append((fixed, feed.operation.operands, feed.routes))
-    plan = Plan(decoder._modules["layers"], given)
+    plan = Plan(given, norm, *_planned_of(decoder))
     if plan.usable:
         _plans.setdefault(decoder, {})[_kind(x_BSD, tokens, span)] = plan
+
+
+def _planned_of(decoder: Any) -> tuple[nn.Module, nn.Module]:
+    """The modules that are planned with."""
+    return decoder._modules["layers"], decoder._modules["norm"]
 
 
 def _kind(x_BSD: Tensor, tokens: int, span: Span) -> tuple[Any, ...]:
@@ -164,10 +169,9 @@ class Feed(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The operation of all layers."""
+    """The operation of all layers and the last norm."""
 
     operation: Operation
-    plan: Plan
 
     def run(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
         x, *made = self.operation.run(x)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from handful.experts.quantized import PackedWeight
 from handful.positions import Span
 from handful.quantize import Packed
 
@@ -24,36 +25,45 @@ __all__ = ["Plan"]
 
 
 class Plan:
-    """A decoder's layers as one operation.
+    """A decoder's layers and last norm as one operation.
 
-    layers   its blocks.
-    halves   of each, the operands of its attention that do not change from step to step, those of its second half, and
-             whether that is a mixture.
+    halves    of each layer, the operands of its attention that do not change from step to step, those of its second
+              half, and whether that is a mixture.
+    norm      the last norm's.
+    modules   that they were taken from, with all that is in them.
     """
 
-    def __init__(self, layers: nn.Module, halves: Sequence[tuple[Sequence[Any], Sequence[Any], bool]]) -> None:
+    def __init__(
+        self, halves: Sequence[tuple[Sequence[Any], Sequence[Any], bool]], norm: Sequence[Any], *modules: nn.Module
+    ) -> None:
         numbers, tensors = [float(len(halves))], list[Tensor]()
         for attention, feed, routes in halves:
             _write([*attention, routes, *feed], numbers, tensors)
+        _write(norm, numbers, tensors)
         self._layers, self._numbers = len(halves), torch.tensor(numbers, dtype=torch.float64)
-        modules = [*layers.modules()]
+        every = [module for top in modules for module in top.modules()]
         # While these live, nothing else has their ids.
-        self._modules = [*map(weakref.ref, modules)]
-        own = [module.__dict__ for module in modules]
-        self._attributes = [_attributes(of) for of in own]
-        self._was, weights = self._state(modules)
+        self._modules, self._tops = [*map(weakref.ref, every)], [every.index(top) for top in modules]
+        self._attributes = [_attributes(module.__dict__) for module in every]
+        self._parents, with_parameters, with_buffers = (
+            [i for i, module in enumerate(every) if module.__dict__[kind]]
+            for kind in ("_modules", "_parameters", "_buffers")
+        )
+        self._holders = [*((i, "_parameters") for i in with_parameters), *((i, "_buffers") for i in with_buffers)]
+        self._called = [i for i, module in enumerate(every) if not isinstance(module, nn.ModuleList | PackedWeight)]
+        self._was, weights = self._state(every)
         places = {id(weight): place for place, weight in enumerate(weights) if weight is not None}
         # One that is no module's own, such as a bias that was turned to another dtype, cannot be found again.
         self.usable = all(id(tensor) in places for tensor in tensors)
         self._places = [places[id(tensor)] for tensor in tensors] if self.usable else []
 
-    def operands(self, layers: nn.Module, span: Span) -> tuple[Any, ...] | None:
+    def operands(self, span: Span, *modules: nn.Module) -> tuple[Any, ...] | None:
         """Of `torch.ops.handful.layers`, without x; None if something has changed."""
-        modules = [module() for module in self._modules]
-        if modules[0] is not layers or None in modules:
+        every = [module() for module in self._modules]
+        if [every[top] for top in self._tops] != [*modules] or None in every:
             return None
         try:
-            state, weights = self._state(cast(list[nn.Module], modules))
+            state, weights = self._state(cast(list[nn.Module], every))
             if state != self._was:
                 return None
         except (KeyError, RuntimeError, TypeError, ValueError):  # it lacks what it had, or has what does not compare
@@ -67,15 +77,14 @@ class Plan:
     def _state(self, modules: Sequence[nn.Module]) -> tuple[list[Any], list[Tensor | None]]:
         """What the modules are: classes, attributes, hooks, children, names and dtypes of weights; and the weights."""
         own = [module.__dict__ for module in modules]
-        children = [of["_modules"].values() for of in own]
-        held = [of["_parameters"] for of in own] + [of["_buffers"] for of in own]
+        held = [own[i][kind] for i, kind in self._holders]
         weights = [*chain.from_iterable(map(dict.values, held))]
         state = [
             [*map(type, modules)],
             [*map(len, own)],
             [attributes(of) for attributes, of in zip(self._attributes, own, strict=True)],
-            [of["_forward_hooks"] or of["_forward_pre_hooks"] or None for of in own],
-            [*map(id, chain.from_iterable(children))],
+            [own[i]["_forward_hooks"] or own[i]["_forward_pre_hooks"] or None for i in self._called],
+            [*map(id, chain.from_iterable([own[i]["_modules"].values() for i in self._parents]))],
             [*chain.from_iterable(held)],
             [None if weight is None else weight.dtype for weight in weights],
         ]

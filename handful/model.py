@@ -122,13 +122,12 @@ class Decoder(nn.Module):
         x_BSD, routings = self.through_layers(x_BSD, span, choices)
         if cache is not None:
             cache.advance(S)
-        x_BSD = self.norm(x_BSD)
         # The logits are divided by it; so is what they are made of, for all who make them.
         return x_BSD if self.config.logits_scale == 1 else x_BSD / self.config.logits_scale, routings
 
     @with_kernel(fused.layers)
     def through_layers(self, x_BSD: Tensor, span: Span, choices: Sequence[Told | None]) -> tuple[Tensor, list[Routing]]:
-        """x through all layers, and the MoE layers' routings."""
+        """x through all layers and the last norm, and the MoE layers' routings."""
         routings = []
         for block, choice in zip(self.layers, choices, strict=True):
             if self.activation_checkpoint and self.training and not span.caches:
@@ -137,7 +136,7 @@ class Decoder(nn.Module):
                 x_BSD, routing = block(x_BSD, span, choice)
             if routing is not None:
                 routings.append(routing)
-        return x_BSD, routings
+        return self.norm(x_BSD), routings
 
     @property
     def output_weight(self) -> Tensor:

@@ -25,8 +25,8 @@ __all__ = ["LRU", "POLICIES", "Call", "Key", "NextUse", "Policy", "belady", "che
 
 Key = tuple[int, int]  # (layer, expert)
 Floats = npt.NDArray[np.float64]
-# Tokens after which a token counts half, and what the two shares weigh. Chosen on texts that docs/memory.md's tables do
-# not count; half or twice of them hit as often within 0.3 %.
+# Tokens after which a token counts half, and what the two shares weigh (docs/memory.md says on which texts they were
+# chosen): half or twice of them hit as often within a point.
 HALF_LIVES, WEIGHTS = (1.0, 32.0), np.array((0.25, 0.75))
 NEVER = 1e-9  # a chance of none
 NOTHING: frozenset[Key] = frozenset()

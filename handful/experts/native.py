@@ -20,7 +20,13 @@ from handful.experts.linear import Linear
 from handful.experts.reference import Fetch
 from handful.experts.weights import ExpertWeights, compute_dtype
 from handful.kernels.dispatch import is_unmodified, unhooked
-from handful.kernels.extension import DTYPES, available, translate_error
+from handful.kernels.extension import (
+    DTYPES,
+    ROUTER_KERNEL_MAX_TOKENS,
+    available,
+    native_max_tokens,
+    translate_error,
+)
 from handful.machine import native_error
 from handful.routing import Routing
 
@@ -77,25 +83,36 @@ def native(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
 
 def one_expert(network: Any, x: Tensor) -> Any:
-    """FeedForward.forward with gradients: one expert that every token chose. Through torch, hidden values go to memory
-    and come back for each product, for the activation, and for all their gradients."""
-    if not (torch.is_grad_enabled() and available() and unhooked()):
+    """FeedForward.forward with gradients, or of many tokens: one expert that every token chose. Through torch, hidden
+    values go to memory and come back for each product, for the activation, and for all their gradients."""
+    if not (available() and unhooked()):
         return NotImplemented
     gate_up, down = network.gate_up, network.down
     if not (_is_plain(gate_up) and _is_plain(down)) or x.shape[-1] != gate_up.in_features:
         return NotImplemented
     first, second = gate_up.weight, down.weight
+    with_gradients = torch.is_grad_enabled() and (x.requires_grad or first.requires_grad or second.requires_grad)
+    if not (with_gradients or _are_many(x.shape[:-1].numel(), compute_dtype(x))):
+        return NotImplemented
     weights = ExpertWeights(
         first.unsqueeze(0), None, second.unsqueeze(0), None, None, None, network.activation, down.in_features
     ).contiguous()
     alike = torch.is_autocast_enabled(x.device.type) or x.dtype == first.dtype == second.dtype
-    needed = x.requires_grad or first.requires_grad or second.requires_grad
-    if not (alike and needed and supports(x, weights)):
+    if not (alike and supports(x, weights)):
         return NotImplemented
     x_TD, bf16 = x.reshape(-1, x.shape[-1]).contiguous(), compute_dtype(x) == torch.bfloat16
     routing = torch.zeros(len(x_TD), 1, dtype=torch.long), torch.ones(len(x_TD), 1), None
-    y_TD, _ = _call(torch.ops.handful.experts_forward, x_TD, *routing, *_floats(weights), bf16, False)
+    if with_gradients:
+        y_TD, _ = _call(torch.ops.handful.experts_forward, x_TD, *routing, *_floats(weights), bf16, False)
+    else:
+        y_TD = _apply(x_TD, *routing, weights)
     return y_TD.view(x.shape)
+
+
+def _are_many(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether so many tokens without gradients pass a network more quickly as an expert than through torch: more than
+    pass a block as one operation, in float32, and in bfloat16 where no instruction multiplies it."""
+    return tokens > ROUTER_KERNEL_MAX_TOKENS and (dtype == torch.float32 or native_max_tokens(dtype) is None)
 
 
 def _is_plain(module: nn.Module) -> bool:

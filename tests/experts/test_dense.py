@@ -1,5 +1,5 @@
-"""A dense network in training is one expert by the kernels: its outputs and gradients are those of the formula, and
-what a user does to its matrices is honoured.
+"""A dense network in training, and of many tokens, is one expert by the kernels: outputs and gradients are those of the
+formula, and what a user does to its matrices is honoured.
 
 Legend: T tokens · D model width · F hidden width
 """
@@ -7,6 +7,7 @@ Legend: T tokens · D model width · F hidden width
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 
 from handful.config import Activation
 from handful.experts import FeedForward, Linear
-from handful.kernels.extension import available
+from handful.kernels.extension import ROUTER_KERNEL_MAX_TOKENS, available, native_max_tokens
 
 if not available():
     pytest.skip("without the kernels there is one way alone", allow_module_level=True)
+
+# The module, and not the function of its name.
+native_module: Any = importlib.import_module("handful.experts.native")
 
 # As in test_native.py.
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 1.2e-2}
@@ -94,6 +98,40 @@ def test_one_operation_where_gradients_are_asked_for() -> None:
     assert passed(network, x, torch.ones_like(x)).keys() == {"y", "x"}
 
 
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations that networks were given to."""
+    names: list[str] = []
+    real = native_module._call
+
+    def spy(operation: Any, *given: Any) -> Any:
+        names.append(str(operation).rpartition(".")[2])
+        return real(operation, *given)
+
+    monkeypatch.setattr(native_module, "_call", spy)
+    return names
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_many_tokens_without_gradients(activation: Activation, dtype: torch.dtype, called: list[str]) -> None:
+    """They are the formula, and each has the same bits among any number of others that is more than a few."""
+    network, x_TD = FeedForward(40, 72, activation).to(dtype), torch.randn(150, 40).to(dtype)
+    want = copy.deepcopy(network).to(F64)(x_TD.double()).detach()
+    ours = dtype == torch.float32 or native_max_tokens(dtype) is None
+    with torch.inference_mode():
+        for count in (ROUTER_KERNEL_MAX_TOKENS + 1, 64, 150):
+            got = network(x_TD[:count])
+            assert got.dtype == dtype
+            assert distance(got, want[:count]) < BOUND[dtype]
+            if ours:
+                assert got.equal(network(x_TD)[:count])
+        assert called == ["experts"] * (6 if ours else 0)
+        called.clear()
+        assert distance(network(x_TD[:ROUTER_KERNEL_MAX_TOKENS]), want[:ROUTER_KERNEL_MAX_TOKENS]) < BOUND[dtype]
+        assert called == []
+
+
 def test_other_dtypes_are_torchs() -> None:
     assert not is_one_operation(FeedForward(8, 12).double(), torch.randn(5, 8, dtype=F64))
     with pytest.raises(RuntimeError, match="dtype"):
@@ -129,6 +167,7 @@ def test_what_a_user_does_to_its_matrices_is_honoured(change: Any) -> None:
     network, x = FeedForward(8, 12), torch.randn(5, 8)
     change(network)
     assert not is_one_operation(network, x)
-    with torch.no_grad():  # its body
-        want = network.down(nn.functional.silu((h := network.gate_up(x))[:, :12]) * h[:, 12:])
-    assert distance(network(x), want) < 1e-6
+    for some in (x, torch.randn(50, 8)):
+        with torch.no_grad():  # its body
+            want = network.down(nn.functional.silu((h := network.gate_up(some))[:, :12]) * h[:, 12:])
+            assert distance(network(some), want) < 1e-6
