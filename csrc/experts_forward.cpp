@@ -220,8 +220,8 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor chosen, Tensor weigh
   const ExpertsCall call = make_call(x, assignments, given, bf16);
   const int64_t tokens = x.size(0), panels = most_panels(chosen.size(0) * chosen.size(1), call.experts);
   Tensor y = fresh({tokens, call.width}, type_of(bf16 && !whole));
-  Tensor kept = fresh({panels, call.gate_up.rows, kPanel}, type_of(bf16));
-  use_huge_pages(kept.mutable_data_ptr(), kept.numel() * bytes_of(call.type()));
+  Tensor kept = lasting({panels, call.gate_up.rows, kPanel}, type_of(bf16),
+                        panels * call.gate_up.rows * kPanel * bytes_of(call.type()));
   const Type type = whole ? Type::kFloat32 : call.type();
   run(call, 0, tokens, static_cast<char*>(y.mutable_data_ptr()), type, kept.mutable_data_ptr());
   return {y, kept};

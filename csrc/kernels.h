@@ -233,6 +233,8 @@ struct Gemv {
   // RMSNorm, x · weight / sqrt(mean(x²) + eps), of one row; the weight is of `type`. `out` may be `x`.
   void (*normalize)(float* out, const float* x, const char* weight, Type type, float eps, int64_t width);
   void (*attend)(const Attend& job);
+  // `count` numbers become their softmax; returns the logarithm of the sum of their exponentials.
+  float (*softmax)(float* numbers, int64_t count);
   // A router's scores: the softmax of `count` logits, or a sigmoid of each.
   void (*score)(float* out, const float* logits, bool sigmoids, int64_t count);
 };

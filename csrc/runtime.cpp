@@ -2,7 +2,9 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -22,6 +24,7 @@ struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;
   int64_t bytes = 0;
+  int64_t lasting = 0, most_lasting = 0;  // bytes of tensors that live now, and that lived at once
 };
 
 Kept& kept() {
@@ -81,11 +84,34 @@ Buffer::~Buffer() {
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.blocks.push_back({data_, bytes_});
   all.bytes += bytes_;
-  while (all.bytes > kKeptBytes) {  // the oldest first
+  while (all.bytes > kKeptBytes + all.most_lasting) {  // the oldest first
     std::free(all.blocks.front().data);
     all.bytes -= all.blocks.front().bytes;
     all.blocks.erase(all.blocks.begin());
   }
+}
+
+torch::stable::Tensor lasting(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type, int64_t bytes) {
+  Buffer buffer(std::max<int64_t>(bytes, 1));
+  const int64_t held = buffer.bytes();
+  {
+    Kept& all = kept();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.lasting += held;
+    all.most_lasting = std::max(all.most_lasting, all.lasting);
+  }
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * std::max<int64_t>(shape[d - 1], 1);
+  void* const data = buffer.as<void>();
+  auto owner = std::make_shared<Buffer>(std::move(buffer));
+  auto give_back = [owner, held](void*) mutable {
+    owner.reset();
+    Kept& all = kept();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.lasting -= held;
+  };
+  return torch::stable::from_blob(data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
+                                  give_back);
 }
 
 void use_huge_pages(void* data, int64_t bytes) {

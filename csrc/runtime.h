@@ -2,10 +2,12 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace handful {
 
@@ -28,11 +30,16 @@ class Buffer {
   T* as() const {
     return static_cast<T*>(data_);
   }
+  int64_t bytes() const { return bytes_; }
 
  private:
   void* data_ = nullptr;
   int64_t bytes_ = 0;
 };
+
+// The same as a tensor's memory, from the forward pass to the backward pass. As much as lived at once is kept for the
+// next step beside the rest.
+torch::stable::Tensor lasting(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type, int64_t bytes);
 
 // Asks for huge pages in a large block before it is first written: the system clears 2 MiB at once, and not 4 KiB at
 // each of 512 faults.

@@ -16,9 +16,24 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from handful import kernels
+from handful.kernels import with_kernel
+
 __all__ = ["linear_cross_entropy"]
 
 CHUNK = 1 << 20  # logits in a chunk
+
+
+@with_kernel(kernels.softmax_loss)
+def softmax_loss(logits_cV: Tensor, targets_c: Tensor) -> Tensor | float:
+    """The sum over tokens of -log softmax(logits)[target], in nats. The logits become its gradient by them:
+    probabilities - one-hot(target)."""
+    logp_cV = logits_cV.log_softmax(-1)
+    target_c1 = targets_c.unsqueeze(1)
+    loss = -logp_cV.gather(1, target_c1).sum()
+    torch.exp(logp_cV, out=logits_cV)
+    logits_cV.scatter_add_(1, target_c1, logits_cV.new_full(target_c1.shape, -1.0))
+    return loss
 
 
 class _LinearCrossEntropy(Function):
@@ -31,13 +46,11 @@ class _LinearCrossEntropy(Function):
         grad_w_VD = torch.zeros(w_VD.shape, dtype=total.dtype, device=w_VD.device) if grads else None
         step = max(1, CHUNK // V)
         for first in range(0, T, step):
-            x_cD, target_c1 = x_TD[first : first + step], targets_T[first : first + step].unsqueeze(1)
-            logp_cV = (x_cD @ w_VD.mT).to(total.dtype).log_softmax(-1)
-            total -= logp_cV.gather(1, target_c1).sum()
+            x_cD, targets_c = x_TD[first : first + step], targets_T[first : first + step]
+            diff_cV = (x_cD @ w_VD.mT).to(total.dtype)
+            total += softmax_loss(diff_cV, targets_c)
             if grad_x_TD is not None and grad_w_VD is not None:
-                # d loss / d logits = probabilities - one-hot(target); the division by T waits for the end.
-                diff_cV = logp_cV.exp_()
-                diff_cV.scatter_add_(1, target_c1, diff_cV.new_full(target_c1.shape, -1.0))
+                # The division by T waits for the end.
                 diff_cV = diff_cV.to(x_TD.dtype)
                 torch.mm(diff_cV, w_VD, out=grad_x_TD[first : first + step])
                 if diff_cV.dtype == grad_w_VD.dtype:

@@ -27,6 +27,7 @@ from handful.experts import Experts
 from handful.experts.quantize_model import quantize_model
 from handful.experts.quantized import QuantizedExperts, QuantizedLinear
 from handful.kernels.extension import available
+from handful.loss import linear_cross_entropy
 from handful.machine import machine, native_error
 from handful.model import Decoder
 from handful.positions import KVCache
@@ -152,6 +153,19 @@ def train(dtype: torch.dtype) -> float:
     return worst
 
 
+def loss() -> float:
+    """The next-token loss and its gradients beside those of float64."""
+    torch.manual_seed(2)
+    x_TD, w_VD, targets_T = torch.randn(30, 24), torch.randn(50, 24), torch.randint(50, (30,))
+    found = []
+    for dtype in (F32, F64):
+        x, w = (t.to(dtype).requires_grad_() for t in (x_TD, w_VD))
+        made = linear_cross_entropy(x, w, targets_T)
+        made.backward()
+        found.append([made, x.grad, w.grad])
+    return max(apart(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+
+
 def main(level: str) -> None:
     kernels = available()
     isa = set(machine().isa if kernels else ())
@@ -168,6 +182,9 @@ def main(level: str) -> None:
             # Codes meet tokens as whole numbers: in bfloat16 of 8 bits.
             print(f"{str(dtype)[6:]}{f' int{bits}/{group}' if bits else ''}: {off:.1e} off", flush=True)
             assert off <= bound[dtype], (dtype, bits, group, off)
+        off = loss()
+        print(f"loss: {off:.1e} off", flush=True)
+        assert off <= 1e-5
         for dtype in (F32, BF16):
             off = train(dtype)
             print(f"{str(dtype)[6:]} gradients: {off:.1e} off", flush=True)

@@ -28,7 +28,6 @@ TIERS = [
         "routing",
         "ranks",
         "meta_device",
-        "loss",
         "count",
         "cost",
         "lazy_tensors",
@@ -43,6 +42,7 @@ TIERS = [
         "data",
         "quantize",
         "kernels",
+        "loss",
     ],
     ["experts", "balance", "observe"],
     [

@@ -10,12 +10,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import distance
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from handful import loss as module
 from handful.config import ModelConfig
+from handful.errors import HandfulError
+from handful.kernels import operations
+from handful.kernels.extension import available
 from handful.loss import linear_cross_entropy
 from handful.model import Decoder
 
@@ -202,3 +206,47 @@ def test_tied_embeddings_get_both_gradients() -> None:
     assert head.grad is not None
     assert model.embed.weight.grad is not None
     assert error(head.grad, model.embed.weight.grad) > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel.
+
+
+@pytest.mark.skipif(not available(), reason="no kernels")
+def test_a_chunk_s_loss_is_exact_where_probabilities_are_nothing() -> None:
+    """A target that float32 gives no probability has its distance from the largest logit as its loss."""
+    logits = torch.tensor([[0.0, 1000.0, 3.0], [5.0, 5.0, -2000.0]])
+    targets = torch.tensor([0, 2])
+    assert operations.softmax_loss(logits, targets) == pytest.approx(1000 + 2005 + math.log(2), rel=1e-6)
+    assert distance(logits, torch.tensor([[-1, 1, 0], [0.5, 0.5, -1]])) < 1e-6
+    for strange in (float("nan"), float("inf")):
+        assert math.isnan(operations.softmax_loss(torch.tensor([[1.0, strange]]), torch.tensor([0])))
+    assert operations.softmax_loss(torch.empty(0, 3), torch.empty(0, dtype=torch.long)) == 0
+
+
+@pytest.mark.skipif(not available(), reason="no kernels")
+@pytest.mark.parametrize("V", [1, 7, 8, 33, 1000])
+def test_a_chunk_s_loss_and_gradient(V: int) -> None:
+    logits, targets = 3 * torch.randn(70, V), torch.randint(V, (70,))
+    exact = logits.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
+    want.backward()
+    assert exact.grad is not None
+    got = operations.softmax_loss(logits, targets)
+    assert got == pytest.approx(float(want.detach()), rel=1e-6, abs=1e-4)
+    assert distance(logits, exact.grad) < 2e-6
+
+
+@pytest.mark.skipif(not available(), reason="no kernels")
+def test_a_chunk_that_does_not_fit_is_refused() -> None:
+    logits, targets = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    for wrong, line in (
+        ((logits, torch.tensor([0, 1, 4])), r"^target 4: the vocabulary has 4$"),
+        ((logits, torch.tensor([0, -1, 2])), r"^target -1: the vocabulary has 4$"),
+        ((logits, targets[:2]), r"^targets are not int64, one for each token$"),
+        ((logits, targets.int()), r"^targets are not int64, one for each token$"),
+        ((logits.double(), targets), r"^logits are not a contiguous matrix"),
+        ((logits.T, targets), r"^logits are not a contiguous matrix"),
+    ):
+        with pytest.raises(HandfulError, match=line):
+            operations.softmax_loss(*wrong)

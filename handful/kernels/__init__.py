@@ -10,9 +10,17 @@ from __future__ import annotations
 
 from handful.kernels.dispatch import with_kernel
 from handful.kernels.extension import exact_activations, few_tokens, set_exact_activations, steady_tokens
-from handful.kernels.forwards import argmax, decode_attention, linear, prefill_attention, rms_norm, route
+from handful.kernels.forwards import (
+    argmax,
+    decode_attention,
+    linear,
+    prefill_attention,
+    rms_norm,
+    route,
+    softmax_loss,
+)
 
 __all__ = [
     "argmax", "decode_attention", "exact_activations", "few_tokens", "linear", "prefill_attention", "rms_norm", "route",
-    "set_exact_activations", "steady_tokens", "with_kernel",
+    "set_exact_activations", "softmax_loss", "steady_tokens", "with_kernel",
 ]  # fmt: skip

@@ -19,7 +19,16 @@ from handful.kernels.extension import DTYPES, ROUTER_KERNEL_MAX_TOKENS, availabl
 from handful.kernels.operations import DecodeAttention
 from handful.routing import Limits, Piecewise, Routing, Told
 
-__all__ = ["argmax", "decode_attention", "decode_operands", "linear", "prefill_attention", "rms_norm", "route"]
+__all__ = [
+    "argmax",
+    "decode_attention",
+    "decode_operands",
+    "linear",
+    "prefill_attention",
+    "rms_norm",
+    "route",
+    "softmax_loss",
+]
 
 
 def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Any:
@@ -40,6 +49,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 def argmax(logits_V: Tensor) -> Any:
     """The place of the largest logit."""
     return operations.argmax(logits_V) if available() and inference_only(logits_V) else NotImplemented
+
+
+def softmax_loss(logits_cV: Tensor, targets_c: Tensor) -> Any:
+    """The loss of a chunk, and its gradient in the logits' place."""
+    if not available() or logits_cV.dtype != torch.float32 or not inference_only(logits_cV):
+        return NotImplemented
+    return operations.softmax_loss(logits_cV, targets_c.contiguous())
 
 
 def routes(router: Any, x: Tensor, tokens: int) -> bool:

@@ -4,8 +4,8 @@ Those of experts are called in `experts/native.py`, those of a block's halves in
 many things, they come as NamedTuples whose fields have the schema's names in the schema's order, which a test holds
 them to: nothing is passed by its place alone.
 
-Legend: T tokens · B sequences · I inputs, O outputs of a linear map · E experts · K experts per token · H heads ·
-J key-value heads · d head width · P all tokens, cached ones and new · V vocabulary
+Legend: T tokens, c of a chunk · B sequences · I inputs, O outputs of a linear map · E experts · K experts per token ·
+H heads · J key-value heads · d head width · P all tokens, cached ones and new · V vocabulary
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "prefill_attention",
     "rms_norm",
     "route",
+    "softmax_loss",
 ]
 
 
@@ -63,6 +64,16 @@ def argmax(logits_V: Tensor) -> int:
     """The place of the largest logit, the first of equals. In bfloat16 torch takes longer than for the output layer."""
     place: int = torch.ops.handful.argmax.default(logits_V.contiguous())
     return place
+
+
+def softmax_loss(logits_cV: Tensor, targets_c: Tensor) -> float:
+    """The sum over tokens of -log softmax(logits)[target], in nats; the logits become its gradient. HandfulError for a
+    target outside the vocabulary."""
+    try:
+        loss: float = torch.ops.handful.softmax_loss.default(logits_cV, targets_c)
+    except RuntimeError as error:
+        raise translate_error(error) from None
+    return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,3 +171,17 @@ def test_what_a_user_does_to_its_matrices_is_honoured(change: Any) -> None:
         with torch.no_grad():  # its body
             want = network.down(nn.functional.silu((h := network.gate_up(some))[:, :12]) * h[:, 12:])
             assert distance(network(some), want) < 1e-6
+
+
+def test_what_the_backward_pass_needs_is_kept_apart() -> None:
+    """Of networks whose forward passes came one after another, in memory that was used before."""
+    networks, xs = [FeedForward(16, 300) for _ in range(3)], [torch.randn(400, 16) for _ in range(3)]
+    want = [passed(network, x, x) for network, x in zip(networks, xs, strict=True)]
+    for network in networks:
+        network.zero_grad()
+    made = [network(x.requires_grad_()) for network, x in zip(networks, xs, strict=True)]
+    for y, x, network, right in reversed([*zip(made, xs, networks, want, strict=True)]):
+        y.backward(x.detach())
+        assert y.equal(right["y"])
+        assert network.down.weight.grad is not None
+        assert network.down.weight.grad.equal(right["down.weight"])
