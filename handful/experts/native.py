@@ -19,7 +19,7 @@ from handful.errors import ConfigError, HandfulError, RoutingError
 from handful.experts.linear import Linear
 from handful.experts.reference import Fetch
 from handful.experts.weights import ExpertWeights, compute_dtype
-from handful.kernels.dispatch import is_unmodified, unhooked
+from handful.kernels.dispatch import is_unmodified, unwatched
 from handful.kernels.extension import (
     DTYPES,
     ROUTER_KERNEL_MAX_TOKENS,
@@ -85,7 +85,7 @@ def native(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 def one_expert(network: Any, x: Tensor) -> Any:
     """FeedForward.forward with gradients, or of many tokens: one expert that every token chose. Through torch, hidden
     values go to memory and come back for each product, for the activation, and for all their gradients."""
-    if not (available() and unhooked()):
+    if not (available() and unwatched((Linear,))):
         return NotImplemented
     gate_up, down = network.gate_up, network.down
     if not (_is_plain(gate_up) and _is_plain(down)) or x.shape[-1] != gate_up.in_features:

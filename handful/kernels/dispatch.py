@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from handful.kernels.extension import inference_only
 
-__all__ = ["is_unmodified", "unhooked", "unobserved", "with_kernel"]
+__all__ = ["is_unmodified", "unobserved", "unwatched", "with_kernel"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,14 +49,16 @@ _call = nn.Module.__call__
 
 
 def unobserved(x: Tensor, kinds: Iterable[type]) -> bool:
-    """Whether x may pass modules of these classes by: in inference, nothing traced, no hook that is on all modules, and
-    no other forward in the place of a class's own."""
-    return inference_only(x) and unhooked() and all(_as_written(kind) for kind in kinds)
+    """Whether x may pass modules of these classes by in inference: `unwatched`."""
+    return inference_only(x) and unwatched(kinds)
 
 
-def unhooked() -> bool:
-    """Whether nothing is traced, and no hook is on all modules."""
-    return not (torch.compiler.is_compiling() or _has_any_global_hook() or nn.Module.__call__ is not _call)
+def unwatched(kinds: Iterable[type]) -> bool:
+    """Whether nothing is traced, no hook is on all modules, and no other forward is in the place of one of these
+    classes' own."""
+    if torch.compiler.is_compiling() or _has_any_global_hook() or nn.Module.__call__ is not _call:
+        return False
+    return all(_as_written(kind) for kind in kinds)
 
 
 def is_unmodified(module: object, kind: type[M]) -> TypeGuard[M]:

@@ -173,6 +173,16 @@ def test_what_a_user_does_to_its_matrices_is_honoured(change: Any) -> None:
             assert distance(network(some), want) < 1e-6
 
 
+def test_a_forward_that_is_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = FeedForward(8, 12), torch.randn(50, 8)
+    seen, real = [], Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: seen.append(self) or real(self, x))
+    with torch.no_grad():
+        network(x)
+    network(x)
+    assert seen == [network.gate_up, network.down] * 2
+
+
 def test_what_the_backward_pass_needs_is_kept_apart() -> None:
     """Of networks whose forward passes came one after another, in memory that was used before."""
     networks, xs = [FeedForward(16, 300) for _ in range(3)], [torch.randn(400, 16) for _ in range(3)]
