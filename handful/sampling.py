@@ -84,7 +84,7 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     """
     if sampling.temperature < COLDEST:
         return argmax(logits_V)
-    best = _largest(logits_V)
+    best = logits_V[_best(logits_V)]
     # From the best on, so that no quotient is too large.
     logits_V = (logits_V.float() - best.float()) / min(sampling.temperature, HOTTEST)
     share_V = logits_V.softmax(-1)
@@ -109,13 +109,14 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     return int(ids[torch.multinomial(kept, 1, generator=random)])
 
 
-def _largest(logits_V: Tensor) -> Tensor:
-    """The largest logit. CheckpointError if one is not a number or infinite, or none is above -inf."""
-    best = logits_V.max()  # NaN if any is
+def _best(logits_V: Tensor) -> int:
+    """The place of the largest logit. CheckpointError if one is not a number or infinite, or none is above -inf."""
+    place = argmax(logits_V)  # a NaN's, if any is
+    best = float(logits_V[place])
     if not math.isfinite(best):
         reason = f"its weights are damaged, or too large for {logits_V.dtype}"
-        raise CheckpointError(f"the largest of the model's logits is {float(best)}: {reason}")
-    return best
+        raise CheckpointError(f"the largest of the model's logits is {best}: {reason}")
+    return place
 
 
 class Sampler:
@@ -139,8 +140,10 @@ class Sampler:
     def __call__(self, logits_V: Tensor) -> int:
         """The next token. The logits stay as they are. CheckpointError for logits that choose nothing: one that is not
         a number or infinite, or none above -inf."""
-        _largest(logits_V)
+        best = _best(logits_V)
         if self._seen is None:
+            if self._sampling.temperature < COLDEST:
+                return best
             return sample(logits_V, self._sampling, self._random)
         ids = torch.tensor(sorted(self._seen), dtype=torch.long, device=logits_V.device)
         held, penalty = logits_V[ids].float(), self._sampling.repetition_penalty
