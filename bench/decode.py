@@ -20,8 +20,8 @@ vLLM          a Python with vllm; DIR/NAME, DIR/NAME-w8a8 and DIR/NAME-w4g128 fo
 
 "of memory" is active bytes a token, times tokens a second, beside the rate at which memory is read here, measured
 just before; that rate is told before and after every engine. "of products" is 2 FLOPs for each active weight but the
-output layer's, beside torch's best bfloat16 product. Engines that are not given are left out, and all but those that
---peers names.
+output layer's, beside torch's best product, in float32 or bfloat16. Engines that are not given are left out, and all
+but those that --peers names.
 
 --recording   what decoding one sequence costs more when its routing is recorded: both, by turns.
 """
@@ -292,7 +292,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 for engine, command in engines(arguments, name, form):
                     now = rates()
                     reads.append(now.read_bytes_per_second)
-                    products.append(now.bfloat16_flops)
+                    products.append(max(now.float32_flops, now.bfloat16_flops))
                     told_of = f"round {turn + 1}: {name} {form} {engine}"
                     out = subprocess.run(
                         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -315,7 +315,7 @@ def measure(arguments: argparse.Namespace) -> None:
                                 active, held = weights(arguments.models / name)
                                 share = held[form] * rate / now.read_bytes_per_second
                                 if told["work"] == "prefill":
-                                    share = 2 * active * rate / now.bfloat16_flops
+                                    share = 2 * active * rate / products[-1]
                                 shares[name, form][told["work"]].append(share)
     read, product = statistics.median(reads), statistics.median(products)
     rows = []
@@ -330,9 +330,9 @@ def measure(arguments: argparse.Namespace) -> None:
     rows = [{key: row[key] for key in ("model", "format", "engine", *WORK, "of memory", "of products")} for row in rows]
     show(rows)
     level = arguments.level or " ".join(machine().isa)
-    notes = {"level": level, "read_bytes_per_second": reads, "bfloat16_flops": products, "rounds": arguments.rounds}
+    notes = {"level": level, "read_bytes_per_second": reads, "product_flops": products, "rounds": arguments.rounds}
     print(f"level: {level}")
-    print(f"tokens/s; memory read at {read / 1e9:.1f} GB/s, bfloat16 products at {product / 1e9:.0f} GFLOP/s (medians)")
+    print(f"tokens/s; memory read at {read / 1e9:.1f} GB/s, products at {product / 1e9:.0f} GFLOP/s (medians)")
     keep("decode", rows, notes)
 
 

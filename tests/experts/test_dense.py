@@ -175,8 +175,13 @@ def test_what_a_user_does_to_its_matrices_is_honoured(change: Any) -> None:
 
 def test_a_forward_that_is_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = FeedForward(8, 12), torch.randn(50, 8)
-    seen, real = [], Linear.forward
-    monkeypatch.setattr(Linear, "forward", lambda self, x: seen.append(self) or real(self, x))
+    seen, real = list[Linear](), Linear.forward
+
+    def noted(self: Linear, x: Tensor) -> Tensor:
+        seen.append(self)
+        return real(self, x)
+
+    monkeypatch.setattr(Linear, "forward", noted)
     with torch.no_grad():
         network(x)
     network(x)
