@@ -333,7 +333,7 @@ def measure(arguments: argparse.Namespace) -> None:
     notes = {"level": level, "read_bytes_per_second": reads, "product_flops": products, "rounds": arguments.rounds}
     print(f"level: {level}")
     print(f"tokens/s; memory read at {read / 1e9:.1f} GB/s, products at {product / 1e9:.0f} GFLOP/s (medians)")
-    keep("decode", rows, notes)
+    keep("decode" if arguments.level is None else f"decode-{arguments.level}", rows, notes)
 
 
 def main() -> None:

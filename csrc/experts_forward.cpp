@@ -117,7 +117,6 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   for_each_expert([&](int64_t e, int64_t first, int load) {
     add_gemv_items(items, call.gate_up, matrices, e, first, load);
   });
-  taper(items);
   run_gemv_items(call.gate_up, items, [&](int64_t n) { return x.row(sorted.token(n)); },
                    [&](int64_t n) { return h_nG + slot[n] * G; }, G);
 
@@ -133,7 +132,6 @@ void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
   for_each_expert([&](int64_t e, int64_t first, int load) {
     add_gemv_items(items, call.down, matrices, e, first, load);
   });
-  taper(items);
   run_gemv_items(call.down, items, [&](int64_t n) { return a.row(slot[n]); },
                    [&](int64_t n) { return out_ND + n * D; }, D);
 }

@@ -61,8 +61,9 @@ inline double gemv_cost(const Stack& stack, const GemvItem& item) {
 }
 
 template <class Vector, class Out>
-void run_gemv_items(const Stack& stack, const std::vector<GemvItem>& items, const Vector& vector, const Out& out,
+void run_gemv_items(const Stack& stack, std::vector<GemvItem>& items, const Vector& vector, const Out& out,
                     int64_t stride) {
+  taper(items);
   const double cost = items.empty() ? 0 : gemv_cost(stack, items[0]);
   each(static_cast<int64_t>(items.size()), cost,
        [&](int64_t i) { run_gemv_item(stack, items[i], vector, out, stride); });

@@ -91,7 +91,7 @@ Buffer::~Buffer() {
   }
 }
 
-torch::stable::Tensor lasting(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type, int64_t bytes) {
+Tensor lasting(const std::vector<int64_t>& shape, ScalarType type, int64_t bytes) {
   Buffer buffer(std::max<int64_t>(bytes, 1));
   const int64_t held = buffer.bytes();
   {
@@ -100,8 +100,6 @@ torch::stable::Tensor lasting(const std::vector<int64_t>& shape, torch::headeron
     all.lasting += held;
     all.most_lasting = std::max(all.most_lasting, all.lasting);
   }
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * std::max<int64_t>(shape[d - 1], 1);
   void* const data = buffer.as<void>();
   auto owner = std::make_shared<Buffer>(std::move(buffer));
   auto give_back = [owner, held](void*) mutable {
@@ -110,7 +108,7 @@ torch::stable::Tensor lasting(const std::vector<int64_t>& shape, torch::headeron
     const std::lock_guard<std::mutex> lock(all.mutex);
     all.lasting -= held;
   };
-  return torch::stable::from_blob(data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
+  return torch::stable::from_blob(data, shape, contiguous_strides(shape), torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
                                   give_back);
 }
 

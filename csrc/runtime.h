@@ -1,13 +1,12 @@
 // Memory and threads of one operation.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <atomic>
 #include <cstdint>
 #include <utility>
 #include <vector>
+
+#include "tensors.h"
 
 namespace handful {
 
@@ -39,7 +38,7 @@ class Buffer {
 
 // The same as a tensor's memory, from the forward pass to the backward pass. As much as lived at once is kept for the
 // next step beside the rest.
-torch::stable::Tensor lasting(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type, int64_t bytes);
+Tensor lasting(const std::vector<int64_t>& shape, ScalarType type, int64_t bytes);
 
 // Asks for huge pages in a large block before it is first written: the system clears 2 MiB at once, and not 4 KiB at
 // each of 512 faults.

@@ -21,11 +21,17 @@ using MaybeTensor = std::optional<Tensor>;
 
 inline const char* data_of(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
+// Of a contiguous tensor, in numbers.
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * (shape[d - 1] > 0 ? shape[d - 1] : 1);
+  return strides;
+}
+
 // A tensor on the CPU, not cleared. torch::stable's own functions go through the dispatcher, which takes several times as
 // long: in a step of few tokens this would be noticed.
 inline Tensor fresh(const std::vector<int64_t>& shape, ScalarType type) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * (shape[d - 1] > 0 ? shape[d - 1] : 1);
+  const std::vector<int64_t> strides = contiguous_strides(shape);
   AtenTensorHandle made = nullptr;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,

@@ -83,6 +83,10 @@ class Ceilings:
     overhead: Overhead
     measured_at: float = 0.0
 
+    def product_flops(self, dtype: str) -> float:
+        """FLOP/s of products in a dtype. A CPU that does not multiply bfloat16 does as well in float32."""
+        return self.float32_flops if dtype == "float32" else max(self.float32_flops, self.bfloat16_flops)
+
 
 TOP_K = 2  # of the models that overhead is measured with
 

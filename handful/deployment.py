@@ -78,7 +78,7 @@ class Device:
             raise ConfigError(f"quant = {dtype!r}: one of {', '.join(FORMATS)} on this computer; or give rates")
         of = EFFICIENCY[dtype]
         read = machine.read_bytes_per_second / ranks
-        product = (machine.float32_flops if dtype == "float32" else machine.bfloat16_flops) / ranks
+        product = machine.product_flops(dtype) / ranks
         return Device(
             matrices=Rates(read * of.matrices, product * of.matrices_product),
             experts=Rates(read * of.experts, product * of.experts_product),

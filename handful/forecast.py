@@ -127,9 +127,7 @@ class _Rates:
     @staticmethod
     def at(machine: Ceilings, dtype: str) -> _Rates:
         wide = "float32" if dtype == "float32" else "bfloat16"
-        product = machine.float32_flops
-        if wide == "bfloat16":  # a CPU that does not multiply it does as well in float32
-            product = max(product, machine.bfloat16_flops)
+        product = machine.product_flops(dtype)
         return _Rates(read=machine.read_bytes_per_second, product=product, of=EFFICIENCY[dtype], plain=EFFICIENCY[wide])
 
 

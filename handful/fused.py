@@ -28,7 +28,7 @@ from handful.experts.weights import ExpertWeights
 from handful.fused_step import Plan
 from handful.kernels.dispatch import is_unmodified, unobserved
 from handful.kernels.extension import DTYPES, ROUTER_KERNEL_MAX_TOKENS, available, prefers_native, translate_error
-from handful.kernels.forwards import decode_operands, routes
+from handful.kernels.forwards import CACHED, decode_operands, routes
 from handful.kernels.operations import DecodeAttention, RouterRules
 from handful.moe import MoE, Router
 from handful.positions import Span
@@ -41,8 +41,6 @@ __all__ = ["layers"]
 KINDS = (
     Attention, Block, Experts, FeedForward, Linear, MoE, QuantizedExperts, QuantizedLinear, RMSNorm, Router, nn.Linear,
 )  # fmt: skip
-
-CACHED = frozenset({*DTYPES, torch.int8})  # what keys and values are held in
 
 # What dense networks are activated by in one operation.
 ACTIVATIONS = frozenset({"swiglu", "geglu", "gelu", "relu"})

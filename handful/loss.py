@@ -25,14 +25,15 @@ CHUNK = 1 << 20  # logits in a chunk
 
 
 @with_kernel(kernels.softmax_loss)
-def softmax_loss(logits_cV: Tensor, targets_c: Tensor) -> Tensor | float:
-    """The sum over tokens of -log softmax(logits)[target], in nats. The logits become its gradient by them:
+def softmax_loss(logits_cV: Tensor, targets_c: Tensor, gradient: bool) -> Tensor | float:
+    """The sum over tokens of -log softmax(logits)[target], in nats. With a gradient the logits become that by them:
     probabilities - one-hot(target)."""
     logp_cV = logits_cV.log_softmax(-1)
     target_c1 = targets_c.unsqueeze(1)
     loss = -logp_cV.gather(1, target_c1).sum()
-    torch.exp(logp_cV, out=logits_cV)
-    logits_cV.scatter_add_(1, target_c1, logits_cV.new_full(target_c1.shape, -1.0))
+    if gradient:
+        torch.exp(logp_cV, out=logits_cV)
+        logits_cV.scatter_add_(1, target_c1, logits_cV.new_full(target_c1.shape, -1.0))
     return loss
 
 
@@ -48,7 +49,7 @@ class _LinearCrossEntropy(Function):
         for first in range(0, T, step):
             x_cD, targets_c = x_TD[first : first + step], targets_T[first : first + step]
             diff_cV = (x_cD @ w_VD.mT).to(total.dtype)
-            total += softmax_loss(diff_cV, targets_c)
+            total += softmax_loss(diff_cV, targets_c, grads)
             if grad_x_TD is not None and grad_w_VD is not None:
                 # The division by T waits for the end.
                 diff_cV = diff_cV.to(x_TD.dtype)

@@ -140,11 +140,11 @@ class Sampler:
     def __call__(self, logits_V: Tensor) -> int:
         """The next token. The logits stay as they are. CheckpointError for logits that choose nothing: one that is not
         a number or infinite, or none above -inf."""
+        if self._seen is None and self._sampling.temperature >= COLDEST:
+            return sample(logits_V, self._sampling, self._random)  # which looks at them itself
         best = _best(logits_V)
         if self._seen is None:
-            if self._sampling.temperature < COLDEST:
-                return best
-            return sample(logits_V, self._sampling, self._random)
+            return best
         ids = torch.tensor(sorted(self._seen), dtype=torch.long, device=logits_V.device)
         held, penalty = logits_V[ids].float(), self._sampling.repetition_penalty
         logits_V = logits_V.float().index_put((ids,), torch.where(held > 0, held / penalty, held * penalty))

@@ -20,6 +20,7 @@ from handful.kernels.operations import DecodeAttention
 from handful.routing import Limits, Piecewise, Routing, Told
 
 __all__ = [
+    "CACHED",
     "argmax",
     "decode_attention",
     "decode_operands",
@@ -29,6 +30,8 @@ __all__ = [
     "route",
     "softmax_loss",
 ]
+
+CACHED = frozenset({*DTYPES, torch.int8})  # what keys and values may be held in
 
 
 def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Any:
@@ -51,8 +54,8 @@ def argmax(logits_V: Tensor) -> Any:
     return operations.argmax(logits_V) if available() and inference_only(logits_V) else NotImplemented
 
 
-def softmax_loss(logits_cV: Tensor, targets_c: Tensor) -> Any:
-    """The loss of a chunk, and its gradient in the logits' place."""
+def softmax_loss(logits_cV: Tensor, targets_c: Tensor, gradient: bool) -> Any:
+    """The loss of a chunk, and its gradient in the logits' place whether or not it is asked for."""
     if not available() or logits_cV.dtype != torch.float32 or not inference_only(logits_cV):
         return NotImplemented
     return operations.softmax_loss(logits_cV, targets_c.contiguous())
@@ -96,7 +99,7 @@ def decode_operands(attention: Any, span: Any, q_norm: Tensor | None, k_norm: Te
         return None
     caches = span.caches
     (cos, sin), keys_values = span.rope, [cache.keys_values[attention.layer] for cache in caches]
-    if any(keys.dtype not in (*DTYPES, torch.int8) for keys, _ in keys_values):
+    if any(keys.dtype not in CACHED for keys, _ in keys_values):
         return None
     return DecodeAttention(
         q_norm, k_norm, attention.eps, attention.qk_norm == "full", cos, sin, attention.adjacent,
