@@ -56,8 +56,12 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
     if not (span.decodes or tokens <= ROUTER_KERNEL_MAX_TOKENS) or not available() or not unobserved(x_BSD, KINDS):
         return NotImplemented
     plannable = span.decodes and all(choice is None for choice in choices)
-    if plannable and (step := _planned(decoder, x_BSD, tokens, span)) is not None:
-        return step.run(x_BSD)
+    if plannable and (plan := _plans.get(decoder, {}).get(_kind(x_BSD, tokens, span))) is not None:
+        weights = plan.weights(*_planned_of(decoder))
+        if weights is not None and plan.usable:
+            operands = plan.operands(span, weights)
+            return Step(Operation(torch.ops.handful.layers.default, operands)).run(x_BSD)
+        plannable = weights is None  # the same would come out again
     routings, left, fusible = [], list(zip(decoder.layers, choices, strict=True)), True
     while left:
         ready: list[Halves] = []
@@ -81,13 +85,6 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
     return decoder.norm(x_BSD), routings
 
 
-def _planned(decoder: Any, x_BSD: Tensor, tokens: int, span: Span) -> Step | None:
-    """The step that was planned of such an x, if it can be made."""
-    plan = _plans.get(decoder, {}).get(_kind(x_BSD, tokens, span))
-    operands = None if plan is None else plan.operands(span, *_planned_of(decoder))
-    return None if operands is None else Step(Operation(torch.ops.handful.layers.default, operands))
-
-
 def _plan(decoder: Any, x_BSD: Tensor, tokens: int, span: Span, halves: Sequence[Halves]) -> None:
     """Plan the next steps of such an x."""
     norm, given = norm_operands(decoder._modules["norm"]), []
@@ -98,9 +95,7 @@ def _plan(decoder: Any, x_BSD: Tensor, tokens: int, span: Span, halves: Sequence
         assert feed is not None
         fixed = [value for name, value in zip(ATTENTION, attention.operands, strict=True) if name not in CHANGING]
         given.append((fixed, feed.operation.operands, feed.routes))
-    plan = Plan(given, norm, *_planned_of(decoder))
-    if plan.usable:
-        _plans.setdefault(decoder, {})[_kind(x_BSD, tokens, span)] = plan
+    _plans.setdefault(decoder, {})[_kind(x_BSD, tokens, span)] = Plan(given, norm, *_planned_of(decoder))
 
 
 def _planned_of(decoder: Any) -> tuple[nn.Module, nn.Module]:

@@ -57,22 +57,24 @@ class Plan:
         self.usable = all(id(tensor) in places for tensor in tensors)
         self._places = [places[id(tensor)] for tensor in tensors] if self.usable else []
 
-    def operands(self, span: Span, *modules: nn.Module) -> tuple[Any, ...] | None:
-        """Of `torch.ops.handful.layers`, without x; None if something has changed."""
-        every = [module() for module in self._modules]
-        if [every[top] for top in self._tops] != [*modules] or None in every:
-            return None
-        try:
-            state, weights = self._state(cast(list[nn.Module], every))
-            if state != self._was:
-                return None
-        except (KeyError, RuntimeError, TypeError, ValueError):  # it lacks what it had, or has what does not compare
-            return None
+    def operands(self, span: Span, weights: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Of `torch.ops.handful.layers`, without x."""
         caches, count = span.caches, self._layers
         held = [cache.keys_values[layer] for layer in range(count) for cache in caches]
         lengths = [cache.held(layer) for layer in range(count) for cache in caches]
         keys, values = zip(*held, strict=True)
         return [weights[i] for i in self._places], self._numbers, *span.rope, [*keys], [*values], lengths
+
+    def weights(self, *modules: nn.Module) -> list[Tensor | None] | None:
+        """Those of this moment; None if something has changed."""
+        every = [module() for module in self._modules]
+        if [every[top] for top in self._tops] != [*modules] or None in every:
+            return None
+        try:
+            state, weights = self._state(cast(list[nn.Module], every))
+            return weights if state == self._was else None
+        except (KeyError, RuntimeError, TypeError, ValueError):  # it lacks what it had, or has what does not compare
+            return None
 
     def _state(self, modules: Sequence[nn.Module]) -> tuple[list[Any], list[Tensor | None]]:
         """What the modules are: classes, attributes, hooks, children, names and dtypes of weights; and the weights."""

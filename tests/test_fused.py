@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn.modules.module import register_module_forward_hook
 
-from handful import fused, memory
+from handful import fused, fused_step, memory
 from handful.attention import Attention, RMSNorm
 from handful.block import Block
 from handful.config import ModelConfig, RopeScaling, RouterConfig
@@ -459,8 +459,10 @@ def test_a_plan_keeps_no_weight_and_no_model_alive(form: str) -> None:
     assert weight() is None
 
 
-def test_a_bias_in_another_dtype_is_turned_in_every_step(done: list[str]) -> None:
-    """It is no module's own tensor, so that no plan could find it again."""
+def test_a_bias_in_another_dtype_is_turned_in_every_step(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no module's own tensor, so that no plan could find it again: that is found out once."""
+    made = []
+    monkeypatch.setattr(fused, "Plan", lambda *given: made.append(fused_step.Plan(*given)) or made[-1])  # type: ignore[func-returns-value]
     model = decoder(replace(SMALL, qkv_bias=True), "int4")
     for layer in model.layers:
         layer.attn.q.bias = layer.attn.q.bias.float()  # type: ignore[union-attr]
@@ -473,6 +475,7 @@ def test_a_bias_in_another_dtype_is_turned_in_every_step(done: list[str]) -> Non
                 same(got, step(model, [other]))
             model.layers[0].attn.q.bias.neg_()  # type: ignore[union-attr, operator]
     assert done == HALVES * 2
+    assert [plan.usable for plan in made] == [False]
 
 
 def test_when_modules_are_called(done: list[str]) -> None:
