@@ -1,8 +1,9 @@
 // A layer of few tokens as two operations: attention, and the dense network or the mixture, each with the norm before
-// it and the sum after it; and all layers of a decoding step as one. They call the separate operations' functions and
-// round as those do: the bits are the same.
+// it and the sum after it; and a whole decoding step, tokens to logits, as one. They call the separate operations'
+// functions and round as those do: the bits are the same.
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -309,20 +310,56 @@ DenseHalf dense_half(Operands& next) {
   return {next.tensor(), next.number(), maps_of(next), next.text(), next.number()};
 }
 
-// All layers of a step and the norm after them. `numbers` (float64) and `tensors`: how many layers there are; of each the
-// operands of `attend_layer` without those that change with every step, whether it is a mixture, and the operands of
-// `moe_layer` or of `feed_forward_layer`; then the norm's. Keys, values and lengths: those of each layer's caches.
-// Gives the normed x, and for each mixture what `route` gives.
-Tensors layers(Tensor x, Tensors tensors, Tensor numbers, Tensor cos, Tensor sin, Tensors keys, Tensors values,
-               std::vector<int64_t> lengths) {
+// Rows of the embedding (V, D) for tokens (..., T): (T, D).
+Tensor embed(const Tensor& tokens, const Tensor& embedding) {
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous(),
+                  "tokens are not contiguous and of type int64");
+  STD_TORCH_CHECK(embedding.dim() == 2, "embedding is not a matrix (vocabulary, width)");
+  const int64_t count = tokens.numel(), vocabulary = embedding.size(0), width = embedding.size(1);
+  const int64_t bytes = width * bytes_of(float_type(embedding, "embedding"));
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  const Tensor table = whole(embedding);
+  Tensor x = fresh({count, width}, embedding.scalar_type());
+  char* to = static_cast<char*>(x.mutable_data_ptr());
+  for (int64_t t = 0; t < count; ++t) {
+    STD_TORCH_CHECK(0 <= token[t] && token[t] < vocabulary, "token ", token[t], ": there are ", vocabulary,
+                    ", counted from 0");
+    std::memcpy(to + t * bytes, data_of(table) + token[t] * bytes, bytes);
+  }
+  return x;
+}
+
+// change(x) of every number, rounded to x's type.
+template <class Change>
+Tensor changed(const Tensor& x, const Change& change) {
+  const Type type = float_type(x, "x");
+  const Buffer buffer(x.numel() * 4);
+  float* numbers = buffer.as<float>();
+  gemv().to_float(numbers, data_of(x), type, x.numel());
+  for (int64_t n = 0; n < x.numel(); ++n) numbers[n] = change(numbers[n]);
+  Tensor y = fresh_like(x);
+  gemv().from_float(static_cast<char*>(y.mutable_data_ptr()), numbers, type, x.numel());
+  return y;
+}
+
+// A decoder's step: one new token of each of B sequences to its logits. `numbers` (float64) and `tensors`: what the
+// embedding is multiplied by, and it; how many layers there are; of each the operands of `attend_layer` without those
+// that change with every step, whether it is a mixture, and the operands of `moe_layer` or of `feed_forward_layer`; the
+// norm's; what hidden values are divided by, and the map to logits. Keys, values and lengths: those of each layer's
+// caches. Gives logits (B, V), and for each mixture what `route` gives.
+Tensors decoder_step(Tensor tokens, Tensors tensors, Tensor numbers, Tensor cos, Tensor sin, Tensors keys,
+                     Tensors values, std::vector<int64_t> lengths) {
   STD_TORCH_CHECK(numbers.dim() == 1 && numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Double,
                   "numbers is not a contiguous vector of type float64");
   Operands next(tensors, numbers);
+  const auto factor = static_cast<float>(next.number());
+  Tensor x = embed(tokens, next.tensor());
+  if (factor != 1) x = changed(x, [&](float value) { return value * factor; });
   const int64_t count = next.integer(), caches = count > 0 ? static_cast<int64_t>(keys.size()) / count : 0;
   STD_TORCH_CHECK(count >= 1 && static_cast<int64_t>(keys.size()) == count * caches && values.size() == keys.size() &&
                       lengths.size() == keys.size(),
                   "keys, values and lengths are not of the same caches");
-  Tensors made = {x};
+  Tensors made(1);
   for (int64_t l = 0; l < count; ++l) {
     const auto own = [&](const auto& all) {
       return std::decay_t<decltype(all)>(all.begin() + l * caches, all.begin() + (l + 1) * caches);
@@ -337,8 +374,13 @@ Tensors layers(Tensor x, Tensors tensors, Tensor numbers, Tensor cos, Tensor sin
     }
   }
   const Norm norm = {next.tensor(), next.number()};
+  const auto divisor = static_cast<float>(next.number());
+  const LinearMaps head = maps_of(next);
   STD_TORCH_CHECK(next.done(), "operands are left over");
-  made[0] = rms_norm(x, norm);
+  STD_TORCH_CHECK(head.weights.size() == 1, "logits are not of one map");
+  x = rms_norm(x, norm);
+  if (divisor != 1) x = changed(x, [&](float value) { return value / divisor; });
+  made[0] = linears(x, part(head, 0, 1, {}))[0];
   return made;
 }
 
@@ -361,7 +403,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) {
       "feed_forward_layer(Tensor x, Tensor norm, float norm_eps, Tensor[] weights, Tensor[] scales, int bits, "
       "int group, str activation, float residual_scale) -> Tensor");
   m.def(
-      "layers(Tensor x, Tensor[] tensors, Tensor numbers, Tensor cos, Tensor sin, Tensor(a!)[] keys, "
+      "decoder_step(Tensor tokens, Tensor[] tensors, Tensor numbers, Tensor cos, Tensor sin, Tensor(a!)[] keys, "
       "Tensor(b!)[] values, int[] lengths) -> Tensor[]");
 }
 
@@ -369,7 +411,7 @@ STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) {
   m.impl("attend_layer", TORCH_BOX(&attend_layer));
   m.impl("moe_layer", TORCH_BOX(&moe_layer));
   m.impl("feed_forward_layer", TORCH_BOX(&feed_forward_layer));
-  m.impl("layers", TORCH_BOX(&layers));
+  m.impl("decoder_step", TORCH_BOX(&decoder_step));
 }
 
 }  // namespace handful

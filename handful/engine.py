@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -247,14 +248,14 @@ class Engine:
         return jobs
 
     def _admit(self) -> None:
-        weight = self.model.embed.weight
         while self._waiting and len(self._running) < self.max_sequences:
             job = self._waiting[0]
             if self.cached_tokens + job._room > self.cache_tokens:
                 return
             self._waiting.popleft()
             job.admitted = time.monotonic()
-            job._cache = KVCache(self.model.config, 1, job._room, dtype=self._cache_dtype, device=weight.device)
+            device = self.model.embed.weight.device
+            job._cache = KVCache(self.model.config, 1, job._room, dtype=self._cache_dtype, device=device)
             request, tokenizer = job.request, self.model.tokenizer
             stops, prefix = set(request.stop_tokens), tuple[int, ...]()
             if tokenizer is not None:
@@ -262,7 +263,7 @@ class Engine:
                 prefix = tokenizer.prefix
                 job._text = StopText(tokenizer.stream(() if request.fresh else request.prompt), request.stop)
             job._stops = frozenset(stops)
-            job._sampler = Sampler(request.sampling, request.prompt, weight.device, spared={*stops, *prefix})
+            job._sampler = Sampler(request.sampling, request.prompt, device, spared={*stops, *prefix})
             if request.routing is not None and request.routing.changes:
                 job._plan = request.routing.plan(self.model.config)
             self._running.append(job)
@@ -320,12 +321,15 @@ class Engine:
         decodes = all(job.made for job in jobs)
         drafted = decodes and max(new) > 1
         caches = [job._cache for job in jobs if job._cache is not None]
-        tokens_1T = torch.tensor([[token for _, tokens in batch for token in tokens]], device=device)
+        ids = np.array([[token for _, tokens in batch for token in tokens]], dtype=np.int64)
+        tokens_1T = torch.from_numpy(ids).to(device)  # in half of torch.tensor's time
         alone = len(caches) == 1 and not drafted
         cache = caches[0] if alone else KVCaches(caches, new, singly=drafted)
         parts = [(job._plan, own.length, count) for job, own, count in zip(jobs, caches, new, strict=True)]
         try:
-            missing, x_1TD, routings = self._pass(tokens_1T, cache, parts)
+            # Of sequences that decode every token's logits are wanted, of those that are read few.
+            pass_on = self.model if decodes else self.model.hidden_states
+            missing, made_1T, routings = self._pass(pass_on, tokens_1T, cache, parts)
         except Exception as error:  # such as a disk that is gone: no cache has advanced
             if drafted:  # by a token that may never be made
                 return self._forward([(job, tokens[:1]) for job, tokens in batch])
@@ -334,7 +338,7 @@ class Engine:
             return [delta for one in batch for delta in self._forward([one])]
         if self.on_routing is not None and not drafted:
             self.on_routing(jobs, new, routings)
-        steady = self._steady is None or len(tokens_1T[0]) >= self._steady
+        steady = self._steady is None or sum(new) >= self._steady
         # Who draws, its draft, after which of the tokens, and whether no expert was missing.
         ready: list[tuple[Job, Sequence[int], range, bool]] = []
         end, deltas = 0, list[Delta]()
@@ -349,7 +353,7 @@ class Engine:
             if _records(job.request):
                 _record(job, routings, start, end)
             if job.request.prompt_logprobs is not None:
-                self._score(job, x_1TD[0, start:end])
+                self._score(job, made_1T[0, start:end])
             if steady and lacks is None and job._shareable == job._read:
                 job._shareable += len(tokens)
             job._read += len(tokens)
@@ -364,13 +368,16 @@ class Engine:
                 ready.append((job, (), range(end - 1, end), lacks is None))
         if not ready:
             return deltas
-        places = [place for _, _, own, _ in ready for place in own]
-        logits_TV = self.model.logits(x_1TD[0] if len(places) == x_1TD.shape[1] else x_1TD[0, places])
-        kept, first = list[range](), 0
+        if decodes:
+            logits_TV = made_1T.flatten(0, 1)
+        else:
+            places = [place for _, _, own, _ in ready for place in own]
+            logits_TV = self.model.logits(made_1T[0, places])
+        kept, following = list[range](), iter(logits_TV.unbind())
         for job, draft, own, whole in ready:
-            made = self._draw(job, draft, logits_TV[first : first + len(own)], own, routings, whole)
+            made = self._draw(job, draft, [*islice(following, len(own))], own, routings, whole)
             kept.append(own[: len(made)])
-            deltas, first = deltas + made, first + len(own)
+            deltas += made
         if self._costs is not None and decodes:
             self._costs.measured(len(batch), sum(new), sum(map(len, kept)), time.perf_counter() - began)
         if self.on_routing is not None and drafted:
@@ -379,14 +386,15 @@ class Engine:
         return deltas
 
     def _pass(
-        self, tokens_1T: Tensor, cache: Any, parts: Sequence[tuple[Any, int, int]]
+        self, pass_on: Callable[..., Any], tokens_1T: Tensor, cache: Any, parts: Sequence[tuple[Any, int, int]]
     ) -> tuple[Missing | None, Tensor, list[Routing]]:
-        """What the experts that there are make of some tokens. No cache has advanced where it fails."""
+        """What the model, or a part of it, makes of some tokens with the experts that there are. No cache has advanced
+        where it fails."""
         while True:
             missing = None if self.before_pass is None else self.before_pass()
             try:
                 told_layers = told(parts, self._moe_layers, missing)
-                return missing, *self.model.hidden_states(tokens_1T, cache, routing=told_layers)
+                return missing, *pass_on(tokens_1T, cache, routing=told_layers)
             except RankLostError:
                 if self.before_pass is None:
                     raise
@@ -457,12 +465,12 @@ class Engine:
             job.prompt_logprobs += logprobs(self.model.logits(x_SD[at : at + len(tokens)]), tokens, count)
 
     def _draw(
-        self, job: Job, draft: Sequence[int], logits_SV: Tensor, places: range, routings: Sequence[Routing],
+        self, job: Job, draft: Sequence[int], logits: Sequence[Tensor], places: range, routings: Sequence[Routing],
         whole: bool,
     ) -> list[Delta]:  # fmt: skip
         """Draw the token after each of a job's tokens in a pass, as long as it is what its draft passed next."""
         deltas: list[Delta] = []
-        for place, logits_V, drafted in zip(places, logits_SV, (*draft, None), strict=True):
+        for place, logits_V, drafted in zip(places, logits, (*draft, None), strict=True):
             if job.made:
                 if _records(job.request):
                     _record(job, routings, place, place + 1)

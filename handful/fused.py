@@ -2,15 +2,15 @@
 
 A block of a decoding step is some tens of modules, views and questions, which can take longer than its maths. Each of
 its halves is one operation (csrc/README.md), with the bits of the modules that it stands for; and where every block has
-both, all of them are one. The modules are the user's, who may hook into any of them, replace it, or turn it to another
-dtype between two steps: what a plan remembers (`fused_step.py`) is compared with what they are in every step.
+both, the step is one, from tokens to logits. The modules are the user's, who may hook into any of them, replace it, or
+turn it to another dtype between two steps: what a plan remembers (`fused_step.py`) is compared with what they are in
+every step.
 
 Legend: B batch · S new tokens · T = B·S · D width · E experts · K experts per token · F an expert's hidden width
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,25 +25,65 @@ from handful.experts.layer import Experts
 from handful.experts.linear import Linear
 from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedLinear
 from handful.experts.weights import ExpertWeights
-from handful.fused_step import Plan
-from handful.kernels.dispatch import is_unmodified, unobserved
-from handful.kernels.extension import DTYPES, ROUTER_KERNEL_MAX_TOKENS, available, prefers_native, translate_error
+from handful.fused_step import Plan, Plans
+from handful.kernels.dispatch import as_written, is_unmodified, unobserved, unwatched
+from handful.kernels.extension import (
+    DTYPES,
+    ROUTER_KERNEL_MAX_TOKENS,
+    available,
+    infers_on_cpu,
+    prefers_native,
+    translate_error,
+)
 from handful.kernels.forwards import CACHED, decode_operands, routes
 from handful.kernels.operations import DecodeAttention, RouterRules
 from handful.moe import MoE, Router
-from handful.positions import Span
+from handful.positions import KVCache, KVCaches, Span
 from handful.quantize import Packed
 from handful.routing import Limits, Piecewise, Routing, Told
 
-__all__ = ["layers"]
+__all__ = ["layers", "step"]
 
 # Whose modules are passed by.
 KINDS = (
-    Attention, Block, Experts, FeedForward, Linear, MoE, QuantizedExperts, QuantizedLinear, RMSNorm, Router, nn.Linear,
+    Attention, Block, Experts, FeedForward, Linear, MoE, QuantizedExperts, QuantizedLinear, RMSNorm, Router,
+    nn.Embedding, nn.Linear,
 )  # fmt: skip
+METHODS = ("forward", "hidden_states", "through_layers", "logits")  # and which of a decoder's own
 
 # What dense networks are activated by in one operation.
 ACTIVATIONS = frozenset({"swiglu", "geglu", "gelu", "relu"})
+
+
+def step(
+    decoder: Any,
+    tokens_BS: Tensor,
+    cache: KVCache | KVCaches | None = None,
+    *,
+    padding_B: Tensor | None = None,
+    routing: Sequence[Told | None] | None = None,
+) -> Any:
+    """`Decoder.forward` of one new token of each sequence, as it was planned when the one before passed the blocks."""
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    plans, count = _plans_of(decoder), tokens_BS.numel()
+    if count not in plans or cache is None or padding_B is not None or routing is not None:
+        return NotImplemented
+    if not infers_on_cpu(tokens_BS) or tokens_BS.dtype != torch.int64 or not unwatched(KINDS):
+        return NotImplemented
+    plan = plans[count]
+    weights = plan.weights(decoder)
+    if weights is None or not plan.usable:
+        return NotImplemented
+    new = tokens_BS.shape[1]
+    span = cache.span(decoder.config, new)
+    if not span.decodes or any(held.dtype not in CACHED for held in span.caches):
+        return NotImplemented
+    operands = plan.operands(span, weights)
+    logits_TV, *made = Operation(torch.ops.handful.decoder_step.default, operands).run(tokens_BS.contiguous())
+    cache.advance(new)
+    routings = [Routing.of_kernel(*made[i : i + 4]) for i in range(0, len(made), 4)]
+    return logits_TV.view(*tokens_BS.shape, -1), routings
 
 
 def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | None]) -> Any:
@@ -56,12 +96,8 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
     if not (span.decodes or tokens <= ROUTER_KERNEL_MAX_TOKENS) or not available() or not unobserved(x_BSD, KINDS):
         return NotImplemented
     plannable = span.decodes and all(choice is None for choice in choices)
-    if plannable and (plan := _plans.get(decoder, {}).get(_kind(x_BSD, tokens, span))) is not None:
-        weights = plan.weights(*_planned_of(decoder))
-        if weights is not None and plan.usable:
-            operands = plan.operands(span, weights)
-            return Step(Operation(torch.ops.handful.layers.default, operands)).run(x_BSD)
-        plannable = weights is None  # the same would come out again
+    if plannable and (plan := _plans_of(decoder).get(tokens)) is not None:
+        plannable = plan.weights(decoder) is None  # otherwise the same would come out again
     routings, left, fusible = [], list(zip(decoder.layers, choices, strict=True)), True
     while left:
         ready: list[Halves] = []
@@ -74,7 +110,7 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
             if feed is None:
                 break
         if plannable and len(ready) == len(decoder.layers) and ready[-1][1] is not None:
-            _plan(decoder, x_BSD, tokens, span, ready)
+            _plan(decoder, x_BSD, tokens, ready)
         plannable = False
         for (block, choice), halves in zip(left, ready, strict=False):
             x_BSD, routing = _run(block, x_BSD, tokens, span, choice, halves, fusible)
@@ -85,31 +121,32 @@ def layers(decoder: Any, x_BSD: Tensor, span: Span, choices: Sequence[Told | Non
     return decoder.norm(x_BSD), routings
 
 
-def _plan(decoder: Any, x_BSD: Tensor, tokens: int, span: Span, halves: Sequence[Halves]) -> None:
-    """Plan the next steps of such an x."""
-    norm, given = norm_operands(decoder._modules["norm"]), []
-    if norm is None:
+def _plan(decoder: Any, x_BSD: Tensor, tokens: int, halves: Sequence[Halves]) -> None:
+    """Plan the next steps of so many tokens, whose layers have these halves."""
+    own, config, (width, dtype) = decoder._modules, decoder.config, (x_BSD.shape[-1], x_BSD.dtype)
+    embedding, norm = embedding_weight(own["embed"], dtype), norm_operands(own["norm"])
+    head = output_layer(own.get("head"), embedding, tokens, width, dtype)
+    if embedding is None or norm is None or head is None:
         return
+    # A method of a subclass's, or of the instance's own, is to be called.
+    if not all(as_written(type(decoder), name) and name not in decoder.__dict__ for name in METHODS):
+        return
+    given: list[Any] = [config.embedding_scale, embedding, len(halves)]
     for attention, feed in halves:
         assert attention is not None
         assert feed is not None
         fixed = [value for name, value in zip(ATTENTION, attention.operands, strict=True) if name not in CHANGING]
-        given.append((fixed, feed.operation.operands, feed.routes))
-    _plans.setdefault(decoder, {})[_kind(x_BSD, tokens, span)] = Plan(given, norm, *_planned_of(decoder))
+        given += [*fixed, feed.routes, *feed.operation.operands]
+    given += [*norm, config.logits_scale, head.weights, head.scales, head.bits, head.group]
+    _plans_of(decoder)[tokens] = Plan(len(halves), given, decoder, METHODS)
 
 
-def _planned_of(decoder: Any) -> tuple[nn.Module, nn.Module]:
-    """The modules that are planned with."""
-    return decoder._modules["layers"], decoder._modules["norm"]
-
-
-def _kind(x_BSD: Tensor, tokens: int, span: Span) -> tuple[Any, ...]:
-    """What a plan depends on beside the modules."""
-    return x_BSD.dtype, tokens, {cache.keys_values[0][0].dtype for cache in span.caches} <= CACHED
-
-
-# Of each decoder, by `_kind`.
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Plan]] = weakref.WeakKeyDictionary()
+def _plans_of(decoder: Any) -> Plans:
+    """What is planned for a decoder, which lasts as long as it does."""
+    plans: Plans | None = decoder.__dict__.get("_plans")
+    if plans is None:
+        plans = decoder.__dict__["_plans"] = Plans()
+    return plans
 
 
 def _run(
@@ -159,16 +196,6 @@ class Feed(NamedTuple):
             return made, None
         x, logits_TE, scores_TE, experts_TK, weights_TK = made
         return x, Routing(logits_TE, scores_TE, experts_TK, weights_TK, self.dropped_TK)
-
-
-class Step(NamedTuple):
-    """The operation of all layers and the last norm."""
-
-    operation: Operation
-
-    def run(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
-        x, *made = self.operation.run(x)
-        return x, [Routing.of_kernel(*made[i : i + 4]) for i in range(0, len(made), 4)]
 
 
 # Of a block; None for a half whose modules must be called.
@@ -328,6 +355,25 @@ def norm_operands(module: object) -> NormOperands | None:
     if weight is None or weight.dtype not in DTYPES:
         return None
     return NormOperands(weight, module.eps or 0.0)
+
+
+def embedding_weight(module: object, dtype: torch.dtype) -> Tensor | None:
+    """Of an embedding, if a token's row is all that it gives."""
+    if not is_unmodified(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.dtype == dtype else None
+
+
+def output_layer(
+    head: object, embedding: Tensor | None, tokens: int, inputs: int, dtype: torch.dtype
+) -> LinearOperands | None:
+    """The map to logits; head None: by the embedding's weight."""
+    if head is None:
+        own = embedding is not None and prefers_native(embedding, tokens, dtype)
+        return LinearOperands([embedding], [], [], 0, 0) if own and embedding is not None else None
+    found = linear_operands([(head, inputs)], tokens, dtype)
+    return found if found is not None and found.biases == [None] else None
 
 
 def linear_operand(

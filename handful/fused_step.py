@@ -1,4 +1,4 @@
-"""All layers of a decoding step as one operation, as long as their modules stay what they were when it was planned.
+"""A decoding step as one operation, as long as the modules stay what they were when it was planned.
 
 To ask some tens of modules what they are takes longer than a small layer's maths, and so does handing their weights
 over one layer after the other. A plan remembers what was found and how to find the weights again. It keeps none of them
@@ -21,29 +21,25 @@ from handful.experts.quantized import PackedWeight
 from handful.positions import Span
 from handful.quantize import Packed
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "Plans"]
 
 
 class Plan:
-    """A decoder's layers and last norm as one operation.
+    """A decoder's step as one operation.
 
-    halves    of each layer, the operands of its attention that do not change from step to step, those of its second
-              half, and whether that is a mixture.
-    norm      the last norm's.
-    modules   that they were taken from, with all that is in them.
+    layers     how many it has.
+    operands   what does not change from step to step, as csrc/fused_layers.cpp reads it.
+    decoder    the module that all was taken from, with all that is in it; methods: those of its own that are passed by.
     """
 
-    def __init__(
-        self, halves: Sequence[tuple[Sequence[Any], Sequence[Any], bool]], norm: Sequence[Any], *modules: nn.Module
-    ) -> None:
-        numbers, tensors = [float(len(halves))], list[Tensor]()
-        for attention, feed, routes in halves:
-            _write([*attention, routes, *feed], numbers, tensors)
-        _write(norm, numbers, tensors)
-        self._layers, self._numbers = len(halves), torch.tensor(numbers, dtype=torch.float64)
-        every = [module for top in modules for module in top.modules()]
+    def __init__(self, layers: int, operands: Iterable[Any], decoder: nn.Module, methods: Sequence[str]) -> None:
+        numbers, tensors = list[float](), list[Tensor]()
+        _write(operands, numbers, tensors)
+        self._layers, self._numbers = layers, torch.tensor(numbers, dtype=torch.float64)
+        every = [*decoder.modules()]
         # While these live, nothing else has their ids.
-        self._modules, self._tops = [*map(weakref.ref, every)], [every.index(top) for top in modules]
+        self._modules = [*map(weakref.ref, every)]
+        self._methods = operator.attrgetter(*methods)
         self._attributes = [_attributes(module.__dict__) for module in every]
         self._parents, with_parameters, with_buffers = (
             [i for i, module in enumerate(every) if module.__dict__[kind]]
@@ -58,17 +54,17 @@ class Plan:
         self._places = [places[id(tensor)] for tensor in tensors] if self.usable else []
 
     def operands(self, span: Span, weights: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """Of `torch.ops.handful.layers`, without x."""
+        """Of `torch.ops.handful.decoder_step`, without the tokens."""
         caches, count = span.caches, self._layers
         held = [cache.keys_values[layer] for layer in range(count) for cache in caches]
         lengths = [cache.held(layer) for layer in range(count) for cache in caches]
         keys, values = zip(*held, strict=True)
         return [weights[i] for i in self._places], self._numbers, *span.rope, [*keys], [*values], lengths
 
-    def weights(self, *modules: nn.Module) -> list[Tensor | None] | None:
+    def weights(self, decoder: nn.Module) -> list[Tensor | None] | None:
         """Those of this moment; None if something has changed."""
         every = [module() for module in self._modules]
-        if [every[top] for top in self._tops] != [*modules] or None in every:
+        if every[0] is not decoder or None in every:
             return None
         try:
             state, weights = self._state(cast(list[nn.Module], every))
@@ -82,6 +78,7 @@ class Plan:
         held = [own[i][kind] for i, kind in self._holders]
         weights = [*chain.from_iterable(map(dict.values, held))]
         state = [
+            self._methods(type(modules[0])),
             [*map(type, modules)],
             [*map(len, own)],
             [attributes(of) for attributes, of in zip(self._attributes, own, strict=True)],
@@ -91,6 +88,13 @@ class Plan:
             [None if weight is None else weight.dtype for weight in weights],
         ]
         return state, weights
+
+
+class Plans(dict[int, Plan]):
+    """A decoder's, each for so many tokens. They are of this process's modules: copies and pickles have none."""
+
+    def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
+        return Plans, ()
 
 
 def _attributes(own: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:

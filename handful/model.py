@@ -65,6 +65,7 @@ class Decoder(nn.Module):
                     std *= (2 * self.config.layers) ** -0.5
                 p.normal_(0.0, std)
 
+    @with_kernel(fused.step)
     def forward(
         self,
         tokens_BS: Tensor,

@@ -71,10 +71,11 @@ class Logprobs:
     top: Mapping[int, float]
 
 
-@with_kernel(kernels.argmax)
-def argmax(logits_V: Tensor) -> int:
-    """The place of the largest logit, the first of equals."""
-    return int(logits_V.argmax())
+@with_kernel(kernels.largest)
+def largest(logits_V: Tensor) -> tuple[int, float]:
+    """The place of the largest logit, the first of equals, and it."""
+    place = int(logits_V.argmax())
+    return place, float(logits_V[place])
 
 
 def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None = None) -> int:
@@ -83,10 +84,10 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     CheckpointError for logits that nothing can be drawn from; without a draw (temperature 0) it is their argmax.
     """
     if sampling.temperature < COLDEST:
-        return argmax(logits_V)
-    best = logits_V[_best(logits_V)]
+        return largest(logits_V)[0]
+    _, best = _best(logits_V)
     # From the best on, so that no quotient is too large.
-    logits_V = (logits_V.float() - best.float()) / min(sampling.temperature, HOTTEST)
+    logits_V = (logits_V.float() - best) / min(sampling.temperature, HOTTEST)
     share_V = logits_V.softmax(-1)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return int(torch.multinomial(share_V, 1, generator=random))
@@ -109,14 +110,13 @@ def sample(logits_V: Tensor, sampling: Sampling, random: torch.Generator | None 
     return int(ids[torch.multinomial(kept, 1, generator=random)])
 
 
-def _best(logits_V: Tensor) -> int:
-    """The place of the largest logit. CheckpointError if one is not a number or infinite, or none is above -inf."""
-    place = argmax(logits_V)  # a NaN's, if any is
-    best = float(logits_V[place])
+def _best(logits_V: Tensor) -> tuple[int, float]:
+    """The place of the largest logit, and it. CheckpointError if one is not a number or infinite, or all are -inf."""
+    place, best = largest(logits_V)  # a NaN, if any is
     if not math.isfinite(best):
         reason = f"its weights are damaged, or too large for {logits_V.dtype}"
         raise CheckpointError(f"the largest of the model's logits is {best}: {reason}")
-    return place
+    return place, best
 
 
 class Sampler:
@@ -142,9 +142,9 @@ class Sampler:
         a number or infinite, or none above -inf."""
         if self._seen is None and self._sampling.temperature >= COLDEST:
             return sample(logits_V, self._sampling, self._random)  # which looks at them itself
-        best = _best(logits_V)
+        place, _ = _best(logits_V)
         if self._seen is None:
-            return best
+            return place
         ids = torch.tensor(sorted(self._seen), dtype=torch.long, device=logits_V.device)
         held, penalty = logits_V[ids].float(), self._sampling.repetition_penalty
         logits_V = logits_V.float().index_put((ids,), torch.where(held > 0, held / penalty, held * penalty))

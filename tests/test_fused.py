@@ -6,8 +6,11 @@ Legend: B batch · S tokens · T tokens of all sequences · V vocabulary
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import math
+import pickle
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +37,7 @@ from handful.experts.quantize_model import quantize_model
 from handful.experts.quantized import PackedWeight, QuantizedExperts, QuantizedLinear
 from handful.experts.weights import ExpertWeights
 from handful.kernels.extension import ROUTER_KERNEL_MAX_TOKENS, available
-from handful.kernels.operations import DecodeAttention, RouterRules, argmax
+from handful.kernels.operations import DecodeAttention, RouterRules, largest
 from handful.machine import native_error
 from handful.model import Decoder
 from handful.moe import MoE, Router
@@ -49,7 +52,7 @@ SMALL = ModelConfig(
     vocab=13, width=40, layers=2, heads=4, kv_heads=2, ffn=10, qk_norm="head", rope_theta=100.0, context=200,
     expert_width=24, router=ROUTER,
 )  # fmt: skip
-SHARED = replace(SMALL, shared_width=12, shared_gate=True)
+SHARED = replace(SMALL, shared_width=12, shared_gate=True, tied=False)
 FORMS = ["float32", "bfloat16", "int8", "int4"]
 HALVES = ["attend_layer", "moe_layer"] * 2  # of two layers
 
@@ -138,6 +141,9 @@ CONFIGS = st.fixed_dictionaries(
         "window": st.sampled_from([None, 3]),
         "residual_scale": st.sampled_from([1.0, 0.3]),
         "rope_adjacent": st.booleans(),
+        "embedding_scale": st.sampled_from([1.0, 6.3]),
+        "logits_scale": st.sampled_from([1.0, 1.7]),
+        "tied": st.booleans(),
     }
 )
 FEEDS = st.one_of(
@@ -164,7 +170,7 @@ def test_the_same_bits(fields: dict[str, Any], feed: dict[str, Any], gate: bool,
         caches, others = caches_of(model, lengths), caches_of(model, lengths)
         names.clear()
         halves = ["attend_layer", "moe_layer" if config.router else "feed_forward_layer"] * config.layers
-        for allowed in ([halves, ["layers"]], [["layers"]]):  # a prompt of one token is a step too
+        for allowed in ([halves, ["decoder_step"]], [["decoder_step"]]):  # a prompt of one token is a step too
             got = step(model, caches)
             assert names in allowed
             names.clear()
@@ -190,7 +196,7 @@ def test_a_batch_and_gpt_oss_s_activation(done: list[str]) -> None:
                 with looked_at():
                     same(got, net(part_BS, other))
     # Nine tokens read at once are few enough; of the mixture the second step is one operation.
-    assert done == ["attend_layer"] * 4 + ["moe_layer"] * 2 + HALVES + ["layers"]
+    assert done == ["attend_layer"] * 4 + ["moe_layer"] * 2 + HALVES + ["decoder_step"]
 
 
 def test_replayed_experts(done: list[str]) -> None:
@@ -266,11 +272,12 @@ def test_every_module_that_somebody_looks_at_is_called(kind: str, form: str, don
         done.clear()
         cache.length -= 1
         same(step(model, [cache]), want)
-        assert done == ["layers"]  # as it was planned before
+        assert done == ["decoder_step"]  # as it was planned before
 
 
 CLASSES = {
-    Attention: 2, Block: 2, Experts: 2, FeedForward: 2, Linear: 12, MoE: 2, RMSNorm: 9, Router: 2, nn.Linear: 2,
+    Attention: 2, Block: 2, Experts: 2, FeedForward: 2, Linear: 12, MoE: 2, RMSNorm: 9, Router: 2, nn.Embedding: 1,
+    nn.Linear: 2,
 }  # fmt: skip
 
 
@@ -303,7 +310,7 @@ def test_a_forward_that_is_replaced_on_its_class(
         names = _spied(monkeypatch)
         cache.length -= 1
         same(step(model, [cache]), want)
-        assert names == ["layers"]  # as it was planned before
+        assert names == ["decoder_step"]  # as it was planned before
 
 
 def test_a_forward_that_was_replaced_before_it_was_ever_asked_for() -> None:
@@ -348,7 +355,8 @@ def exchanged(model: Decoder) -> Iterator[str]:
     """Changes of a model between two steps, each of which must be seen in the next."""
     layer: Any = model.layers[1]
     maps = [layer.attn.q, layer.attn.o, layer.attn.k_norm, layer.attn_norm, layer.ffn_norm, layer.ffn.router]
-    for module in (*maps, layer.ffn.shared.gate_up, layer.ffn.shared_gate):
+    ends: list[Any] = [model.embed, model.norm, model.head]
+    for module in (*maps, layer.ffn.shared.gate_up, layer.ffn.shared_gate, *ends):
         module.weight = nn.Parameter(1.5 * module.weight.flip(0))
         yield type(module).__name__
     layer.ffn.experts.down = nn.Parameter(2 * layer.ffn.experts.down)
@@ -359,6 +367,14 @@ def exchanged(model: Decoder) -> Iterator[str]:
     yield "balance bias"
     layer.residual_scale = 0.7
     yield "residual scale"
+    model.config = replace(model.config, embedding_scale=3.0)
+    yield "the embedding's scale"
+    model.config = replace(model.config, logits_scale=0.4)
+    yield "the logits' scale"
+    model.embed.max_norm = 0.5
+    yield "an embedding that shrinks its rows"
+    model.embed = nn.Embedding(13, 40)
+    yield "another embedding"
     layer.attn.k = decoder(SHARED).layers[0].attn.k  # type: ignore[union-attr]
     yield "a linear map"
     layer.ffn.experts = decoder(SHARED).layers[0].ffn.experts  # type: ignore[union-attr]
@@ -375,6 +391,10 @@ def exchanged(model: Decoder) -> Iterator[str]:
     yield "quantized experts"
     quantize_model(model)
     yield "a quantized model"
+    model.head.bias = torch.arange(13.0)  # type: ignore[union-attr]
+    yield "logits with a bias"
+    model.head = None
+    yield "logits by the embedding"
 
 
 def test_what_is_exchanged_between_two_steps_is_used() -> None:
@@ -413,10 +433,10 @@ def test_another_dtype_between_two_steps(done: list[str]) -> None:
 def test_a_plan_is_of_one_dtype_number_of_tokens_and_cache(done: list[str]) -> None:
     model = decoder(SMALL)
     with torch.inference_mode():
-        for lengths, first in (([3], HALVES), ([2, 5], HALVES), ([3], ["layers"])):
+        for lengths, first in (([3], HALVES), ([2, 5], HALVES), ([3], ["decoder_step"])):
             caches, others = caches_of(model, lengths), caches_of(model, lengths)
             done.clear()
-            for expected in (first, ["layers"]):
+            for expected in (first, ["decoder_step"]):
                 got = step(model, caches)
                 assert done == expected
                 with looked_at():
@@ -430,12 +450,12 @@ def test_a_plan_is_of_one_dtype_number_of_tokens_and_cache(done: list[str]) -> N
             got = model(torch.tensor([[token]]), cache)
             with looked_at():
                 same(got, model(torch.tensor([[token]]), other))
-        assert done == [*HALVES, "layers"]
+        assert done == [*HALVES, "decoder_step"]
         doubles = KVCache(SMALL, 1, 9, dtype=torch.float64)  # that no operation takes
         done.clear()
         with pytest.raises(RuntimeError, match="dtype"):
             model(torch.tensor([[3]]), doubles)
-        assert "layers" not in done
+        assert "decoder_step" not in done
 
 
 @pytest.mark.parametrize("form", ["float32", "int4"])
@@ -445,7 +465,7 @@ def test_a_plan_keeps_no_weight_and_no_model_alive(form: str) -> None:
         (cache,) = caches_of(model, [2])
         for _ in range(2):
             step(model, [cache])
-    assert fused._plans[model]
+    assert fused._plans_of(model)
     layer: Any = model.layers[1]
     experts = [weakref.ref(t) for t in (*layer.ffn.experts.parameters(), *layer.ffn.experts.buffers())]
     layer.ffn.experts = None
@@ -457,6 +477,96 @@ def test_a_plan_keeps_no_weight_and_no_model_alive(form: str) -> None:
     gc.collect()
     assert whole() is None
     assert weight() is None
+
+
+@pytest.mark.parametrize("name", fused.METHODS)
+def test_a_method_of_the_decoder_s_own(name: str, done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance's, a subclass's, one exchanged on the class, before the first step and later: it is called."""
+    seen = []
+
+    def noted(real: Any) -> Any:
+        @functools.wraps(real)
+        def called(*args: Any, **more: Any) -> Any:
+            seen.append(1)
+            return real(*args, **more)
+
+        return called
+
+    with torch.inference_mode():
+        for late in (False, True):
+            model = decoder(SMALL)
+            (cache,) = caches_of(model, [2])
+            with looked_at():
+                want = step(model, [cache])
+            cache.length -= 1
+            for where in ("instance", "subclass", "class"):
+                if late:
+                    step(model, [cache])
+                    cache.length -= 1
+                if where == "instance":
+                    setattr(model, name, noted(getattr(model, name)))
+                elif where == "subclass":
+                    model.__class__ = type("Other", (Decoder,), {name: noted(getattr(Decoder, name))})
+                else:
+                    monkeypatch.setattr(Decoder, name, noted(getattr(Decoder, name)))
+                for _ in range(2):
+                    seen.clear()
+                    same(step(model, [cache]), want)
+                    cache.length -= 1
+                    assert seen == [1], (where, late)
+                if where == "instance":
+                    delattr(model, name)
+                model.__class__ = Decoder
+                monkeypatch.undo()
+        for _ in range(2):
+            names = _spied(monkeypatch)
+            same(step(model, [cache]), want)
+            cache.length -= 1
+            monkeypatch.undo()
+        assert names == ["decoder_step"]
+
+
+def test_copies_and_pickles_have_no_plans() -> None:
+    model = decoder(SMALL, "int4")
+    with torch.inference_mode():
+        (cache,) = caches_of(model, [2])
+        want = step(model, [cache])
+        cache.length -= 1
+        same(step(model, [cache]), want)
+        assert fused._plans_of(model)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not fused._plans_of(other)
+            for _ in range(2):
+                cache.length -= 1
+                same(step(other, [cache]), want)
+            assert fused._plans_of(other)
+
+
+def test_what_leads_back_to_a_model_does_not_keep_it() -> None:
+    model = decoder(SMALL)
+    model.watcher = [model]  # type: ignore[assignment]
+    with torch.inference_mode():
+        (cache,) = caches_of(model, [2])
+        for _ in range(2):
+            step(model, [cache])
+    assert fused._plans_of(model)
+    whole = weakref.ref(model)
+    del model
+    gc.collect()
+    assert whole() is None
+
+
+def test_a_token_that_is_none() -> None:
+    """The vocabulary's end is told in a line, and the cache is as it was."""
+    model = decoder(SMALL)
+    with torch.inference_mode():
+        (cache,) = caches_of(model, [2])
+        step(model, [cache])
+        kept = [held.clone() for layer in cache.keys_values for held in layer]
+        with pytest.raises(HandfulError, match=r"^token 13: there are 13, counted from 0$"):
+            model(torch.tensor([[13]]), cache)
+        assert cache.length == 3
+        assert all(a.equal(b) for a, b in zip(kept, (h for layer in cache.keys_values for h in layer), strict=True))
 
 
 def test_a_bias_in_another_dtype_is_turned_in_every_step(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,16 +777,17 @@ def test_operations_refuse_what_does_not_fit() -> None:
         refused(mix, to_mix, names[1], name, value, line)
 
 
-def test_all_layers_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, operation = decoder(SHARED, "int4"), torch.ops.handful.layers.default
+def test_a_step_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, operation = decoder(SHARED, "int4"), torch.ops.handful.decoder_step.default
     given: list[Any] = []
-    real = fused.Step.run
+    real = fused.Operation.run
 
-    def spy(self: fused.Step, x: Tensor) -> Any:
-        given.append((x, *self.operation.operands))
+    def spy(self: fused.Operation, x: Tensor) -> Any:
+        if self.call is operation:
+            given.append((x, *self.operands))
         return real(self, x)
 
-    monkeypatch.setattr(fused.Step, "run", spy)
+    monkeypatch.setattr(fused.Operation, "run", spy)
     with torch.inference_mode():
         (cache,) = caches_of(model, [2])
         for _ in range(2):
@@ -685,10 +796,14 @@ def test_all_layers_refuse_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) ->
     opcheck(operation, right, test_utils="test_schema")
     tensors, numbers = (right[names.index(name)] for name in ("tensors", "numbers"))
     for name, value, line in (
+        ("tokens", torch.tensor([[1.0]]), "tokens are not contiguous and of type int64"),
+        ("tokens", torch.tensor([[13]]), "token 13: there are 13, counted from 0"),
+        ("tokens", torch.tensor([[-1]]), "token -1: there are 13, counted from 0"),
+        ("tensors", [tensors[1], *tensors[1:]], "embedding is not a matrix"),
         ("numbers", numbers.float(), "not a contiguous vector of type float64"),
         ("numbers", numbers[:-1], "operands end too early"),
         ("numbers", torch.cat([numbers, numbers[-1:]]), "operands are left over"),
-        ("numbers", torch.tensor([0.0], dtype=torch.float64), "not of the same caches"),
+        ("numbers", torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), "not of the same caches"),
         ("tensors", tensors[:-1], "operands lack a tensor"),
         ("tensors", [*tensors, tensors[0]], "operands are left over"),
         ("keys", right[names.index("keys")][:1], "not of the same caches"),
@@ -771,11 +886,14 @@ def test_the_argmax_token(dtype: torch.dtype) -> None:
         zeros_V = torch.zeros_like(plain_V)
         zeros_V[0] = -0.0
         for logits_V in (plain_V, -plain_V.abs(), equal_V, spoilt_V, infinite_V, zeros_V, plain_V.repeat(2)[::2]):
-            assert argmax(logits_V) == int(logits_V.argmax())
+            place, value = largest(logits_V)
+            assert place == int(logits_V.argmax())
+            assert torch.tensor(value).equal(logits_V[place].float()) or math.isnan(value)
+            assert math.isnan(value) == bool(logits_V.isnan().any())
             with torch.inference_mode():
                 assert sample(logits_V, Sampling(temperature=0)) == int(logits_V.argmax())
     with pytest.raises(RuntimeError, match="not a contiguous vector"):
-        argmax(torch.zeros(0, dtype=dtype))
+        largest(torch.zeros(0, dtype=dtype))
 
 
 def test_norms_say_what_they_are_of() -> None:

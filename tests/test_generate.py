@@ -311,8 +311,8 @@ def says(model: Decoder, tokenizer: Tokenizer, tokens: list[int], monkeypatch: p
         asked.append(tokens_BS[0].tolist())
         return torch.zeros(1, tokens_BS.shape[1], model.config.width), []
 
-    def logits(x_TD: Tensor) -> Tensor:
-        return 100.0 * torch.eye(VOCAB)[[next(left)]]
+    def logits(x: Tensor) -> Tensor:
+        return (100.0 * torch.eye(VOCAB)[next(left)]).expand(*x.shape[:-1], VOCAB)
 
     monkeypatch.setattr(model, "hidden_states", hidden_states)
     monkeypatch.setattr(model, "logits", logits)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from handful.kernels.dispatch import with_kernel
 from handful.kernels.extension import exact_activations, few_tokens, set_exact_activations, steady_tokens
 from handful.kernels.forwards import (
-    argmax,
     decode_attention,
+    largest,
     linear,
     prefill_attention,
     rms_norm,
@@ -21,6 +21,6 @@ from handful.kernels.forwards import (
 )
 
 __all__ = [
-    "argmax", "decode_attention", "exact_activations", "few_tokens", "linear", "prefill_attention", "rms_norm", "route",
-    "set_exact_activations", "softmax_loss", "steady_tokens", "with_kernel",
+    "decode_attention", "exact_activations", "few_tokens", "largest", "linear", "prefill_attention", "rms_norm",
+    "route", "set_exact_activations", "softmax_loss", "steady_tokens", "with_kernel",
 ]  # fmt: skip

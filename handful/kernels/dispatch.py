@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from handful.kernels.extension import inference_only
 
-__all__ = ["is_unmodified", "unobserved", "unwatched", "with_kernel"]
+__all__ = ["as_written", "is_unmodified", "unobserved", "unwatched", "with_kernel"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,7 +58,7 @@ def unwatched(kinds: Iterable[type]) -> bool:
     classes' own."""
     if torch.compiler.is_compiling() or _has_any_global_hook() or nn.Module.__call__ is not _call:
         return False
-    return all(_as_written(kind) for kind in kinds)
+    return all(map(as_written, kinds))
 
 
 def is_unmodified(module: object, kind: type[M]) -> TypeGuard[M]:
@@ -70,18 +70,18 @@ def is_unmodified(module: object, kind: type[M]) -> TypeGuard[M]:
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
-_written: dict[type, Callable[..., Any]] = {}  # classes and the forward that they were written with
+_written: dict[tuple[type, str], Callable[..., Any]] = {}  # classes' methods as they were written
 
 
-def _as_written(kind: type) -> bool:
-    """Whether a class's forward was compiled from the class's own text: names can be copied, code cannot."""
-    forward = kind.forward  # type: ignore[attr-defined]
-    if _written.get(kind) is forward:
+def as_written(kind: type, method: str = "forward") -> bool:
+    """Whether a class's method was compiled from the class's own text: names can be copied, code cannot."""
+    function = getattr(kind, method)
+    if _written.get((kind, method)) is function:
         return True
-    body = forward.__wrapped__ if getattr(forward, "__code__", None) is _WITH_KERNEL else forward
+    body = function.__wrapped__ if getattr(function, "__code__", None) is _WITH_KERNEL else function
     code = getattr(body, "__code__", None)
     where = getattr(code, "co_qualname", None), getattr(code, "co_filename", None)
-    if where != (f"{kind.__qualname__}.forward", sys.modules[kind.__module__].__file__):
+    if where != (f"{kind.__qualname__}.{method}", sys.modules[kind.__module__].__file__):
         return False
-    _written[kind] = forward
+    _written[kind, method] = function
     return True

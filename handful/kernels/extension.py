@@ -27,6 +27,7 @@ __all__ = [
     "few_tokens",
     "gemv_max_tokens",
     "inference_only",
+    "infers_on_cpu",
     "levels",
     "native_max_tokens",
     "prefers_native",
@@ -151,9 +152,14 @@ def prefers_native(weight: Tensor, tokens: int, dtype: torch.dtype) -> bool:
     return available() and weight.dtype == dtype and (most is None or tokens <= most)
 
 
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether x is on the CPU, and nothing is computed with autograd or autocast."""
+    return not torch.is_grad_enabled() and x.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
 def inference_only(x: Tensor, *weights: Tensor) -> bool:
-    """Whether x and weights can go to the kernels that have no gradients: without autograd and autocast, on CPU."""
-    if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu") or x.dtype not in DTYPES:
+    """Whether x and weights can go to the kernels that have no gradients."""
+    if not infers_on_cpu(x) or x.dtype not in DTYPES:
         return False
     return not weights or all(weight.dtype in DTYPES for weight in weights)
 

@@ -21,9 +21,9 @@ from handful.routing import Limits, Piecewise, Routing, Told
 
 __all__ = [
     "CACHED",
-    "argmax",
     "decode_attention",
     "decode_operands",
+    "largest",
     "linear",
     "prefill_attention",
     "rms_norm",
@@ -49,9 +49,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return operations.linear(x, weight, bias)
 
 
-def argmax(logits_V: Tensor) -> Any:
-    """The place of the largest logit."""
-    return operations.argmax(logits_V) if available() and inference_only(logits_V) else NotImplemented
+def largest(logits_V: Tensor) -> Any:
+    """The largest logit and its place."""
+    return operations.largest(logits_V) if available() and inference_only(logits_V) else NotImplemented
 
 
 def softmax_loss(logits_cV: Tensor, targets_c: Tensor, gradient: bool) -> Any:

@@ -23,8 +23,8 @@ from handful.quantize import Packed
 __all__ = [
     "DecodeAttention",
     "RouterRules",
-    "argmax",
     "decode_attention",
+    "largest",
     "linear",
     "prefill_attention",
     "rms_norm",
@@ -60,10 +60,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def argmax(logits_V: Tensor) -> int:
-    """The place of the largest logit, the first of equals. In bfloat16 torch takes longer than for the output layer."""
-    place: int = torch.ops.handful.argmax.default(logits_V.contiguous())
-    return place
+def largest(logits_V: Tensor) -> tuple[int, float]:
+    """The place of the largest logit, the first of equals, and it. In bfloat16 torch takes longer than for the output
+    layer."""
+    found: tuple[int, float] = torch.ops.handful.largest.default(logits_V.contiguous())
+    return found
 
 
 def softmax_loss(logits_cV: Tensor, targets_c: Tensor) -> float:

@@ -96,7 +96,7 @@ def test_decoding_equals_the_whole_pass(name: str, read: int, calls: list[str]) 
         assert apart(decoded(model, batch, read), want) < 3e-6
     steps = 0 if config.mla is not None else 9 - read + (read == 1)  # the first is planned from two operations a layer
     assert calls.count("attend_layer") == (config.layers if steps else 0)
-    assert calls.count("layers") == max(0, steps - 1)
+    assert calls.count("decoder_step") == max(0, steps - 1)
     assert "rms_norm" in calls
     with torch.inference_mode():
         got = decoded(model.bfloat16(), batch, read)
@@ -130,7 +130,7 @@ def test_padded_and_recorded_sequences_go_through_torch(calls: list[str]) -> Non
     cache = KVCache(SMALL, 2, 6)
     model(batch[:, :5], cache)
     model(batch[:, 5:], cache)  # gradients are on
-    assert not {"decode_attention", "attend_layer", "layers"} & {*calls}
+    assert not {"decode_attention", "attend_layer", "decoder_step"} & {*calls}
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.sampled_from(["f32 f32", "bf16 bf16", "bf16 f32", "f32 bf16"]))

@@ -161,7 +161,7 @@ assert "HANDFUL_ISA" in native_error()
 x = torch.randn(3, 8)
 for call in (
     lambda: torch.ops.handful.rms_norm(x, torch.ones(8), 1e-6),
-    lambda: torch.ops.handful.argmax(x[0]),
+    lambda: torch.ops.handful.largest(x[0]),
     lambda: torch.ops.handful.linears(x, [torch.randn(4, 8)], [], [], 0, 0),
     lambda: torch.ops.handful.experts(x, torch.zeros(3, 1).long(), torch.ones(3, 1), None, torch.randn(2, 8, 8),
                                       torch.randn(2, 8, 4), None, None, "swiglu", False),

@@ -9,8 +9,8 @@
 namespace handful {
 namespace {
 
-// The place of the largest of V logits, the first of equals. A NaN is above all numbers, as it is to torch.
-int64_t argmax(Tensor logits) {
+// The place of the largest of V logits, the first of equals, and it. A NaN is above all numbers, as it is to torch.
+std::tuple<int64_t, double> largest(Tensor logits) {
   STD_TORCH_CHECK(logits.dim() == 1 && logits.is_contiguous() && logits.size(0) >= 1,
                   "logits is not a contiguous vector");
   const Type type = float_type(logits, "logits");
@@ -35,20 +35,20 @@ int64_t argmax(Tensor logits) {
     // Most parts have nothing above all that was before them, and are not read again.
     if (first > 0 && _mm_movemask_ps(_mm_or_ps(strange, _mm_cmpgt_ps(top, _mm_set1_ps(best)))) == 0) continue;
     for (int64_t i = 0; i < count; ++i) {
-      if (some[i] != some[i]) return first + i;
+      if (some[i] != some[i]) return {first + i, some[i]};
       if ((first == 0 && i == 0) || some[i] > best) {
         best = some[i];
         place = first + i;
       }
     }
   }
-  return place;
+  return {place, best};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) { m.def("argmax(Tensor logits) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(handful, m) { m.def("largest(Tensor logits) -> (int, float)"); }
 
-STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("argmax", TORCH_BOX(&argmax)); }
+STABLE_TORCH_LIBRARY_IMPL(handful, CPU, m) { m.impl("largest", TORCH_BOX(&largest)); }
 
 }  // namespace handful
