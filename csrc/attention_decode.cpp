@@ -55,6 +55,7 @@ Type cache_type(const Tensor& rows, int64_t d, const char* name) {
 // Of B sequences, whose keys and values are of J heads of width d, and of one type.
 std::vector<Sequence> sequences_of(const Caches& caches, int64_t B, int64_t J, int64_t d, Type type) {
   std::vector<Sequence> sequences;
+  sequences.reserve(B);
   for (size_t c = 0; c < caches.keys.size(); ++c) {
     const Tensor &key = caches.keys[c], &value = caches.values[c];
     STD_TORCH_CHECK(cache_type(key, d, "keys") == type && cache_type(value, d, "values") == type && key.size(1) == J,
@@ -157,7 +158,10 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   });
   // Every kSplit keys of a head are an item, whose results are joined after all: those of sequence b begin at
   // starts[b] * H, for each split one of every head. Numbers depend on the keys alone, not on who else is there.
-  std::vector<int64_t> starts = {0}, owners;
+  std::vector<int64_t> starts, owners;
+  starts.reserve(B + 1);
+  starts.push_back(0);
+  owners.reserve(B);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t splits = sequences[b].splits(window);
     starts.push_back(starts[b] + splits);
@@ -181,8 +185,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   each(B * H, kRowCost * static_cast<double>(parts * d) / static_cast<double>(std::max<int64_t>(B, 1)), [&](int64_t i) {
     const int64_t b = i / H, h = i % H, first = starts[b] * H + h;
     const auto count = static_cast<int>(starts[b + 1] - starts[b]);
-    std::vector<const float*> rows(count);
-    std::vector<float> weights(count);
+    Some<const float*> rows(count);
+    Some<float> weights(count);
     float most = sinks.has_value() ? sink_buffer.as<float>()[h] : largest[first];
     for (int s = 0; s < count; ++s) most = std::max(most, largest[first + s * H]);
     float sum = sinks.has_value() ? std::exp(sink_buffer.as<float>()[h] - most) : 0.0f;
@@ -191,7 +195,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
       weights[s] = std::exp(largest[first + s * H] - most);
       sum += weights[s] * sums[first + s * H];
     }
-    for (float& weight : weights) weight /= sum;
+    for (int s = 0; s < count; ++s) weights[s] /= sum;
     gemv().combine(to + i * d * bytes_of(type), type, rows.data(), weights.data(), count, d);
   });
   return out;

@@ -326,8 +326,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
                   "kept is not what the forward pass returned");
 
   const auto like = [&](const Tensor& t, bool wanted) {
-    std::vector<int64_t> shape;
-    for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(wanted ? t.size(d) : 0);
+    Shape shape;
+    for (int64_t d = 0; d < t.dim(); ++d) shape.add(wanted ? t.size(d) : 0);
     Tensor grad = fresh(shape, t.scalar_type());
     use_huge_pages(grad.mutable_data_ptr(), grad.numel() * bytes_of(float_type(t, "weights")));
     return grad;

@@ -56,7 +56,7 @@ void sum_rows(int64_t width, const ExpertSort& sorted, const float* rows_ND, con
   const std::vector<float> ones(K, 1.0f);
   constexpr int64_t kTokens = 16;  // of an item
   each((sorted.tokens + kTokens - 1) / kTokens, 0.2 * static_cast<double>(kTokens * K * D), [&](int64_t i) {
-    std::vector<const float*> rows(K);
+    Some<const float*> rows(K);
     for (int64_t t = i * kTokens; t < std::min(sorted.tokens, (i + 1) * kTokens); ++t) {
       for (int64_t k = 0; k < K; ++k) {
         const int64_t n = sorted.place[t * K + k];

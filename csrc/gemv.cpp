@@ -4,9 +4,9 @@ namespace handful {
 
 void Prepared::fill(int64_t i, const char* x, Type type) const {
   if (type == Type::kFloat32) return fill(i, reinterpret_cast<const float*>(x));
-  std::vector<float> wide(width_);
-  gemv().to_float(wide.data(), x, type, width_);
-  fill(i, wide.data());
+  const Buffer wide(width_ * 4);
+  gemv().to_float(wide.as<float>(), x, type, width_);
+  fill(i, wide.as<float>());
 }
 
 void add_gemv_items(std::vector<GemvItem>& items, const Stack& stack, int64_t matrices, int64_t matrix, int64_t first,

@@ -43,13 +43,14 @@ void taper(std::vector<GemvItem>& items);
 // out(n)[row] = stack[matrix][row] · vector(n) + bias; out(n) are `stride` floats apart.
 template <class Vector, class Out>
 void run_gemv_item(const Stack& stack, const GemvItem& item, const Vector& vector, const Out& out, int64_t stride) {
-  std::vector<const char*> vectors(item.count);
+  Some<const char*> vectors(item.count);
   for (int v = 0; v < item.count; ++v) vectors[v] = vector(item.first + v);
   float* to = out(item.first) + item.row;
   gemv().multiply(to, stride, stack[item.matrix], item.row, item.rows, vectors.data(), item.count, stack.width);
   if (stack.bias == nullptr) return;
-  std::vector<float> bias(item.rows);
-  stack.copy_bias(bias.data(), item.matrix, item.row, item.rows);
+  const Buffer buffer(item.rows * 4);
+  float* bias = buffer.as<float>();
+  stack.copy_bias(bias, item.matrix, item.row, item.rows);
   for (int v = 0; v < item.count; ++v) {
     for (int64_t r = 0; r < item.rows; ++r) to[v * stride + r] += bias[r];
   }

@@ -18,12 +18,14 @@ void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, i
   int64_t rows = 0;
   for (const Stack& stack : stacks) rows += stack.rows;
   const Buffer out_buffer(tokens * rows * 4);
-  std::vector<float*> out(stacks.size());
-  std::vector<GemvItem> items;
+  Some<float*> out(static_cast<int64_t>(stacks.size()));
+  std::vector<GemvItem> items, own;
   std::vector<size_t> matrix;  // of each item
+  for (auto* all : {&items, &own}) all->reserve(64);
+  matrix.reserve(64);
   for (size_t m = 0; m < stacks.size(); ++m) {
     out[m] = m == 0 ? out_buffer.as<float>() : out[m - 1] + tokens * stacks[m - 1].rows;
-    std::vector<GemvItem> own;
+    own.clear();
     if (stacks[m].rows > 0) {
       add_gemv_items(own, stacks[m], static_cast<int64_t>(stacks.size()), 0, 0, static_cast<int>(tokens));
     }
@@ -107,6 +109,9 @@ Tensors linears(const Tensor& x, const LinearMaps& maps) {
   Tensors results;
   std::vector<char*> y;
   bool alike = true;
+  stacks.reserve(count);
+  results.reserve(count);
+  y.reserve(count);
   for (size_t m = 0; m < count; ++m) {
     const Tensor& weight = maps.weights[m];
     STD_TORCH_CHECK(weight.dim() == 2 && x.size(1) >= 1, "weight is not a matrix (outputs, inputs)");

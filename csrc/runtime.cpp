@@ -91,7 +91,7 @@ Buffer::~Buffer() {
   }
 }
 
-Tensor lasting(const std::vector<int64_t>& shape, ScalarType type, int64_t bytes) {
+Tensor lasting(const Shape& shape, ScalarType type, int64_t bytes) {
   Buffer buffer(std::max<int64_t>(bytes, 1));
   const int64_t held = buffer.bytes();
   {
@@ -108,8 +108,10 @@ Tensor lasting(const std::vector<int64_t>& shape, ScalarType type, int64_t bytes
     const std::lock_guard<std::mutex> lock(all.mutex);
     all.lasting -= held;
   };
-  return torch::stable::from_blob(data, shape, contiguous_strides(shape), torch::stable::Device(torch::headeronly::DeviceType::CPU), type,
-                                  give_back);
+  const auto strides = shape.strides();
+  const auto dims = static_cast<size_t>(shape.dims);
+  return torch::stable::from_blob(data, {shape.sizes.data(), dims}, {strides.data(), dims},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type, give_back);
 }
 
 void use_huge_pages(void* data, int64_t bytes) {

@@ -1,6 +1,7 @@
 // Memory and threads of one operation.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <utility>
@@ -38,7 +39,24 @@ class Buffer {
 
 // The same as a tensor's memory, from the forward pass to the backward pass. As much as lived at once is kept for the
 // next step beside the rest.
-Tensor lasting(const std::vector<int64_t>& shape, ScalarType type, int64_t bytes);
+Tensor lasting(const Shape& shape, ScalarType type, int64_t bytes);
+
+// Some values of which there are mostly few: they are allocated only beyond `kFew`.
+template <class T, int64_t kFew = 16>
+class Some {
+ public:
+  explicit Some(int64_t count) : many_(count > kFew ? count : 0), at_(count > kFew ? many_.data() : few_.data()) {}
+  Some(const Some&) = delete;
+  Some& operator=(const Some&) = delete;
+
+  T* data() { return at_; }
+  T& operator[](int64_t i) { return at_[i]; }
+
+ private:
+  std::array<T, kFew> few_;
+  std::vector<T> many_;
+  T* at_;
+};
 
 // Asks for huge pages in a large block before it is first written: the system clears 2 MiB at once, and not 4 KiB at
 // each of 512 faults.

@@ -12,11 +12,12 @@ std::string shape_of(const Tensor& tensor) {
   return text + ")";
 }
 
-void check_shape(const Tensor& tensor, const char* name, int64_t count, int64_t rows, int64_t width) {
+// `part`: what of `name` it is.
+void check_shape(const Tensor& tensor, const char* name, const char* part, int64_t count, int64_t rows, int64_t width) {
   const int64_t lead = count > 0 ? 1 : 0;
   const bool right = tensor.dim() == lead + (width > 0 ? 2 : 1) && (lead == 0 || tensor.size(0) == count) &&
                      tensor.size(lead) == rows && (width == 0 || tensor.size(lead + 1) == width);
-  STD_TORCH_CHECK(right, name, " has shape ", shape_of(tensor), ": it must be (", count > 0 ? std::to_string(count) : "",
+  STD_TORCH_CHECK(right, name, part, " has shape ", shape_of(tensor), ": it must be (", count > 0 ? std::to_string(count) : "",
                   count > 0 ? ", " : "", rows, width > 0 ? ", " + std::to_string(width) : "", ")");
   int64_t dense = 1;
   bool contiguous = true;
@@ -24,7 +25,7 @@ void check_shape(const Tensor& tensor, const char* name, int64_t count, int64_t 
     contiguous = contiguous && (tensor.stride(d) == dense || tensor.size(d) <= 1);
     dense *= tensor.size(d);
   }
-  STD_TORCH_CHECK(contiguous, name, " is not contiguous");
+  STD_TORCH_CHECK(contiguous, name, part, " is not contiguous");
 }
 
 // From one matrix of a stack to the next, in values.
@@ -98,7 +99,7 @@ Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char
   Matrix& m = stack.first;
   m.data = data_of(given.codes);
   if (given.bits == 0) {
-    check_shape(given.codes, name, count, rows, width);
+    check_shape(given.codes, name, "", count, rows, width);
     m.type = float_type(given.codes, name);
     m.stride = width * bytes_of(m.type);
     stack.step = step_of(given.codes, count) * bytes_of(m.type);
@@ -115,17 +116,16 @@ Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char
     m.stride = eight ? columns : columns / 2;
     m.scale_stride = columns / given.group;
     m.group = static_cast<int>(given.group);
-    check_shape(given.codes, name, count, rows, m.stride);
-    check_shape(*given.scales, (std::string(name) + "'s scales").c_str(), count, rows, m.scale_stride);
+    check_shape(given.codes, name, "", count, rows, m.stride);
+    check_shape(*given.scales, name, "'s scales", count, rows, m.scale_stride);
     m.scales = static_cast<const uint16_t*>(given.scales->const_data_ptr());
     stack.step = step_of(given.codes, count);  // codes are bytes
     stack.scale_step = step_of(*given.scales, count);
   }
   if (bias.has_value()) {
-    const std::string bias_name = std::string(name) + "_bias";
-    check_shape(*bias, bias_name.c_str(), count, rows, 0);
+    check_shape(*bias, name, "_bias", count, rows, 0);
     stack.bias = bias->const_data_ptr();
-    stack.bias_type = float_type(*bias, bias_name.c_str());
+    stack.bias_type = float_type(*bias, "bias");
     stack.bias_step = step_of(*bias, count);
   }
   return stack;

@@ -28,12 +28,14 @@ from handful.config import BalanceConfig, ModelConfig, TrainConfig
 from handful.config_io import to_dict
 from handful.cost import cost
 from handful.data import Data
+from handful.engine import Engine
 from handful.errors import ConfigError, TrainingError
 from handful.families.io import load_decoder
-from handful.generate import generate_tokens
+from handful.generate import stream
 from handful.lesson import lesson
 from handful.machine import machine
 from handful.model import Decoder
+from handful.request import Request
 from handful.runs import Run, check_folder, read_events
 from handful.sampling import Sampling
 from handful.train import Event, interrupts, train
@@ -317,15 +319,18 @@ def _reached(curve: list[dict[str, Any]], loss: float) -> dict[str, Any] | None:
 
 
 def decode_speeds(models: Sequence[Decoder], tokens: int = 64, repeats: int = 5) -> list[list[float]]:
-    """Tokens per second of greedy generation, one sequence, after a short prompt: of every model, some repeats, in
-    which the models take turns."""
+    """Tokens per second of greedy decoding, one sequence, after a short prompt's first token: of every model, some
+    repeats, in which the models take turns. Without drafts: they pay where a text repeats itself, whoever made it."""
+    engines = [Engine(model, max_sequences=1, speculate=False) for model in models]
 
-    def rate(model: Decoder) -> float:
-        prompt = list(range(1, 1 + min(16, model.config.context // 2)))
-        began = time.perf_counter()
-        most = min(tokens, model.config.context - len(prompt))
-        made = sum(1 for _ in generate_tokens(model, prompt, most, Sampling(temperature=0)))
-        return made / (time.perf_counter() - began)
+    def rate(engine: Engine) -> float:
+        context = engine.model.config.context
+        prompt = list(range(1, 1 + min(16, context // 2)))
+        most = min(tokens, context - len(prompt))
+        request = Request(prompt=prompt, max_tokens=most, sampling=Sampling(temperature=0))
+        times = [time.perf_counter(), *(time.perf_counter() for _ in stream(engine, request))]
+        first = min(1, len(times) - 2)  # with room for one token alone, the prompt's
+        return (len(times) - 1 - first) / (times[-1] - times[first])
 
-    rounds = [[rate(model) for model in models] for _ in range(repeats + 1)]
+    rounds = [[rate(engine) for engine in engines] for _ in range(repeats + 1)]
     return [list(rates) for rates in zip(*rounds[1:], strict=True)]  # the first warms up

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,10 @@ class Plan:
             [i for i, module in enumerate(every) if module.__dict__[kind]]
             for kind in ("_modules", "_parameters", "_buffers")
         )
+        # Which of the modules, or of None behind them, the parents' children are.
+        number = {module: i for i, module in enumerate(every)}
+        children = chain.from_iterable(every[i].__dict__["_modules"].values() for i in self._parents)
+        self._children = operator.itemgetter(*(number.get(child, -1) for child in children), -1)
         self._holders = [*((i, "_parameters") for i in with_parameters), *((i, "_buffers") for i in with_buffers)]
         self._called = [i for i, module in enumerate(every) if not isinstance(module, nn.ModuleList | PackedWeight)]
         self._was, weights = self._state(every)
@@ -77,15 +81,16 @@ class Plan:
         own = [module.__dict__ for module in modules]
         held = [own[i][kind] for i, kind in self._holders]
         weights = [*chain.from_iterable(map(dict.values, held))]
+        children = chain.from_iterable(map(dict.values, [own[i]["_modules"] for i in self._parents]))
         state = [
             self._methods(type(modules[0])),
             [*map(type, modules)],
             [*map(len, own)],
             [attributes(of) for attributes, of in zip(self._attributes, own, strict=True)],
             [own[i]["_forward_hooks"] or own[i]["_forward_pre_hooks"] or None for i in self._called],
-            [*map(id, chain.from_iterable([own[i]["_modules"].values() for i in self._parents]))],
+            [*children, None] == [*self._children([*modules, None])],
             [*chain.from_iterable(held)],
-            [None if weight is None else weight.dtype for weight in weights],
+            [*map(getattr, weights, repeat("dtype"), repeat(None))],
         ]
         return state, weights
 
@@ -99,7 +104,12 @@ class Plans(dict[int, Plan]):
 
 def _attributes(own: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     """What gives a module's plain attributes: not weights, nor what is made of them and would keep them alive."""
-    return operator.itemgetter(*(name for name, value in own.items() if not isinstance(value, dict | Tensor | Packed)))
+    plain = (name for name, value in own.items() if not isinstance(value, dict | Tensor | Packed))
+    return operator.itemgetter(*(name for name in plain if name not in _EVERY_MODULE_S))
+
+
+# What every module holds that its forward does not look at.
+_EVERY_MODULE_S = frozenset(vars(nn.Module())) - {"training"}
 
 
 def _write(operands: Iterable[Any], numbers: list[float], tensors: list[Tensor]) -> None:
