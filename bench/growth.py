@@ -1,10 +1,15 @@
 """How do speed and memory grow with context, sequences, experts and layers, and where does the line bend?
 
-    python bench/growth.py [--axes context experts] [--repeats 9] [--kv-cache-dtype int8] [--dtype float32]
+    python bench/growth.py [--axes context experts] [--repeats 3] [--kv-cache-dtype int8] [--dtype float32]
+                           [--level avx2]
 
 Random weights of one small shape, of which one axis grows at a time. Every point is a process of its own, whose peak
 memory is its own too; inside it decoding and reading a prompt take turns. A step decodes one token of every sequence at
 the end of its context, which is filled with random keys and values; a prompt's chunk is read at the same place.
+
+What else the machine does can only take time away. So every point is measured in rounds with all others, and the least
+of its rounds' medians counts, if another round comes within 10 % of it. Where none does, that point alone is measured
+again, three times at most; one that even then stands alone is marked "disturbed", and no line is laid through it.
 
 A straight line is laid through the seconds of a pass against the axis, by least squares of relative errors. What is
 farthest off it, and where the slope changes most, is said of each.
@@ -20,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,9 @@ from handful.positions import KVCache, KVCaches, cache_dtype
 
 CHUNK = 512  # tokens of a prompt that are read at once; of several sequences 64 each
 LEAST = 0.02  # seconds that a case is repeated for, within a round
+ROUNDS, MORE = 2, 3  # of every point, and of one whose rounds do not agree
+AGREE = 0.1  # by how much of the least its next may be above it
+WHENS = ("decode", "prefill")
 
 
 POINT = {"context": 1024, "sequences": 1, "experts": 32, "layers": 4}
@@ -108,6 +116,29 @@ def measure(point: dict[str, int], dtype: str, kv_cache_dtype: str, repeats: int
     }
 
 
+def agrees(tries: Sequence[dict[str, float]]) -> bool:
+    """Whether the least of each time is met by another try."""
+    least_two = [sorted(one[when] for one in tries)[:2] for when in WHENS]
+    return all(len(two) == 2 and two[1] <= (1 + AGREE) * two[0] for two in least_two)
+
+
+def measure_axis(
+    values: Sequence[int], measure_one: Callable[[int], dict[str, float]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Each value's least times, and whether they stand alone: after every round from the first that may be the last."""
+    tries: dict[int, list[dict[str, float]]] = {value: [] for value in values}
+    for turn in range(ROUNDS + MORE):
+        asked = [value for value in values if turn < ROUNDS or not agrees(tries[value])]
+        for value in asked:
+            tries[value].append(measure_one(value))
+        if asked and turn + 1 >= ROUNDS:
+            yield [
+                {**tried[0], **{when: min(one[when] for one in tried) for when in WHENS}, "rounds": len(tried),
+                 "disturbed": not agrees(tried)}
+                for tried in tries.values()
+            ]  # fmt: skip
+
+
 def forget_peak() -> None:
     """Let the process's peak of memory begin again, here: building a model takes more than running it."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -159,19 +190,22 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "int8"])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=3, help="passes of a round, of which the median is taken")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--level", help="the instructions that Handful keeps to, as HANDFUL_ISA names them")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    if asked.level:
+        os.environ["HANDFUL_ISA"] = asked.level  # of the points' processes, and of what is said of this machine
     if asked.point:
         print(json.dumps(measure(json.loads(asked.point), asked.dtype, asked.kv_cache_dtype, asked.repeats)))
         return
     level = {use: one.name for use, one in levels(machine().isa).items()} if available() else None
     notes = {"dtype": asked.dtype, "kv_cache_dtype": asked.kv_cache_dtype, "levels": level}
     for name in asked.axes:
-        found: list[dict[str, Any]] = []
-        for value in AXES[name]:
+
+        def measure_one(value: int, name: str = name) -> dict[str, float]:
             print(f"\r{name} {value:<20}", end="", file=sys.stderr, flush=True)
             point = json.dumps({**POINT, name: value})
             given = [
@@ -179,16 +213,19 @@ def main() -> None:
                 "--repeats", str(asked.repeats), "--threads", str(asked.threads),
             ]  # fmt: skip
             done = subprocess.run([sys.executable, __file__, *given], stdout=subprocess.PIPE, check=True)
-            found.append({name: value, **json.loads(done.stdout)})
-        print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
-        show([_row(name, one) for one in found])
-        lines = {}
-        for when in ("decode", "prefill"):
-            lines[when] = straightness([one[name] for one in found], [one[when] for one in found])
-            print(said(name, when, lines[when]))
+            return {name: value, **json.loads(done.stdout)}
+
         other = (os.environ.get("HANDFUL_ISA"), asked.dtype, asked.kv_cache_dtype)
         parts = [part for part in other if part not in (None, "bfloat16", "auto")]
-        keep("-".join(["growth", name, *parts]), found, {**notes, "lines": lines})
+        for found in measure_axis(AXES[name], measure_one):
+            print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+            show([_row(name, one) for one in found])
+            lines = {}
+            straight = [one for one in found if not one["disturbed"]]
+            for when in WHENS if len(straight) > 2 else ():
+                lines[when] = straightness([one[name] for one in straight], [one[when] for one in straight])
+                print(said(name, when, lines[when]))
+            keep("-".join(["growth", name, *parts]), found, {**notes, "lines": lines})
         print(flush=True)
 
 
@@ -203,6 +240,7 @@ def _row(axis: str, one: dict[str, Any]) -> dict[str, Any]:
         "cache MB": one["cache"] / 1e6,
         "weights MB": one["weights"] / 1e6,
         "peak MB": one["peak"] / 1e6,
+        "rounds": f"{one['rounds']}, disturbed" if one["disturbed"] else str(one["rounds"]),
     }
 
 

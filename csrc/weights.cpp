@@ -17,8 +17,9 @@ void check_shape(const Tensor& tensor, const char* name, const char* part, int64
   const int64_t lead = count > 0 ? 1 : 0;
   const bool right = tensor.dim() == lead + (width > 0 ? 2 : 1) && (lead == 0 || tensor.size(0) == count) &&
                      tensor.size(lead) == rows && (width == 0 || tensor.size(lead + 1) == width);
-  STD_TORCH_CHECK(right, name, part, " has shape ", shape_of(tensor), ": it must be (", count > 0 ? std::to_string(count) : "",
-                  count > 0 ? ", " : "", rows, width > 0 ? ", " + std::to_string(width) : "", ")");
+  STD_TORCH_CHECK(right, name, part, " has shape ", shape_of(tensor), ": it must be (",
+                  count > 0 ? std::to_string(count) : "", count > 0 ? ", " : "", rows,
+                  width > 0 ? ", " + std::to_string(width) : "", ")");
   int64_t dense = 1;
   bool contiguous = true;
   for (int64_t d = tensor.dim() - 1; d >= lead; --d) {
