@@ -40,14 +40,15 @@ class Steps:
 
     def __init__(self, model: Decoder) -> None:
         self.engine = Engine(model, max_sequences=1, speculate=False)
-        self.model = model
         self.whole()
         cache = KVCache(model.config, 1, model.config.context)
         with torch.inference_mode():
             for token in range(3):
                 model(torch.tensor([[token]]), cache)
             plan = fused._plans_of(model)[1]
-            self.operands = plan.operands(cache.span(model.config, 1), plan.weights(model) or [])
+            weights = plan.weights(model)
+            assert weights is not None
+            self.operands = plan.operands(cache.span(model.config, 1), weights)
         self.token = torch.tensor([[3]])
 
     def whole(self) -> None:

@@ -88,7 +88,7 @@ void run_gemm(const ExpertsCall& call, const ExpertSort& sorted, const std::vect
 void run_gemv(const ExpertsCall& call, const ExpertSort& sorted, const std::vector<char>& used, float* out_ND) {
   const int64_t D = call.width, F = call.hidden, G = call.gate_up.rows;
   std::vector<GemvItem> items;
-  items.reserve(64);
+  items.reserve(kItems);
   std::vector<int64_t> theirs;  // their assignments, by place in the sort
   theirs.reserve(sorted.size());
   for (int64_t e = 0; e < call.experts; ++e) {

@@ -33,6 +33,9 @@ struct GemvItem {
   int64_t first, row, rows;
 };
 
+// Room for the items of most calls: about 32, of which the last are cut once more.
+constexpr size_t kItems = 64;
+
 // Cuts a matrix into items for the threads; `matrices` like it are read together.
 void add_gemv_items(std::vector<GemvItem>& items, const Stack& stack, int64_t matrices, int64_t matrix, int64_t first,
                     int count);

@@ -21,8 +21,8 @@ void multiply_gemv(const std::vector<Stack>& stacks, const char* x, Type type, i
   Some<float*> out(static_cast<int64_t>(stacks.size()));
   std::vector<GemvItem> items, own;
   std::vector<size_t> matrix;  // of each item
-  for (auto* all : {&items, &own}) all->reserve(64);
-  matrix.reserve(64);
+  for (auto* all : {&items, &own}) all->reserve(kItems);
+  matrix.reserve(kItems);
   for (size_t m = 0; m < stacks.size(); ++m) {
     out[m] = m == 0 ? out_buffer.as<float>() : out[m - 1] + tokens * stacks[m - 1].rows;
     own.clear();

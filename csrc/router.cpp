@@ -84,7 +84,7 @@ Routed route(const Tensor& x, const Router& router) {
   const char* rows = data_of(x);
   for (int64_t t = 0; t < T; ++t) prepared.fill(t, rows + t * D * bytes_of(type), type);
   std::vector<GemvItem> items;
-  items.reserve(64);
+  items.reserve(kItems);
   add_gemv_items(items, stack, 1, 0, 0, static_cast<int>(T));
   run_gemv_items(stack, items, [&](int64_t t) { return prepared.row(t); }, [&](int64_t t) { return logit + t * E; }, E);
 

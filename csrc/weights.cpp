@@ -68,9 +68,9 @@ NormWeight norm_weight(const MaybeTensor& weight, int64_t width, const char* nam
   return {data_of(*weight), float_type(*weight, name)};
 }
 
-Type float_type(const Tensor& tensor, const char* name) {
+Type float_type(const Tensor& tensor, const char* name, const char* part) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, part,
                   " is neither float32 nor bfloat16");
   return type == ScalarType::Float ? Type::kFloat32 : Type::kBFloat16;
 }
@@ -126,7 +126,7 @@ Stack make_stack(const WeightTensors& given, const MaybeTensor& bias, const char
   if (bias.has_value()) {
     check_shape(*bias, name, "_bias", count, rows, 0);
     stack.bias = bias->const_data_ptr();
-    stack.bias_type = float_type(*bias, "bias");
+    stack.bias_type = float_type(*bias, name, "_bias");
     stack.bias_step = step_of(*bias, count);
   }
   return stack;

@@ -40,7 +40,8 @@ struct NormWeight {
 
 NormWeight norm_weight(const MaybeTensor& weight, int64_t width, const char* name);
 
-Type float_type(const Tensor& tensor, const char* name);
+// `part`: what of `name` it is.
+Type float_type(const Tensor& tensor, const char* name, const char* part = "");
 Activation activation_of(const std::string& name);
 
 // Checks types and shapes (count, rows, width), of scales and bias too, and that each matrix is contiguous. `count` 0:

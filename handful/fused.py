@@ -370,8 +370,9 @@ def output_layer(
 ) -> LinearOperands | None:
     """The map to logits; head None: by the embedding's weight."""
     if head is None:
-        own = embedding is not None and prefers_native(embedding, tokens, dtype)
-        return LinearOperands([embedding], [], [], 0, 0) if own and embedding is not None else None
+        if embedding is None or not prefers_native(embedding, tokens, dtype):
+            return None
+        return LinearOperands([embedding], [], [], 0, 0)
     found = linear_operands([(head, inputs)], tokens, dtype)
     return found if found is not None and found.biases == [None] else None
 
