@@ -18,9 +18,13 @@ DEV := .venv/.dev-$(HASH)
 # One thread for each test process, so that the processes do not fight for the cores. No test reaches for a network.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-# Memory that nobody wrote to is filled with NaN (bytes of 255) there, so that a result made from it shows.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -DHANDFUL_EMULATE_AMX -DHANDFUL_EMULATE_AVX_VNNI -O1 -g1
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1 -DHANDFUL_EMULATE_AVX_VNNI -DHANDFUL_EMULATE_AMX \
+  $(shell grep -q avx512_bf16 /proc/cpuinfo || echo -DHANDFUL_EMULATE_AVX512)
 SANITIZED := build/sanitize/handful/_native.abi3.so
+# Memory that nobody wrote to is filled with NaN (bytes of 255), so that a result made from it shows.
+SANITIZED_ENV = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
+  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) $(TEST_ENV)
 
 .PHONY: help demo serve test test-torch soak check sanitize emulate compilers wheel wheel-test bench browser-test clean
 .DEFAULT_GOAL := help
@@ -52,12 +56,11 @@ check: $(DEV) ## lint, check the format, the types and the import tiers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests under the address and undefined-behaviour sanitizers, with AMX's tiles and AVX-VNNI's product emulated
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 \
-	  UBSAN_OPTIONS=print_stacktrace=1 HANDFUL_NATIVE=$(SANITIZED) \
-	  $(TEST_ENV) $(BIN)/python -m pytest -q --capture=sys \
+sanitize: $(DEV) $(SANITIZED) ## run the kernels' tests at every level under the address and undefined-behaviour sanitizers; what the CPU lacks is emulated
+	$(SANITIZED_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --capture=sys \
 	  tests/experts/test_native.py tests/experts/test_offload.py tests/kernels/test_decode_kernels.py
+	for level in avx2 avx_vnni avx512f avx512 amx; do \
+	  HANDFUL_ISA=$$level $(SANITIZED_ENV) $(BIN)/python tests/every_operation.py $$level || exit 1; done
 
 # Nothing is linked and little optimised: what a compiler does not know or take, it says without.
 compilers: .venv/.torch-$(TORCH) ## compile the extension with the oldest compilers that it is for; COMPILERS="g++-11 clang++-14"

@@ -43,6 +43,9 @@ __attribute__((target("avx2"))) uint64_t sum_avx2(const char* data, int64_t byte
   return sum;
 }
 
+#ifdef HANDFUL_EMULATE_AVX512
+constexpr auto sum_avx512 = sum_avx2;
+#else
 __attribute__((target("avx512f"))) uint64_t sum_avx512(const char* data, int64_t bytes) {
   const int64_t length = bytes / (kStreams * kLine) * kLine;
   __m512i sums[kStreams] = {};
@@ -62,6 +65,7 @@ __attribute__((target("avx512f"))) uint64_t sum_avx512(const char* data, int64_t
   }
   return sum;
 }
+#endif
 
 // Reads the uint8 tensor `buffer` from end to end with torch's threads, `repeats` times. Returns the median rate in
 // bytes per second, and the sum of the buffer's 64-bit words (modulo 2^64), which shows that all of it was read.

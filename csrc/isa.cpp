@@ -77,11 +77,15 @@ uint32_t detect() {
 #endif
   if (bit(newer.eax, 4)) found |= kAvxVnni;
 
+#ifdef HANDFUL_EMULATE_AVX512
+  found |= kAvx512 | kAvx512Vnni | kAvx512Bf16;
+#else
   const bool avx512 = bit(more.ebx, 16) && bit(more.ebx, 17) && bit(more.ebx, 30) && bit(more.ebx, 31);
   if (!saves(0xe6) || !avx512) return found;
   found |= kAvx512;
   if (bit(more.ecx, 11)) found |= kAvx512Vnni;
   if (bit(newer.eax, 5)) found |= kAvx512Bf16;
+#endif
 
   // Every CPU with AMX has bfloat16 vectors, which do all but AMX's product.
   if ((found & kAvx512Bf16) == 0) return found;

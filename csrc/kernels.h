@@ -9,7 +9,7 @@
 //   tile    row r of column c        at tile[r * kPanel + c], float32
 //
 // Tokens are the columns and weights the rows, so a forward pass transposes tokens alone. Codes that are multiplied as
-// bytes have panels of another form (gemm_bytes.inc).
+// bytes have panels of another form (byte_panels.inc).
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,14 @@ constexpr int kLeftStride = kDepth + 16;  // units; rows a power of two apart wo
 constexpr int kRows = 96;                 // rows of a left block
 constexpr int kUnitGrid = 16;             // panels and left rows are zero up to a multiple of so many units
 
-// Panels of bytes (gemm_bytes.inc): for every kByteDepth values a row of 32 units, which names the groups that
+// Panels of bytes (byte_panels.inc): for every kByteDepth values a row of 32 units, which names the groups that
 // come twice, and room for each group twice.
 constexpr int kByteDepth = 512;           // values that are multiplied at once
 constexpr int kByteGroup = 32;            // values that share a scale
 constexpr int kByteRecord = 12 * kPanel;  // units of a group
 // The error that a vector may have whose numbers become bytes, in parts of its length: inputs, which meet a gate and its
 // product, and hidden values. Normal numbers have 0.0056 and, after SwiGLU, 0.0094, and half of that where they are exact
-// (gemm_bytes.inc). Together the limits keep a layer within 1.5e-2, and within 1e-2.
+// (byte_panels.inc). Together the limits keep a layer within 1.5e-2, and within 1e-2.
 struct Limits {
   float input, hidden;
 };

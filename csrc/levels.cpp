@@ -34,12 +34,15 @@ Gemm with(Gemm table, const ByteGemm& bytes) {
 
 // The levels' tables for codes of one kind.
 struct OfCodes {
-  Gemm avx2, avx_vnni, avx512, avx512_vnni;
+  Gemm avx2, avx_vnni, avx512, avx512_vnni, amx;
 };
 
-OfCodes of_codes(ByteGemm ByteGemms::*kind) {
+OfCodes of_codes(ByteGemm ByteGemms::*kind, const ByteGemm& of_amx) {
+  Gemm amx = with(kAvx512Gemm, of_amx);
+  amx.begin = kAmxBytes.begin;
+  amx.end = kAmxBytes.end;
   return {with(kAvx2Gemm, kAvx2Bytes.*kind), with(kAvx2Gemm, kAvxVnniBytes.*kind), with(kAvx512Gemm, kAvx512Bytes.*kind),
-          with(kAvx512Gemm, kAvx512VnniBytes.*kind)};
+          with(kAvx512Gemm, kAvx512VnniBytes.*kind), amx};
 }
 
 // The first table, in order of preference, whose needs the features cover.
@@ -72,11 +75,12 @@ std::atomic<bool>& exact() {
 
 Chosen choose(uint32_t features) {
   static const Gemm amx = with(kAvx512Bf16Gemm, kAmxGemm);
-  static const OfCodes int8 = of_codes(&ByteGemms::int8), int4 = of_codes(&ByteGemms::int4);
+  static const OfCodes int8 = of_codes(&ByteGemms::int8, kAmxBytes.int8);
+  static const OfCodes int4 = of_codes(&ByteGemms::int4, kAmxBytes.int4);
   static const Gemm exact_int8 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int8);
   static const Gemm exact_int4 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int4);
   const auto bytes = [&](const OfCodes& of) {
-    return first(features, amx, of.avx512_vnni, of.avx512, of.avx_vnni, of.avx2);
+    return first(features, of.amx, of.avx512_vnni, of.avx512, of.avx_vnni, of.avx2);
   };
   const auto exact = [&](const Gemm& of) { return first(features, amx, of, kAvx512Bf16Gemm, kAvx512Gemm, kAvx2Gemm); };
   return {first(features, kAvx512Gemm, kAvx2Gemm),

@@ -31,8 +31,18 @@
 #define POP_TARGET PRAGMA(GCC pop_options)
 #endif
 
+#if defined(HANDFUL_EMULATE_AVX512) || defined(HANDFUL_EMULATE_AVX_VNNI) || defined(HANDFUL_EMULATE_AMX)
+#include "emulated.h"
+#endif
+
+#ifdef HANDFUL_EMULATE_AVX512  // with none but these, whatever a level asks for
+#define LEVEL_TARGET(INSTRUCTIONS) PUSH_TARGET("avx2,fma,f16c")
+#else
+#define LEVEL_TARGET(INSTRUCTIONS) PUSH_TARGET(INSTRUCTIONS)
+#endif
+
 #define BEGIN_LEVEL(INSTRUCTIONS) \
-  PUSH_TARGET(INSTRUCTIONS)       \
+  LEVEL_TARGET(INSTRUCTIONS)      \
   namespace handful {             \
   namespace {
 #define END_LEVEL(...)   \
@@ -69,6 +79,14 @@ struct ByteGemms {
   ByteGemm int8, int4, exact_int8, exact_int4;
 };
 extern const ByteGemms kAvx2Bytes, kAvxVnniBytes, kAvx512Bytes, kAvx512VnniBytes;
+
+// The same with AMX; exact tokens meet codes in bfloat16 there.
+struct AmxBytes {
+  void (*begin)();
+  void (*end)();
+  ByteGemm int8, int4;
+};
+extern const AmxBytes kAmxBytes;
 
 // A CPU's tables: GEMM for float32, for bfloat16, and for codes with bfloat16 tokens, rounded to 8 bits or exact; GEMV for
 // all.

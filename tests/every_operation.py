@@ -4,8 +4,8 @@
 
 LEVEL is what this CPU must turn out to have, as HANDFUL_ISA names it: `none` asserts that there are no kernels, and
 computes all the same through torch. It is for CPUs that are not at hand: on any computer qemu-x86_64 -cpu Haswell-noTSX
-has AVX2 and nothing above it, and -cpu Nehalem neither. It prints how far off each dtype and format is, and fails if
-that is too far or if an operation was not called.
+has AVX2 and nothing above it, and -cpu Nehalem neither; `make sanitize` emulates all levels. It prints how far
+off each dtype and format is, and fails if that is too far or if an operation was not called.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ from handful.sampling import Sampling, sample
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 # The features that tell a level from the one above: there, and not there.
-LEVELS = {"none": (set(), {"avx2"}), "avx2": ({"avx2"}, {"avx512"}), "avx512f": ({"avx512"}, {"avx512_vnni"})}
+LEVELS = {
+    "none": (set(), {"avx2"}), "avx2": ({"avx2"}, {"avx_vnni", "avx512"}), "avx_vnni": ({"avx_vnni"}, {"avx512"}),
+    "avx512f": ({"avx512"}, {"avx512_vnni"}), "avx512": ({"avx512_vnni", "avx512_bf16"}, {"amx_int8"}),
+    "amx": ({"amx_int8", "amx_bf16"}, set()),
+}  # fmt: skip
 
 CONFIG = ModelConfig(
     vocab=64, width=96, layers=2, heads=4, kv_heads=2, ffn=80, qk_norm="head", context=96, dense_first=1,

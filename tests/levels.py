@@ -41,7 +41,5 @@ def _why(level: str) -> str:
     if level == "none":
         return "not in this run; make test-torch"
     return "cannot run here" + {
-        "amx": "; make sanitize emulates its tiles on CPUs with AVX-512 BF16",
-        "avx_vnni": "; make sanitize emulates its product",
         "avx2": "; make emulate emulates it",
-    }.get(level, "")
+    }.get(level, "; make sanitize emulates it")

@@ -842,6 +842,28 @@ def test_lower_levels(level: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+CODES = """
+import hashlib
+import torch
+from handful.kernels.operations import linear
+from handful.quantize import pack
+
+torch.manual_seed(0)
+x = torch.randn(65, 640).bfloat16()
+x[3, 5] = 300  # one number is most of this token, so that it has groups twice
+packed = [pack(torch.randn(rows, 640), bits, group) for bits in (8, 4) for group in (32, 128) for rows in (33, 96)]
+made = torch.cat([linear(x, matrix).flatten() for matrix in packed])
+print(hashlib.sha256(made.view(torch.uint8).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_codes_and_bytes_have_the_same_bits_at_every_level() -> None:
+    """Whole numbers, and float sums in one order."""
+    done = [python("-c", CODES, isa=level) for level in LEVELS]
+    assert len({(run.returncode, run.stdout) for run in done}) == 1, done
+    assert done[0].returncode == 0, done[0].stderr
+
+
 WITHOUT = """
 import torch
 from handful.errors import HandfulError

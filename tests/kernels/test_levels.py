@@ -138,6 +138,7 @@ def test_codes_meet_bytes_at_every_level() -> None:
         (["avx2", "avx512"], "AVX-512", "AVX-512"),
         (["avx2", "avx_vnni", "avx512"], "AVX-512", "AVX-512"),
         (["avx2", "avx512", "avx512_vnni"], "AVX-512 VNNI", "AVX-512 VNNI"),
+        (["avx2", "avx512", "avx512_vnni", "amx_int8"], "AMX", "AVX-512 VNNI"),
     ):
         chosen = levels(features)
         assert (chosen["codes"].name, chosen["few tokens"].name) == (codes, few), features
