@@ -15,8 +15,8 @@ constexpr int W = 16;
 
 constexpr int kTileRows = 16, kTileColumns = 16;
 
-// Tile 0 holds sums, 1 a group of rows of the left matrix, 2 a group of the panel's columns. A group's sum is to be scaled,
-// so a tile has the depth of a group, which is half of what it could have.
+// Tile 0 holds sums, 1 a group of rows of the left matrix, 2 a group of the panel's columns. A group's sum is to be
+// scaled, so a tile has the depth of a group, which is half of what it could have.
 void begin() {
   Tiles tiles;
   tiles.set(0, kTileRows, 4 * kTileColumns);
@@ -111,7 +111,8 @@ void multiply(const Product& job) {
 
 template <Type type>
 constexpr ByteGemm byte_gemm() {
-  return {"AMX", kNeeds, pack_rows<type>, multiply, quantize<false, 0>, kByteLimits};
+  return {"AMX", kNeeds, pack_rows<type>, multiply, quantize<false, 0>, kByteLimits, begin, release};
 }
 
-END_LEVEL(AmxBytes kAmxBytes = {begin, release, byte_gemm<Type::kInt8>(), byte_gemm<Type::kInt4>()})
+// Exact tokens meet codes in bfloat16 (gemm_amx.cpp).
+END_LEVEL(ByteGemms kAmxBytes = {byte_gemm<Type::kInt8>(), byte_gemm<Type::kInt4>(), {}, {}})

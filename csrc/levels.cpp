@@ -29,6 +29,10 @@ Gemm with(Gemm table, const ByteGemm& bytes) {
   table.multiply = bytes.multiply;
   table.quantize = bytes.quantize;
   table.limits = bytes.limits;
+  if (bytes.begin != nullptr) {
+    table.begin = bytes.begin;
+    table.end = bytes.end;
+  }
   return table;
 }
 
@@ -37,12 +41,9 @@ struct OfCodes {
   Gemm avx2, avx_vnni, avx512, avx512_vnni, amx;
 };
 
-OfCodes of_codes(ByteGemm ByteGemms::*kind, const ByteGemm& of_amx) {
-  Gemm amx = with(kAvx512Gemm, of_amx);
-  amx.begin = kAmxBytes.begin;
-  amx.end = kAmxBytes.end;
+OfCodes of_codes(ByteGemm ByteGemms::*kind) {
   return {with(kAvx2Gemm, kAvx2Bytes.*kind), with(kAvx2Gemm, kAvxVnniBytes.*kind), with(kAvx512Gemm, kAvx512Bytes.*kind),
-          with(kAvx512Gemm, kAvx512VnniBytes.*kind), amx};
+          with(kAvx512Gemm, kAvx512VnniBytes.*kind), with(kAvx512Gemm, kAmxBytes.*kind)};
 }
 
 // The first table, in order of preference, whose needs the features cover.
@@ -75,8 +76,7 @@ std::atomic<bool>& exact() {
 
 Chosen choose(uint32_t features) {
   static const Gemm amx = with(kAvx512Bf16Gemm, kAmxGemm);
-  static const OfCodes int8 = of_codes(&ByteGemms::int8, kAmxBytes.int8);
-  static const OfCodes int4 = of_codes(&ByteGemms::int4, kAmxBytes.int4);
+  static const OfCodes int8 = of_codes(&ByteGemms::int8), int4 = of_codes(&ByteGemms::int4);
   static const Gemm exact_int8 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int8);
   static const Gemm exact_int4 = with(kAvx512Gemm, kAvx512VnniBytes.exact_int4);
   const auto bytes = [&](const OfCodes& of) {

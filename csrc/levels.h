@@ -73,20 +73,14 @@ struct ByteGemm {
   void (*multiply)(const Product& job);
   void (*quantize)(uint32_t* panel, const float* values, int64_t width, float limit);
   Limits limits;
+  void (*begin)() = nullptr;  // null: as before
+  void (*end)() = nullptr;
 };
 // Of int8 and int4, with tokens of 8 bits a number, and exact ones of 9 with VNNI.
 struct ByteGemms {
   ByteGemm int8, int4, exact_int8, exact_int4;
 };
-extern const ByteGemms kAvx2Bytes, kAvxVnniBytes, kAvx512Bytes, kAvx512VnniBytes;
-
-// The same with AMX; exact tokens meet codes in bfloat16 there.
-struct AmxBytes {
-  void (*begin)();
-  void (*end)();
-  ByteGemm int8, int4;
-};
-extern const AmxBytes kAmxBytes;
+extern const ByteGemms kAvx2Bytes, kAvxVnniBytes, kAvx512Bytes, kAvx512VnniBytes, kAmxBytes;
 
 // A CPU's tables: GEMM for float32, for bfloat16, and for codes with bfloat16 tokens, rounded to 8 bits or exact; GEMV for
 // all.
